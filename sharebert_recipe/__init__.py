@@ -1,0 +1,215 @@
+"""Recipes: a YAML file and `key=value` overrides become a checked dataclass.
+
+The ground floor: every stage reads its config through this module, and it imports no stage.
+OmegaConf reads and merges (`${run}/x` interpolation, `1e-3` is a number); pydantic checks types,
+ranges and unknown keys. Merge order: defaults of the dataclass < YAML < `key=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from yaml import YAMLError
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+"""The pydantic config of every recipe dataclass: `@dataclass(config=STRICT, kw_only=True)`."""
+
+
+class BadInput(ValueError):
+    """What the user gave is wrong. The message is the one line that they see; the exit code is 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the known word nearest to `word`, or an empty string."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def folders() -> list[Path]:
+    """Where shipped recipes lie: in an installed wheel, and in a source checkout."""
+    here = Path(__file__).resolve().parent
+    return [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of a recipe, given by path, or by name among those that ship with the project.
+
+    Raises BadInput, naming the nearest shipped recipe, where there is none.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    for folder in folders():
+        for candidate in (folder / path, folder / f"{path}.yaml"):
+            if candidate.is_file():
+                return candidate
+    shipped = [f.relative_to(d).with_suffix("").as_posix() for d in folders() for f in d.rglob("*.yaml")]
+    raise BadInput(
+        f"{recipe}: no such recipe{nearest(str(path.with_suffix('')), shipped)} (shipped: {', '.join(sorted(shipped))})"
+    )
+
+
+def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """Read a recipe into `schema`, a dataclass.
+
+    A schema may say in `SHORTHAND: ClassVar[dict[str, str]]` that a plain value of one of its keys
+    is short for a mapping: with `{"model": "size"}`, `model: x` means `model: {size: x}`.
+
+    Args:
+        schema: a pydantic dataclass declared with `STRICT`.
+        recipe: path or shipped name of a YAML file; None for defaults alone.
+        overrides: `key.subkey=value`, the value in YAML.
+
+    Raises:
+        BadInput: unreadable YAML, an unknown key (the nearest known one is named), a wrong value.
+    """
+    where = "command line"
+    merged = OmegaConf.create({})
+    if recipe is not None:
+        path = find(recipe)
+        where = str(path)
+        try:
+            merged = OmegaConf.load(path)
+        except (YAMLError, OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        if not OmegaConf.is_dict(merged):
+            raise BadInput(f"{path}: a recipe is a mapping of keys to values, this is something else")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise BadInput(f"'{override}': an override is written key=value")
+    try:
+        from_command_line = OmegaConf.from_dotlist(list(overrides))
+        for key, inner in getattr(schema, "SHORTHAND", {}).items():
+            for part in (merged, from_command_line):
+                raw = OmegaConf.to_container(part).get(key)  # type: ignore[union-attr]
+                if raw is not None and not isinstance(raw, dict):
+                    part[key] = {inner: raw}
+        values = OmegaConf.to_container(OmegaConf.merge(merged, from_command_line), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise BadInput(f"{where}: {' '.join(str(error).split())}") from error
+    return parse(schema, values, where)
+
+
+def parse(schema: type[T], values: Any, where: str) -> T:
+    """Check plain values (mappings, lists, scalars) against `schema`; raises BadInput, naming `where`."""
+    try:
+        return TypeAdapter(schema).validate_python(values)
+    except ValidationError as error:
+        raise BadInput(f"{where}: " + "; ".join(_explain(schema, e) for e in error.errors())) from error
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config as nested dicts, lists and scalars, ready for YAML or JSON."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved config as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def save(config: Any, path: Path) -> None:
+    """Write the resolved config as YAML; a reader sees the old file or the new one, never a part."""
+    write_atomically(path, to_yaml(config))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` by way of a temporary file in the same folder, flushed to disk, and a rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def describe(schema: type) -> str:
+    """The keys of a schema, with types, defaults and docstrings, for `--help`."""
+    lines = []
+    for name, key_type, info in _keys(schema):
+        default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+        if _dataclasses_in(key_type):
+            lines.append(f"  {name}: {_one_line(info.description)}".rstrip())
+        else:
+            text = f"{_one_line(info.description)} [{_type_name(key_type)}, {default}]"
+            lines.append(f"  {name}: {text.strip()}")
+    return "\n".join(lines)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _own_fields(schema: type) -> dict[str, FieldInfo]:
+    return schema.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:
+    hints = get_type_hints(schema, include_extras=False)
+    for name, info in _own_fields(schema).items():
+        yield prefix + name, hints[name], info
+        for inner in _dataclasses_in(hints[name]):
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _dataclasses_in(key_type: Any) -> list[type]:
+    if isinstance(key_type, type) and is_dataclass(key_type):
+        return [key_type]
+    return [found for arg in get_args(key_type) for found in _dataclasses_in(arg)]
+
+
+def _type_name(key_type: Any) -> str:
+    if isinstance(key_type, type) and not get_args(key_type):
+        return key_type.__name__
+    return str(key_type).replace("typing.", "").replace("NoneType", "none")
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _explain(schema: type, error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "unexpected_keyword_argument":
+        known = [name for name in _known_beside(schema, location) if name]
+        return f"{key}: unknown key{nearest(location[-1], known)}"
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key}: required, and not given"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {error['input']!r})" if key and error["type"] != "value_error" else (
+        f"{key}: {message}" if key else message
+    )
+
+
+def _known_beside(schema: type, location: list[str]) -> list[str]:
+    here = [schema]
+    for part in location[:-1]:
+        inner = [
+            found
+            for level in here
+            for field in fields(level)
+            if field.name == part
+            for found in _dataclasses_in(get_type_hints(level)[part])
+        ]
+        here = inner or here  # list indices and union tags are no field names
+    return [field.name for level in here for field in fields(level)]
