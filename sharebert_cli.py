@@ -1,1 +1,139 @@
-def main() -> None: ...
+"""The `sharebert` command: one verb a stage, nothing else.
+
+A verb imports its stage when it is called, so that `sharebert --help` costs no torch. What was given
+wrongly is one line and exit code 2; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sharebert_recipe import BadInput, describe, load
+
+FINISHED, FAILED, BAD_INPUT = 0, 1, 2
+
+
+def prep(given: argparse.Namespace) -> int:
+    from data_prep.pipeline import PrepRecipe, prepare
+
+    dataset = prepare(load(PrepRecipe, given.config, given.overrides))
+    print(dataset)
+    return FINISHED
+
+
+def train(given: argparse.Namespace) -> int:
+    from pretrain.__main__ import launch
+
+    return launch(given.config, given.overrides, debug=given.debug)
+
+
+def plan(given: argparse.Namespace) -> int:
+    from pretrain.plan import report
+    from pretrain.train import TrainRecipe
+
+    print(report(load(TrainRecipe, given.config, given.overrides), gpus=given.gpus, gpu=given.gpu))
+    return FINISHED
+
+
+def consolidate(given: argparse.Namespace) -> int:
+    from pretrain.consolidate import consolidate
+
+    print(consolidate(given.run, given.out, head=not given.no_head))
+    return FINISHED
+
+
+def import_authors(given: argparse.Namespace) -> int:
+    from sharebert.authors import import_authors
+
+    import_authors(given.folder, given.out)
+    print(given.out)
+    return FINISHED
+
+
+def fill(given: argparse.Namespace) -> int:
+    from sharebert.fill import fill
+
+    for number, words in enumerate(fill(given.export, given.text, top=given.top), 1):
+        print(f"mask {number}: " + "  ".join(f"{word} {probability:.3f}" for word, probability in words))
+    return FINISHED
+
+
+def _with_config(parser: argparse.ArgumentParser, schema: str) -> None:
+    """Let a verb take `CONFIG [key=value ...]`; its `--help` ends with the keys of `schema`, "module:class"."""
+    parser.add_argument("config", help="path of a recipe, or the name of one that ships with the project")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")
+    parser.set_defaults(schema=schema)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs with their arguments."""
+    parser = argparse.ArgumentParser(prog="sharebert", description="Pretrain compact ShareBERT encoders.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.add_argument("--debug", action="store_true", help="show the traceback of bad input")
+        sub.set_defaults(verb=run)
+        return sub
+
+    _with_config(verb("prep", prep, "Make a dataset from text."), "data_prep.pipeline:PrepRecipe")
+    _with_config(verb("train", train, "Train, or go on, on one process."), "pretrain.train:TrainRecipe")
+    sub = verb("plan", plan, "What a training will cost: parameters, memory, FLOPs, hours.")
+    _with_config(sub, "pretrain.train:TrainRecipe")
+    sub.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
+    sub.add_argument("--gpu", default="h100", help="kind of GPU (default h100)")
+    sub = verb("consolidate", consolidate, "Turn a run's newest whole checkpoint into an export.")
+    sub.add_argument("run", type=Path, help="directory of the run")
+    sub.add_argument("out", type=Path, help="directory of the export")
+    sub.add_argument("--no-head", action="store_true", help="leave out the MLM head")
+    sub = verb("import-authors", import_authors, "Turn a checkpoint folder of ShareBERT's authors into an export.")
+    sub.add_argument("folder", type=Path, help="folder with config.json and pytorch_model.bin or one .safetensors")
+    sub.add_argument("out", type=Path, help="directory of the export")
+    sub = verb("fill", fill, "Fill [MASK] in a text.")
+    sub.add_argument("text", help="a text with [MASK]")
+    sub.add_argument("export", type=Path, help="directory of an export")
+    sub.add_argument("--top", type=int, default=5, help="words for each mask (default 5)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    if arguments and {"-h", "--help"} & set(arguments[1:]):
+        _add_keys_to_help(parser, arguments[0])
+    given = parser.parse_args(arguments)
+    try:
+        return int(given.verb(given))
+    except Exception as error:
+        if given.debug or not _is_bad_input(error):
+            traceback.print_exc()
+        print(f"sharebert: {error}", file=sys.stderr)
+        return BAD_INPUT if _is_bad_input(error) else FAILED
+
+
+def _is_bad_input(error: Exception) -> bool:
+    model = sys.modules.get("sharebert")  # where it was not imported, it raised nothing
+    return isinstance(error, BadInput) or (model is not None and isinstance(error, model.ShareBertError))
+
+
+def _add_keys_to_help(parser: argparse.ArgumentParser, name: str) -> None:
+    from importlib import import_module
+
+    choices = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    sub = choices.get(name)
+    schema = sub.get_default("schema") if sub else None
+    if schema:
+        module, _, attribute = schema.partition(":")
+        sub.epilog = "keys:\n" + describe(getattr(import_module(module), attribute))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

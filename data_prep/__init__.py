@@ -1,1 +1,1 @@
-"""TODO"""
+"""Text → dataset: read, clean, deduplicate, encode, shuffle, pack into rows, write shards."""

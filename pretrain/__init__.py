@@ -1,1 +1,1 @@
-"""TODO"""
+"""Pretraining: a dataset becomes a run (checkpoints, TensorBoard, log), and a run becomes an export."""

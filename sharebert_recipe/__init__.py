@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -76,7 +76,7 @@ def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str] = 
         BadInput: unreadable YAML, an unknown key (the nearest known one is named), a wrong value.
     """
     where = "command line"
-    merged = OmegaConf.create({})
+    merged: DictConfig | ListConfig = OmegaConf.create({})
     if recipe is not None:
         path = find(recipe)
         where = str(path)
@@ -121,23 +121,21 @@ def to_yaml(config: Any) -> str:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write the resolved config as YAML; a reader sees the old file or the new one, never a part."""
+    """Write the resolved config as YAML, atomically."""
     write_atomically(path, to_yaml(config))
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` by way of a temporary file in the same folder, flushed to disk, and a rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `text` to `path`: a reader sees the old file or the new one, never a part; nor does a crash leave one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
+        with temporary.open("w", encoding="utf-8") as out:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def describe(schema: type) -> str:
@@ -151,12 +149,6 @@ def describe(schema: type) -> str:
             text = f"{_one_line(info.description)} [{_type_name(key_type)}, {default}]"
             lines.append(f"  {name}: {text.strip()}")
     return "\n".join(lines)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _own_fields(schema: type) -> dict[str, FieldInfo]:
@@ -196,8 +188,10 @@ def _explain(schema: type, error: Any) -> str:
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: required, and not given"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {error['input']!r})" if key and error["type"] != "value_error" else (
-        f"{key}: {message}" if key else message
+    return (
+        f"{key}: {message} (got {error['input']!r})"
+        if key and error["type"] != "value_error"
+        else (f"{key}: {message}" if key else message)
     )
 
 

@@ -1,0 +1,47 @@
+"""`python -m pretrain CONFIG [key=value ...]`: train on this process; under torchrun, on this rank of many."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from sharebert_recipe import BadInput, load
+
+
+def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
+    """Train; an exit code: 0 finished, 75 stopped and saved (run me again), 2 bad input, 1 failed.
+
+    Under torchrun a stop is 0 as well: any other code makes it start the workers again.
+    """
+    from pretrain import distributed
+    from pretrain.train import BAD_INPUT, FAILED, FINISHED, STOPPED, TrainRecipe, train
+
+    try:
+        recipe = load(TrainRecipe, config, overrides)
+        code = train(recipe, distributed.join(recipe.collective_timeout_s))
+    except BadInput as error:
+        if debug:
+            traceback.print_exc()
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except Exception:
+        traceback.print_exc()
+        return FAILED
+    finally:
+        distributed.leave()
+    return FINISHED if code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain", description="Train, or go on; `sharebert train --help` lists the keys of a recipe."
+    )
+    parser.add_argument("config", help="path of a recipe, or the name of one that ships with the project")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
+    given = parser.parse_args()
+    sys.exit(launch(given.config, given.overrides, debug=given.debug))

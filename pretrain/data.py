@@ -1,0 +1,240 @@
+"""The loader of training: global batches in an order that no number of ranks changes.
+
+Position p of the run takes its row from a dataset (`mixture`), at a place of that dataset's epoch
+(`order`), and hides some of its tokens (`masks`); each is a pure function of the seed and the
+position, so a run is resumed from the number of rows consumed, at once and on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from data_prep.shards import Dataset, open_dataset
+from pretrain.batches import Batcher, MicroBatch
+from pretrain.mixture import Mixture
+from pretrain.order import Order
+from sharebert_recipe import STRICT, BadInput
+
+TOKENS_AT_ONCE = 131_072
+"""Steps are made together up to about this many tokens a rank: the fixed costs of NumPy calls are shared."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class WeightedDataset:
+    """A dataset of a mixture."""
+
+    path: str
+    """Folder of a dataset made by `sharebert prep`."""
+    weight: PositiveFloat = 1.0
+    """Its share of the rows, in any unit; kept to 1/65,536 of the whole."""
+
+
+def _as_list(value: Any) -> Any:
+    return [{"path": value}] if isinstance(value, str) else value
+
+
+@dataclass(config=STRICT, kw_only=True)
+class DataRecipe:
+    """What a run reads."""
+
+    dataset: Annotated[list[WeightedDataset], BeforeValidator(_as_list), Field(min_length=1, max_length=1024)]
+    """A dataset's folder, or a list of {path, weight} to mix. Each goes through epochs of its own."""
+    global_batch: PositiveInt
+    """Rows of an optimizer step, over all ranks; any number that is at least the number of ranks."""
+    micro_batch: PositiveInt
+    """Most rows that a rank computes at once; what a rank has is cut into equal parts no larger than this."""
+    mask_rate: Annotated[float, Field(gt=0, le=0.5)] = 0.15
+    """Share of a row's tokens to predict."""
+    whole_word: bool = False
+    """Choose whole words. The tokenizer must mark the pieces that continue a word, as WordPiece does."""
+    window_shards: PositiveInt = 16
+    """Rows are shuffled inside windows of this many shards, which are read at the same time."""
+    prefetch: PositiveInt = 8
+    """Steps made ready ahead of the one that trains, at least."""
+
+
+@dataclasses.dataclass
+class StepBatch:
+    """A rank's share of one optimizer step."""
+
+    micro_batches: list[MicroBatch]
+    """As many on every rank, all of one shape."""
+    masked: int
+    """Masked tokens in this rank's share."""
+    rows_consumed: int
+    """Rows that the run has consumed after this step, over all ranks."""
+    epoch: float
+    """Passes over the data after this step; over the most repeated dataset of a mixture."""
+    wait_s: float = 0.0
+    """How long the training loop waited for this step."""
+
+
+def open_datasets(recipe: DataRecipe) -> list[Dataset]:
+    """Open the datasets of a recipe.
+
+    Raises:
+        BadInput: a dataset is damaged or missing, or two differ in seq_len or tokenizer.
+    """
+    datasets = [open_dataset(entry.path) for entry in recipe.dataset]
+    for entry, dataset in zip(recipe.dataset, datasets, strict=True):
+        for key in ("seq_len", "tokenizer_sha256"):
+            ours, first = dataset.manifest[key], datasets[0].manifest[key]
+            if ours != first:
+                raise BadInput(
+                    f"data.dataset: {entry.path} has {key} {ours}, {recipe.dataset[0].path} has {first}: "
+                    "datasets of a mixture are prepared with one seq_len and one tokenizer"
+                )
+    return datasets
+
+
+def micro_shape(recipe: DataRecipe, ranks: int) -> tuple[int, int]:
+    """How many micro-batches each rank runs in a step, and how many rows each has.
+
+    The largest share of a rank is cut into the fewest equal parts that `micro_batch` allows, so that
+    few rows only fill up the shape.
+
+    Raises:
+        BadInput: more ranks than rows in a global batch.
+    """
+    if recipe.global_batch < ranks:
+        raise BadInput(
+            f"data.global_batch: {recipe.global_batch} rows cannot be shared by {ranks} ranks; "
+            "raise it to at least the number of ranks, or start fewer"
+        )
+    largest_share = -(-recipe.global_batch // ranks)
+    count = -(-largest_share // recipe.micro_batch)
+    return count, -(-largest_share // count)
+
+
+class Loader:
+    """Iterates over the optimizer steps of one rank, without end, made ready by a thread of its own.
+
+    Rank r of n takes positions [r·G/n, (r+1)·G/n) of each G: shares differ by at most one row.
+
+    Args:
+        datasets: as `open_datasets` gives them.
+        recipe: key `data` of the train recipe.
+        seed: of order and masks, 0 ≤ seed < 2^64.
+        rank: of this process.
+        ranks: how many processes share a global batch.
+
+    Raises:
+        BadInput: more ranks than rows in a global batch, a seed out of range, an empty train split;
+            while iterating: a dataset is found damaged.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], recipe: DataRecipe, seed: int, rank: int, ranks: int) -> None:
+        if not 0 <= seed < 2**64:
+            raise BadInput(f"seed: {seed} is not in 0 … 2^64-1")
+        self._count, self._micro_rows = micro_shape(recipe, ranks)
+        self._seed, self._rank, self._ranks = seed, rank, ranks
+        self._global_batch = recipe.global_batch
+        self._batcher = Batcher(datasets, "train", mask_rate=recipe.mask_rate, whole_word=recipe.whole_word, seed=seed)
+        for entry, split in zip(recipe.dataset, self._batcher.splits, strict=True):
+            if split.rows == 0:
+                raise BadInput(f"data.dataset: {entry.path}: the train split is empty")
+        self._mixture = Mixture([entry.weight for entry in recipe.dataset])
+        self._orders = [Order(split.shard_rows, seed, recipe.window_shards) for split in self._batcher.splits]
+        self._dataset_rows = np.array([order.rows for order in self._orders])
+        self._fingerprint = _order_fingerprint(datasets, self._mixture, recipe.window_shards)
+        self._consumed = self._submitted = 0
+        self._prefetch = recipe.prefetch
+        step_tokens = self._count * self._micro_rows * datasets[0].seq_len
+        self._steps_at_once = max(1, min(recipe.prefetch, TOKENS_AT_ONCE // step_tokens))
+        self._pending: deque[Future[list[StepBatch]]] = deque()
+        self._ready: deque[StepBatch] = deque()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> StepBatch:
+        started = time.perf_counter()
+        if not self._ready:
+            self._submit()
+            try:
+                self._ready.extend(self._pending.popleft().result())
+            except BaseException:
+                self.close()
+                raise
+            self._submit()
+        batch = self._ready.popleft()
+        batch.wait_s = time.perf_counter() - started
+        self._consumed = batch.rows_consumed
+        return batch
+
+    def state(self) -> dict[str, str | int]:
+        """What `load_state` needs to go on after the last step handed out, on any number of ranks."""
+        return {"fingerprint": self._fingerprint, "seed": self._seed, "rows_consumed": self._consumed}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            BadInput: it was taken over other data, or another order or seed.
+        """
+        for name, ours in (("fingerprint", self._fingerprint), ("seed", self._seed)):
+            if state[name] != ours:
+                raise BadInput(
+                    f"the checkpoint was written with data {name} {state[name]}, this run has {ours}: "
+                    "restore the setting, or start a new run"
+                )
+        self._pending.clear()
+        self._ready.clear()
+        self._consumed = self._submitted = int(state["rows_consumed"])
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._worker.shutdown(cancel_futures=True)
+
+    def _submit(self) -> None:
+        while len(self._pending) * self._steps_at_once < self._prefetch + self._steps_at_once:
+            self._pending.append(self._worker.submit(self._make, self._submitted))
+            self._submitted += self._steps_at_once * self._global_batch
+
+    def _make(self, start: int) -> list[StepBatch]:
+        """Steps `start`, `start` + G, …: small steps are made several at once, which spares calls."""
+        starts = start + np.arange(self._steps_at_once) * self._global_batch
+        first, last = (starts + r * self._global_batch // self._ranks for r in (self._rank, self._rank + 1))
+        positions = first[:, None] + np.arange(self._count * self._micro_rows)
+        counts = positions < last[:, None]
+        # Filling rows repeat the last one: ordinary input, so nothing downstream meets a row of padding.
+        positions = np.minimum(positions, last[:, None] - 1)
+        dataset, places = self._mixture.at(positions.ravel())
+        epochs, rows = np.empty_like(places), np.empty_like(places)
+        for number in np.unique(dataset):
+            here = dataset == number
+            epochs[here], rows[here] = self._orders[number].at(places[here])
+        micro_batches = self._batcher.make(
+            dataset, epochs, rows, counts=counts.ravel(), micro_rows=self._micro_rows, hide="mixed"
+        )
+        return [
+            self._step(int(end), micro_batches[number * self._count : (number + 1) * self._count])
+            for number, end in enumerate(starts + self._global_batch)
+        ]
+
+    def _step(self, end: int, micro_batches: list[MicroBatch]) -> StepBatch:
+        return StepBatch(
+            micro_batches=micro_batches,
+            masked=sum(int(micro.weights.sum()) for micro in micro_batches),
+            rows_consumed=end,
+            epoch=float((self._mixture.before(end) / self._dataset_rows).max()),
+        )
+
+
+def _order_fingerprint(datasets: Sequence[Dataset], mixture: Mixture, window_shards: int) -> str:
+    """All that the order depends on beside the seed: the datasets, their slots in a mixture, and W."""
+    parts = [
+        f"{dataset.fingerprint} x {slots}" if len(datasets) > 1 else dataset.fingerprint
+        for dataset, slots in zip(datasets, mixture.slots, strict=True)
+    ]
+    return f"{' + '.join(parts)} (window_shards {window_shards})"

@@ -1,0 +1,98 @@
+"""The process group: who this process is, and the few collectives that are not DeepSpeed's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import sharebert_recipe
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+
+def join(timeout_s: float) -> World:
+    """Join the process group that torchrun's environment describes, or make one of this process alone.
+
+    Collectives on CPU tensors go over gloo, those on CUDA tensors over NCCL. A process alone needs no
+    port. A collective that a rank does not join within `timeout_s` ends the group.
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed asks for them
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return World(rank, ranks, local_rank, device)
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def same_everywhere(value: str) -> str:
+    """Rank 0's `value`, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_agree(good: bool) -> bool:
+    """Whether `good` holds on every rank."""
+    flag = torch.tensor([int(good)])
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def first_refusal(message: str | None) -> None:
+    """Raise BadInput on every rank if some rank has a `message`: that of the lowest such rank."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for text in messages:
+        if text is not None:
+            raise sharebert_recipe.BadInput(text)
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed that is a pure function of `parts`, for a generator of torch or numpy."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def share_of(total: int, rank: int, ranks: int) -> range:
+    """The contiguous share of `total` items that `rank` takes; shares differ by at most one."""
+    return range(total * rank // ranks, total * (rank + 1) // ranks)
+
+
+def summed(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Sum of each scalar over all ranks, in float64, [len(values)]."""
+    total = torch.stack([value.detach().to(device, torch.float64) for value in values])
+    dist.all_reduce(total)
+    return total

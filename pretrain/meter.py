@@ -1,0 +1,90 @@
+"""What a logging interval measured: sums over its steps, read once at its end."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.data import DataRecipe, StepBatch
+from pretrain.distributed import World
+from pretrain.engine import current_learning_rate, gradient_norm, loss_scale
+from pretrain.monitor import MonitorRecipe
+from pretrain.plan import flops_per_token, peak_flops_of
+from sharebert import ShareBertConfig
+
+
+class Meter:
+    """Adds up on the device, so that the host waits for it at the end of an interval alone."""
+
+    def __init__(
+        self,
+        world: World,
+        model: ShareBertConfig,
+        seq_len: int,
+        data: DataRecipe,
+        micro_rows: int,
+        recipe: MonitorRecipe,
+    ) -> None:
+        self._world, self._seq_len, self._global_batch = world, seq_len, data.global_batch
+        self._flops = flops_per_token(model, seq_len, data.mask_rate, micro_rows * seq_len)
+        self._peak = recipe.peak_flops or peak_flops_of(world.device)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums.zero_()
+        self._steps, self._waited_s, self._skipped_s = 0, 0.0, 0.0
+        self._started = self._paused_from = time.perf_counter()
+
+    def add(self, loss_sum: torch.Tensor, correct: torch.Tensor) -> None:
+        """Count one micro-batch: fp32 scalars."""
+        self._sums[0] += loss_sum.detach()
+        self._sums[1] += correct
+
+    def end_step(self, batch: StepBatch) -> None:
+        """Count one optimizer step."""
+        self._sums[2] += batch.masked
+        self._steps += 1
+        self._waited_s += batch.wait_s
+        self._paused_from = time.perf_counter()
+
+    def skip_time(self) -> None:
+        """Leave the time since the last step out of the speeds: it went into a validation."""
+        self._skipped_s += time.perf_counter() - self._paused_from
+
+    def read(self, step: int, engine: Any, batch: StepBatch) -> dict[str, Any]:
+        """The interval's line of the log, and a new interval. A collective."""
+        dist.all_reduce(self._sums)
+        loss_sum, correct, masked = self._sums.tolist()
+        seconds = time.perf_counter() - self._started - self._skipped_s
+        tokens_per_s = self._steps * self._global_batch * self._seq_len / seconds
+        line = {
+            "step": step,
+            "epoch": batch.epoch,
+            "rows": batch.rows_consumed,
+            "tokens": batch.rows_consumed * self._seq_len,
+            "loss": loss_sum / masked,
+            "accuracy": correct / masked,
+            "lr": current_learning_rate(engine),
+            "grad_norm": gradient_norm(engine),
+            "loss_scale": loss_scale(engine),
+            "skipped": engine.skipped_steps,
+            "tokens_per_s": tokens_per_s,
+            "mfu": tokens_per_s * self._flops / (self._peak * self._world.ranks) if self._peak else None,
+            "data_wait_s": self._waited_s / self._steps,
+            "step_s": seconds / self._steps,
+            "memory_bytes": _peak_memory_bytes(self._world.device),
+        }
+        self._reset()
+        return line
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory so far: of the device, or on a CPU of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,85 @@
+"""What a run will cost, before it runs: parameters, memory per ZeRO stage, FLOPs a token, hours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pretrain.data import micro_shape, open_datasets
+from pretrain.model import choose_model
+from sharebert import ShareBertConfig, ShareBertForMaskedLM
+from sharebert_recipe import BadInput, nearest
+
+if TYPE_CHECKING:
+    from pretrain.train import TrainRecipe
+
+PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "a40": 150e12, "v100": 125e12}
+"""Dense bf16 (V100: fp16) FLOP/s of one GPU, from the makers' data sheets (SXM where there is a choice)."""
+
+
+def flops_per_token(config: ShareBertConfig, seq_len: int, mask_rate: float, tokens_per_micro_batch: int) -> float:
+    """FLOPs of forward and backward a token, counting a multiply-add as two.
+
+    6L(4H² + 2HI) for the layers, 12·L·T·H for the attention scores and their use, 6·rate·(head) for the
+    masked tokens, and the making of the virtual weights, once a micro-batch on each rank:
+    6F(4H² + 2HI)/tokens.
+    """
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    matrices = 4 * hidden**2 + 2 * hidden * inner
+    dense, decoder = {
+        "untied": (hidden**2, hidden * config.vocab_size),
+        "tied": (hidden * config.factor_size, config.factor_size * config.vocab_size),
+        "none": (0, 0),
+    }[config.mlm_head]
+    making = 6 * config.factor_size * matrices / tokens_per_micro_batch if config.sharing == "veps" else 0.0
+    return 6 * layers * matrices + 12 * layers * seq_len * hidden + 6 * mask_rate * (dense + decoder) + making
+
+
+def count_parameters(config: ShareBertConfig) -> int:
+    """Learned numbers of the model, head included."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in ShareBertForMaskedLM(config).parameters())
+
+
+def state_bytes(parameters: int, ranks: int, stage: int, precision: str) -> int:
+    """Bytes on each rank for weights, gradients and Adam's fp32 state (Rajbhandari et al. 2020, section 3.1)."""
+    working = 2 if precision != "fp32" and stage else 4
+    whole = {"weights": working, "gradients": 4, "optimizer": 8 if stage == 0 else 12}
+    split = {0: (), 1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}[stage]
+    return sum(-(-parameters * size // (ranks if part in split else 1)) for part, size in whole.items())
+
+
+def peak_flops_of(device: torch.device) -> float:
+    """Data-sheet FLOP/s of this device, or 0 where it is not known (every CPU)."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device).lower()
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0.0)
+
+
+def report(recipe: TrainRecipe, gpus: int, gpu: str) -> str:
+    """The plan of a recipe on `gpus` devices of a kind in PEAK_FLOPS, as text. Raises BadInput."""
+    if gpu not in PEAK_FLOPS:
+        raise BadInput(f"--gpu: no '{gpu}' known{nearest(gpu, PEAK_FLOPS)} (known: {', '.join(PEAK_FLOPS)})")
+    dataset = open_datasets(recipe.data)[0]
+    config = choose_model(recipe.model, dataset.vocab_size, dataset.seq_len).config
+    micro_batches, micro_rows = micro_shape(recipe.data, gpus)
+    per_token = flops_per_token(config, dataset.seq_len, recipe.data.mask_rate, micro_rows * dataset.seq_len)
+    tokens = recipe.steps * recipe.data.global_batch * dataset.seq_len
+    parameters = count_parameters(config)
+    lines = [
+        f"parameters            {parameters:,}",
+        f"tokens                {tokens:,} ({recipe.steps:,} steps of {recipe.data.global_batch:,} rows "
+        f"of {dataset.seq_len})",
+        f"on each of {gpus} ranks    {micro_batches} micro-batches of {micro_rows} rows a step",
+        f"FLOPs a token         {per_token / 1e6:,.1f} M",
+    ]
+    for stage in range(4):
+        held = state_bytes(parameters, gpus, stage, recipe.precision)
+        lines.append(f"ZeRO {stage}: weights, gradients and moments on each rank  {held / 2**20:,.0f} MiB")
+    for utilisation in (0.40, 0.55, 0.70):
+        rate = gpus * PEAK_FLOPS[gpu] * utilisation / per_token
+        hours = tokens / rate / 3600
+        lines.append(f"at {utilisation:.0%} of {gpus} x {gpu}'s peak    {rate:,.0f} tokens/s, {hours:,.1f} hours")
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""What a checkpoint of a training holds beside weights and moments, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch
+
+from data_prep.shards import Dataset
+from pretrain import checkpoint, distributed, slices
+from pretrain.checkpoint import Checkpoint, Checkpointer, CheckpointRecipe
+from pretrain.data import Loader
+from pretrain.distributed import World
+from pretrain.engine import load_scaler_state, scaler_state
+from pretrain.run_folder import RunFolder
+from sharebert import ShareBertConfig
+from sharebert_recipe import BadInput
+
+
+class Saver:
+    """Saves the whole state of a training, and loads it. Every rank has one."""
+
+    def __init__(
+        self,
+        recipe: CheckpointRecipe,
+        run: RunFolder,
+        world: World,
+        engine: Any,
+        loader: Loader,
+        model: ShareBertConfig,
+        dataset: Dataset,
+    ) -> None:
+        self.run, self.world, self.engine, self.loader = run, world, engine, loader
+        self.fixed = {
+            "model": model.to_dict(),
+            "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
+            "vocab_size": dataset.vocab_size,
+        }
+        self.files = Checkpointer(
+            run.checkpoints,
+            recipe,
+            world.rank,
+            world.ranks,
+            token=distributed.same_everywhere(secrets.token_hex(4)),
+            report=run.say,
+        )
+
+    def save(self, step: int) -> None:
+        """Save after optimizer step `step`; the writing goes on in the background."""
+        training = {
+            **self.fixed,
+            "loader": self.loader.state(),
+            "adam_steps": slices.adam_steps(self.engine),
+            "scaler": scaler_state(self.engine),
+            "skipped": self.engine.skipped_steps,
+        }
+        owned = slices.owned(self.engine, self.world)
+        self.files.save(step, owned, slices.shapes(self.engine), _generators(), training)
+
+    def finish(self) -> None:
+        """Wait until the last save is whole on disk."""
+        self.files.finish()
+        torch.distributed.barrier()
+
+    def go_on(self, seed: int) -> int:
+        """Load the newest whole checkpoint, if there is one. Returns its step, or 0.
+
+        Raises BadInput, on every rank, where it belongs to another model, tokenizer or dataset.
+        """
+        name, refusal, step = "", None, 0
+        if self.world.is_main:
+            newest = checkpoint.newest_whole(self.run.checkpoints, self.run.say)
+            name = newest.folder.name if newest else ""
+        name = distributed.same_everywhere(name)
+        if not name:
+            return 0
+        try:
+            step = self._load(checkpoint.read_manifest(self.run.checkpoints / name), seed)
+        except BadInput as error:
+            refusal = str(error)
+        distributed.first_refusal(refusal)
+        slices.refresh_working_weights(self.engine)
+        return step
+
+    def _load(self, found: Checkpoint, seed: int) -> int:
+        saved = found.training
+        for key, ours in self.fixed.items():
+            _refuse_difference(found, key, saved[key], ours)
+        self.loader.load_state(saved["loader"])
+        checkpoint.load(found, slices.loaded(self.engine, self.world))
+        slices.set_adam_steps(self.engine, saved["adam_steps"])
+        load_scaler_state(self.engine, saved["scaler"])
+        self.engine.skipped_steps = saved["skipped"]
+        self.engine.global_steps = found.step
+        if found.ranks == self.world.ranks:
+            _set_generators(checkpoint.load_generators(found, self.world.rank))
+        else:
+            torch.manual_seed(distributed.seed_of(seed, found.step, self.world.rank))
+            if self.world.is_main:
+                self.run.say(
+                    f"checkpoint of {found.ranks} ranks on {self.world.ranks}: dropout is seeded anew from "
+                    f"(seed {seed}, step {found.step}, rank)"
+                )
+        return found.step
+
+
+def _refuse_difference(found: Checkpoint, key: str, saved: Any, ours: Any) -> None:
+    if isinstance(saved, dict) and isinstance(ours, dict):
+        for inner in sorted(saved.keys() | ours.keys()):
+            _refuse_difference(found, f"{key}.{inner}", saved.get(inner), ours.get(inner))
+    elif saved != ours:
+        raise BadInput(
+            f"{found.folder}: made with {key} {saved!r}, this recipe has {ours!r}; "
+            "restore the setting, or give the new run a directory of its own"
+        )
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    """States of the generators that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generators(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,239 @@
+"""The training loop of masked language modelling.
+
+`train` surrounds it with the run directory and the process group; `Trainer.loop` is the algorithm, and
+`Trainer.step` one global batch of it. The loss of a step is the mean over the masked tokens of all ranks
+together, so that neither the number of ranks nor the accumulation changes it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import field
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from data_prep.shards import Dataset
+from pretrain import distributed
+from pretrain.batches import MicroBatch
+from pretrain.checkpoint import CheckpointRecipe
+from pretrain.data import DataRecipe, Loader, StepBatch, micro_shape, open_datasets
+from pretrain.distributed import World
+from pretrain.engine import (
+    OptimizerRecipe,
+    Precision,
+    ScheduleRecipe,
+    build_engine,
+    check_zero,
+    deepspeed_config,
+    learning_rate,
+    optimizer_step,
+    set_learning_rate,
+)
+from pretrain.meter import Meter
+from pretrain.model import ModelChoice, build_model, choose_model
+from pretrain.monitor import Monitor, MonitorRecipe
+from pretrain.run_folder import RunFolder
+from pretrain.saving import Saver
+from pretrain.stop import StopRequest
+from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate, validate
+from sharebert_recipe import STRICT, BadInput, save, to_yaml
+
+FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+"""Exit codes of a launch."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TrainRecipe:
+    """A training run. The same recipe started again goes on from the newest whole checkpoint."""
+
+    SHORTHAND: ClassVar[dict[str, str]] = {"model": "size", "zero": "stage", "data": "dataset"}
+
+    run: str
+    """Directory of the run."""
+    data: DataRecipe
+    """What it reads."""
+    steps: Annotated[int, Field(gt=0)] = 23_000
+    """Optimizer steps in all."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the first weights, order, masks and dropout."""
+    model: dict[str, Any] = field(default_factory=lambda: {"size": "sharebert-base"})
+    """`size` (sharebert-small, -base or -large), any key of config.json, `init` (variance or authors), or
+    `init_from`, an export to go on from."""
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    """AdamW."""
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    """Learning rate over the steps."""
+    precision: Precision = "bf16"
+    """Of the products: fp32, bf16, or (on CUDA) fp16. Master weights and moments are fp32."""
+    zero: dict[str, Any] = field(default_factory=lambda: {"stage": 1})
+    """`stage` (0 to 3) and any key of DeepSpeed's `zero_optimization`."""
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    """When checkpoints are made."""
+    validate: ValidateRecipe = field(default_factory=ValidateRecipe)
+    """When held-out rows are scored."""
+    monitor: MonitorRecipe = field(default_factory=MonitorRecipe)
+    """What is logged."""
+    collective_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """A collective that some rank does not join for so long ends the launch."""
+
+
+def train(recipe: TrainRecipe, world: World) -> int:
+    """Run, or go on with, the training of `recipe` on this process's share. Every rank calls this.
+
+    Returns FINISHED, or STOPPED where a stop was asked for and the state saved.
+    Raises BadInput where something given is wrong, on every rank alike.
+    """
+    run = RunFolder(recipe.run)
+    stop = StopRequest(run.stop_file if world.is_main else None)
+    try:
+        datasets, choice = _accept(recipe, run, world)
+        try:
+            return Trainer(recipe, run, world, stop, datasets, choice).loop()
+        except Exception:
+            if world.is_main:
+                run.write_state("failed", reason=traceback.format_exc().strip().splitlines()[-1])
+            raise
+    finally:
+        stop.restore()
+        run.release()
+
+
+def _accept(recipe: TrainRecipe, run: RunFolder, world: World) -> tuple[list[Dataset], ModelChoice]:
+    """Open and check everything that was given, before anything is built; a refusal reaches all ranks."""
+    refusal, accepted = None, None
+    try:
+        check_zero(recipe.zero)
+        datasets = open_datasets(recipe.data)
+        micro_shape(recipe.data, world.ranks)
+        refuse_nothing_to_validate(datasets, recipe.validate)
+        choice = choose_model(recipe.model, datasets[0].vocab_size, datasets[0].seq_len)
+        if world.is_main:
+            run.occupy()
+        accepted = datasets, choice
+    except BadInput as error:
+        refusal = str(error)
+    distributed.first_refusal(refusal)
+    assert accepted is not None
+    return accepted
+
+
+class Trainer:
+    """One launch of a run."""
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        run: RunFolder,
+        world: World,
+        stop: StopRequest,
+        datasets: list[Dataset],
+        choice: ModelChoice,
+    ) -> None:
+        self.recipe, self.run, self.world, self.stop = recipe, run, world, stop
+        self.datasets = datasets
+        torch.manual_seed(distributed.seed_of(recipe.seed, 0, world.rank))
+        model = build_model(choice, recipe.seed)
+        micro_batches, micro_rows = micro_shape(recipe.data, world.ranks)
+        config = deepspeed_config(
+            zero=recipe.zero,
+            precision=recipe.precision,
+            clip=recipe.optimizer.clip,
+            micro_batch=micro_rows,
+            micro_batches=micro_batches,
+            parameters=sum(p.numel() for p in model.parameters()),
+        )
+        self.engine = build_engine(model, config, recipe.optimizer)
+        self.loader = Loader(datasets, recipe.data, recipe.seed, world.rank, world.ranks)
+        self.saver = Saver(recipe.checkpoint, run, world, self.engine, self.loader, choice.config, datasets[0])
+        self.first_step = self.saver.go_on(recipe.seed)
+        self.meter = Meter(world, choice.config, datasets[0].seq_len, recipe.data, micro_rows, recipe.monitor)
+        if world.is_main:
+            run.start(
+                step=self.first_step,
+                steps=recipe.steps,
+                tokenizer=datasets[0].tokenizer_path,
+                facts={"ranks": world.ranks, "device": str(world.device), "deepspeed": config},
+            )
+            save(recipe, run.config)
+        self.monitor = Monitor(
+            run,
+            enabled=world.is_main,
+            steps=recipe.steps,
+            resumed_from=self.first_step,
+            config_yaml=to_yaml(recipe),
+        )
+
+    def loop(self) -> int:
+        """All optimizer steps that are left; an exit code."""
+        step = self.first_step
+        validate_every = self.recipe.validate.every
+        if step == 0 and validate_every:
+            self.score_held_out(step)
+        stopping = False
+        while step < self.recipe.steps and not stopping:
+            batch = next(self.loader)
+            step += 1
+            stopping = self.step(step, batch)
+            if step % self.recipe.monitor.every == 0 or step == self.recipe.steps:
+                self.monitor.line(self.meter.read(step, self.engine, batch))
+            if validate_every and (step % validate_every == 0 or step == self.recipe.steps):
+                self.score_held_out(step)
+            if step % self.recipe.checkpoint.every == 0 or step == self.recipe.steps or stopping:
+                self.saver.save(step)
+        self.saver.finish()
+        self.loader.close()
+        finished = step == self.recipe.steps
+        self.monitor.close()
+        if self.world.is_main:
+            self.run.write_state("finished" if finished else "stopped", step=step, reason=self.stop.reason)
+        return FINISHED if finished else STOPPED
+
+    def step(self, step: int, batch: StepBatch) -> bool:
+        """One optimizer step on this rank's share of a global batch. Returns whether any rank was asked to stop."""
+        set_learning_rate(
+            self.engine, learning_rate(step, self.recipe.steps, self.recipe.optimizer.lr, self.recipe.schedule)
+        )
+        agreed = torch.tensor([batch.masked, self.stop.asked], dtype=torch.float32, device=self.world.device)
+        dist.all_reduce(agreed)
+        masked, stops = agreed
+        for micro in batch.micro_batches:
+            loss_sum, correct = self.forward(micro)
+            # DeepSpeed averages gradients over the ranks; times ranks, over the masked tokens of all of
+            # them, that average is the gradient of the global mean.
+            self.engine.backward(loss_sum * (self.world.ranks / masked), scale_wrt_gas=False)
+            optimizer_step(self.engine, self.recipe.optimizer.clip)
+            self.meter.add(loss_sum, correct)
+        self.meter.end_step(batch)
+        return bool(stops.item())
+
+    def forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the losses and number of right words over the masked tokens of a micro-batch, fp32 scalars."""
+        micro = micro.to(self.world.device)
+        output = self.engine(
+            micro.tokens,
+            attention_mask=micro.segments if micro.padded else None,
+            positions=micro.positions,
+            labels=micro.labels,
+            weights=micro.weights,
+        )
+        return output.loss_sum, output.correct
+
+    def score_held_out(self, step: int) -> None:
+        """Validate, and log it."""
+        self.engine.eval()
+        loss, accuracy = validate(
+            self.forward,
+            self.datasets,
+            self.recipe.validate,
+            mask_rate=self.recipe.data.mask_rate,
+            whole_word=self.recipe.data.whole_word,
+            rank=self.world.rank,
+            ranks=self.world.ranks,
+        )
+        self.engine.train()
+        self.monitor.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
+        self.meter.skip_time()

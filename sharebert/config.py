@@ -1,0 +1,144 @@
+"""What a ShareBERT is made of: the keys of its `config.json`, checked together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from typing import Any
+
+MODEL_TYPE = "sharebert"
+
+CHOICES = {
+    "sharing": ("veps", "eps"),
+    "mlm_head": ("untied", "tied", "none"),
+    "attention_scale": ("authors", "standard"),
+}
+
+SIZES: dict[str, dict[str, int]] = {
+    "sharebert-small": {"factor_size": 128, "num_hidden_layers": 12},
+    "sharebert-base": {"factor_size": 384, "num_hidden_layers": 12},
+    "sharebert-large": {"factor_size": 768, "num_hidden_layers": 6},
+}
+"""The published sizes, as the keys in which they differ; they share H 2048, I 4096 and A 16."""
+
+
+class ShareBertError(ValueError):
+    """Something given to the model or read from its files is wrong; the message is one line for a user."""
+
+
+@dataclass(frozen=True)
+class ShareBertConfig:
+    """Sizes and choices of a ShareBERT. The defaults are sharebert-base.
+
+    Raises ShareBertError where a value, or the values together, make no model.
+    """
+
+    vocab_size: int = 30528
+    """Rows V of the embedding, rounded up to a multiple of `vocab_pad_multiple` when a config is made.
+    The tokenizer may have fewer words, by less than that multiple."""
+    vocab_pad_multiple: int = 8
+    """V is a multiple of this."""
+    factor_size: int = 384
+    """Columns F of the embedding. With `sharing: eps`, F = H."""
+    hidden_size: int = 2048
+    """Width H of the residual stream."""
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    """Width I inside the feed-forward block."""
+    max_position_embeddings: int = 128
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    """Standard deviation of the weights at the start."""
+    sharing: str = "veps"
+    """`veps`: layers are cut from the virtual matrix E·W_allᵀ + b_all; `eps`: from E itself."""
+    mlm_head: str = "untied"
+    """`untied`: a decoder of its own [V, H]; `tied`: E and a bias [V]; `none`: an encoder alone."""
+    attention_scale: str = "authors"
+    """Scores are multiplied by d^(-2/3) (`authors`) or d^(-1/2) (`standard`), d = H / heads."""
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            _check(key, value)
+        rows = -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+        object.__setattr__(self, "vocab_size", rows)  # frozen: rounding up is part of making it
+        if self.hidden_size % self.num_attention_heads:
+            raise ShareBertError(
+                f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size ({self.hidden_size})"
+            )
+        if self.sharing == "eps" and self.factor_size != self.hidden_size:
+            raise ShareBertError(
+                f"sharing: eps takes layers from the embedding itself, so factor_size ({self.factor_size}) "
+                f"must equal hidden_size ({self.hidden_size})"
+            )
+        square, wide = self.square_columns, self.wide_columns
+        if 5 * square + 2 * wide > self.hidden_size:
+            raise ShareBertError(
+                f"vocab_size {self.vocab_size} is too small for hidden_size H = {self.hidden_size} and "
+                f"intermediate_size I = {self.intermediate_size}: with h = ⌈H²/V⌉ = {square} and f = ⌈H·I/V⌉ = {wide} "
+                f"columns, 5h + 2f = {5 * square + 2 * wide} > H = {self.hidden_size}; take a larger vocabulary "
+                f"(about 5H + 2I = {5 * self.hidden_size + 2 * self.intermediate_size} words) or smaller H and I"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """d, the width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def square_columns(self) -> int:
+        """h = ⌈H²/V⌉, the columns of the virtual matrix that one [H, H] weight takes."""
+        return -(-self.hidden_size * self.hidden_size // self.vocab_size)
+
+    @property
+    def wide_columns(self) -> int:
+        """f = ⌈H·I/V⌉, the columns of the virtual matrix that one [H, I] or [I, H] weight takes."""
+        return -(-self.hidden_size * self.intermediate_size // self.vocab_size)
+
+    @property
+    def score_scale(self) -> float:
+        """The factor on attention scores, before softmax."""
+        return float(self.head_size) ** (-2 / 3 if self.attention_scale == "authors" else -1 / 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of `config.json`, `model_type` among them."""
+        return {"model_type": MODEL_TYPE, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ShareBertConfig:
+        """The config of `values`, the keys of a `config.json`; keys left out have their defaults.
+
+        Raises ShareBertError: an unknown key (the nearest known one is named), another `model_type`, a wrong value.
+        """
+        known = {field.name for field in fields(cls)}
+        for key in values:
+            if key not in known and key != "model_type":
+                match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                raise ShareBertError(f"{key}: unknown key" + (f"; did you mean '{match[0]}'?" if match else ""))
+        if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+            raise ShareBertError(f"model_type: '{values['model_type']}' is another model, not '{MODEL_TYPE}'")
+        return cls(**{key: value for key, value in values.items() if key != "model_type"})
+
+
+def _check(key: str, value: object) -> None:
+    """Check one value alone: its type, its range, or that it is one of the choices."""
+    if key in CHOICES:
+        if value not in CHOICES[key]:
+            raise ShareBertError(f"{key}: one of {', '.join(CHOICES[key])} (got {value!r})")
+    elif key in {"hidden_dropout_prob", "attention_probs_dropout_prob"}:
+        if not _is_number(value) or not 0 <= value < 1:  # type: ignore[operator]
+            raise ShareBertError(f"{key}: a probability from 0 to below 1 (got {value!r})")
+    elif key in {"layer_norm_eps", "initializer_range"}:
+        if not _is_number(value) or not value > 0:  # type: ignore[operator]
+            raise ShareBertError(f"{key}: a number above 0 (got {value!r})")
+    elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ShareBertError(f"{key}: a whole number from 1 (got {value!r})")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)

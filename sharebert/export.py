@@ -1,0 +1,229 @@
+"""An export: the folder that pretraining ends in, and that everything else takes.
+
+    EXPORT/model.safetensors (index + files where large)  config.json  tokenizer.json  tokenizer_config.json
+    README.md (the model card)  and the files of this package, byte for byte
+
+The code travels along, so that `AutoModel.from_pretrained(EXPORT, trust_remote_code=True)` works where this
+project is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .card import model_card
+from .config import ShareBertConfig, ShareBertError
+from .heads import ShareBertForMaskedLM
+from .weights import read_weights, write_weights
+
+CONFIG, TOKENIZER, TOKENIZER_CONFIG, CARD = "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"
+
+AUTO_MAP = {
+    "AutoConfig": "hub.ShareBertHubConfig",
+    "AutoModel": "hub.ShareBertModel",
+    "AutoModelForMaskedLM": "hub.ShareBertForMaskedLM",
+    "AutoModelForSequenceClassification": "hub.ShareBertForSequenceClassification",
+}
+"""Where Hugging Face's Auto classes find the code, in the export's own files."""
+
+HUGGING_FACE_KEYS = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "transformers_version",
+    }
+)
+"""Keys that transformers adds to a `config.json` that it saves; they say nothing about the model's shape."""
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+def tensor_shapes(config: ShareBertConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in an export of such a model."""
+    with torch.device("meta"):
+        model = ShareBertForMaskedLM(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def write_export(
+    out: Path,
+    config: ShareBertConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    tokenizer: Path | None = None,
+    sections: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an export, whole or not at all; an export that was there before is replaced.
+
+    Args:
+        out: the folder to make.
+        config: of the model.
+        tensors: by the names of `tensor_shapes(config)`, in any floating dtype, which the export keeps.
+        tokenizer: a `tokenizer.json`; None for an export without one.
+        sections: what the model card says beyond sizes and loading: heading → text in Markdown.
+        metadata: what the safetensors files say about where the tensors come from.
+
+    Raises ShareBertError: tensors that are not the model's, a tokenizer that does not fit, `out` is something else.
+    """
+    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, "write_export")
+    with new_export(out) as folder:
+        write_export_files(folder, config, tokenizer, sections)
+        write_weights(folder, tensors, metadata)
+
+
+@contextmanager
+def new_export(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`, which takes its place when the block ends, and goes if the block raises.
+
+    Raises ShareBertError where `out` exists and is no export: nothing else is ever replaced.
+    """
+    out = Path(out)
+    if out.exists() and not _replaceable(out):
+        raise ShareBertError(f"{out}: exists and is no export; choose another folder, or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        folder.chmod(0o755)  # mkdtemp's are for the owner alone
+        yield folder
+        old = folder.with_name(f"{folder.name}.old")
+        if out.exists():
+            out.replace(old)
+        folder.replace(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_export_files(
+    folder: Path,
+    config: ShareBertConfig,
+    tokenizer: Path | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> None:
+    """Write everything of an export but its tensors into `folder`; arguments as in `write_export`."""
+    values = config.to_dict() | {"architectures": [_architecture(config)], "auto_map": AUTO_MAP, "pad_token_id": 0}
+    if tokenizer is not None:
+        values["pad_token_id"] = _write_tokenizer(folder, tokenizer, config)
+    _write_json(folder / CONFIG, values)
+    (folder / CARD).write_text(model_card(config, sections or {}), encoding="utf-8")
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        shutil.copyfile(source, folder / source.name)
+
+
+def read_config(folder: Path) -> ShareBertConfig:
+    """The config of the export in `folder`. Raises ShareBertError, naming the file."""
+    path = Path(folder) / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ShareBertError(f"{path}: missing; is {folder} an export?") from None
+    except (ValueError, OSError) as error:
+        raise ShareBertError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ShareBertError(f"{path}: not a mapping of keys to values")
+    ours = {
+        key: value for key, value in values.items() if key not in HUGGING_FACE_KEYS and not key.endswith("_token_id")
+    }
+    try:
+        return ShareBertConfig.from_dict(ours)
+    except ShareBertError as error:
+        raise ShareBertError(f"{path}: {error}") from error
+
+
+def read_export(folder: Path) -> ShareBertForMaskedLM:
+    """The model of an export, in float32, on the CPU, in evaluation mode.
+
+    Raises ShareBertError, naming the file: something missing, damaged, or not of the config's shape.
+    """
+    config = read_config(folder)
+    tensors = read_weights(Path(folder))
+    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, str(folder))
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ShareBertError(f"{folder}: tensor '{name}' is {tensor.dtype}, not of a floating dtype")
+    with torch.device("meta"):
+        model = ShareBertForMaskedLM(config)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return model.eval()
+
+
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: ShareBertConfig, where: str) -> None:
+    """Raises ShareBertError, naming `where`, unless names and shapes are exactly those of `config`'s model."""
+    expected = tensor_shapes(config)
+    missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    if missing or unknown:
+        parts = [f"{what} {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+                 for what, names in (("lacks", missing), ("has unknown", unknown)) if names]  # fmt: skip
+        raise ShareBertError(f"{where}: not the tensors of the model in config.json: {' and '.join(parts)}")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ShareBertError(
+                f"{where}: '{name}' is {list(shapes[name])}, the model in config.json has {list(shape)}"
+            )
+
+
+def _replaceable(out: Path) -> bool:
+    if not out.is_dir():
+        return False
+    return not any(out.iterdir()) or ((out / CONFIG).is_file() and any(out.glob("model*.safetensors")))
+
+
+def _architecture(config: ShareBertConfig) -> str:
+    return "ShareBertModel" if config.mlm_head == "none" else "ShareBertForMaskedLM"
+
+
+def _write_tokenizer(folder: Path, tokenizer: Path, config: ShareBertConfig) -> int:
+    """Write the tokenizer's two files; returns the id of the padding token."""
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises bare Exception
+        raise ShareBertError(f"{tokenizer}: not readable as a tokenizer.json ({error})") from error
+    words = loaded.get_vocab_size()
+    if not 0 <= config.vocab_size - words < config.vocab_pad_multiple:
+        raise ShareBertError(
+            f"{tokenizer}: {words} words, but the model has {config.vocab_size} (a multiple of "
+            f"{config.vocab_pad_multiple}): this is another model's tokenizer"
+        )
+    lacking = [token for token in SPECIAL_TOKENS.values() if loaded.token_to_id(token) is None]
+    if lacking:
+        raise ShareBertError(f"{tokenizer}: lacks the special tokens {', '.join(lacking)}")
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **SPECIAL_TOKENS,
+    }
+    _write_json(folder / TOKENIZER_CONFIG, settings)
+    return loaded.token_to_id("[PAD]") or 0
+
+
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,125 @@
+"""The masked-language-model head, and the model that is pretrained: encoder and head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import ShareBertConfig, ShareBertError
+from .encoder import ShareBert
+from .kernels import linear_cross_entropy
+
+
+class MlmOutput(NamedTuple):
+    """Sums over the chosen positions of a batch; divide by a sum of weights for means."""
+
+    loss_sum: Tensor
+    """Scalar, float32: Σ weight · cross-entropy, in nats."""
+    correct: Tensor
+    """Scalar, float32: Σ weight · [the likeliest word is the label]. No gradient."""
+
+
+class MlmHead(nn.Module):
+    """norm(gelu(dense(x))), then scores of all words by a decoder of its own, or by the embedding and a bias."""
+
+    def __init__(self, config: ShareBertConfig) -> None:
+        super().__init__()
+        self.tied = config.mlm_head == "tied"
+        width = config.factor_size if self.tied else config.hidden_size
+        self.dense = nn.Linear(config.hidden_size, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if self.tied:
+            self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        else:
+            self.decoder = nn.Linear(width, config.vocab_size, bias=False)
+
+    def forward(
+        self, hidden: Tensor, embedding: Tensor | None, labels: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor | MlmOutput:
+        """Logits [N, V] of `hidden` [N, H], or their loss where labels and weights [N] are given.
+
+        `embedding` is E [V, F] where the head is tied, and None where it is not.
+        """
+        x = self.norm(nn.functional.gelu(self.dense(hidden)))
+        matrix = embedding if self.tied else self.decoder.weight
+        bias = self.bias if self.tied else None
+        assert matrix is not None
+        if labels is None or weights is None:
+            return nn.functional.linear(x, matrix, bias)
+        return MlmOutput(*linear_cross_entropy(x, matrix, bias, labels, weights))
+
+
+class ShareBertForMaskedLM(nn.Module):
+    """Encoder and MLM head: what is pretrained, and what an export holds.
+
+    With `mlm_head: none` it is the encoder alone under the export's names, and has neither loss nor logits.
+    """
+
+    def __init__(self, config: ShareBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sharebert = ShareBert(config)
+        self.mlm_head = None if config.mlm_head == "none" else MlmHead(config)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        segments: Tensor | None = None,
+        positions: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+    ) -> MlmOutput:
+        """The loss at chosen positions of a batch.
+
+        Args:
+            tokens: [B, T], as `ShareBert.forward` takes them, and so the next three.
+            positions: [N], int64: flat indices into B·T. N is a capacity: unused entries have weight 0.
+            labels: [N], int64: the word at each position.
+            weights: [N], float32.
+
+        Raises ShareBertError where the model has no MLM head.
+        """
+        output = self._head(self._rows(tokens, attention_mask, token_type_ids, segments, positions), labels, weights)
+        assert isinstance(output, MlmOutput)
+        return output
+
+    def logits(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Scores of all words: [N, V] at flat `positions` [N], or [B, T, V] at every position.
+
+        Raises ShareBertError where the model has no MLM head.
+        """
+        scores = self._head(self._rows(tokens, attention_mask, token_type_ids, segments, positions))
+        assert isinstance(scores, Tensor)
+        return scores if positions is not None else scores.unflatten(0, tuple(tokens.shape))
+
+    def _rows(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        segments: Tensor | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """Hidden states [N, H] at flat `positions`, or at all of them."""
+        encoded = self.sharebert(tokens, attention_mask, token_type_ids, segments=segments, pool=False)
+        rows = encoded.hidden.flatten(0, 1)
+        return rows if positions is None else rows.index_select(0, positions)
+
+    def _head(self, rows: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor | MlmOutput:
+        if self.mlm_head is None:
+            raise ShareBertError("this model has no MLM head (mlm_head: none), so it has no loss and scores no words")
+        tied = self.sharebert.word_embeddings.weight if self.mlm_head.tied else None
+        return self.mlm_head(rows, tied, labels, weights)  # type: ignore[no-any-return]

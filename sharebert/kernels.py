@@ -1,0 +1,171 @@
+"""The operations that make up a layer: one interface, and its reference in plain PyTorch.
+
+Everything in the model that is worth fusing goes through these functions. Reductions, LayerNorm statistics,
+softmax and the loss are in float32, and in float64 where the input is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_LOGITS = 2**24
+"""Logits that exist at a time in `linear_cross_entropy`: 64 MiB in float32, 549 rows of a 30,528-word vocabulary."""
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which products with `tensor` run: autocast's where it is on, the tensor's own elsewhere."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` are summed: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [m, n] += a [m, k] · b [k, n], without a temporary where the dtypes are one."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [..., in] · weight [in, out] + bias [out].
+
+    One `addmm` on views: neither the weight nor, in the backward pass, its gradient is copied or transposed.
+    """
+    return torch.addmm(bias, x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x·W + b) with the exact (erf) GELU; shapes as in `linear`."""
+    return F.gelu(linear(x, weight, bias))
+
+
+def add_dropout_norm(
+    stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """stream + dropout(branch), and its LayerNorm in the dtype in which products run; all [..., H].
+
+    Args:
+        stream: the residual stream.
+        branch: what the last block adds to it; None where there is nothing to add yet.
+        weight: LayerNorm's, [H].
+        bias: LayerNorm's, [H].
+        eps: LayerNorm's.
+        dropout: probability with which values of `branch` are dropped; 0 outside training.
+    """
+    if branch is not None:
+        stream = stream + (F.dropout(branch, dropout) if dropout else branch)
+    normed = F.layer_norm(stream, weight.shape, weight, bias, eps)
+    return stream, normed.to(compute_dtype(normed))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """softmax(query·keyᵀ·scale)·value with dropout on the probabilities; all [B, heads, T, d].
+
+    Args:
+        mask: booleans that broadcast to [B, heads, T, T], true where a query (row) sees a key (column);
+            None where every query sees every key.
+        scale: the factor on scores.
+        dropout: probability with which an attention probability is dropped; 0 outside training.
+    """
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the cross-entropies of hidden·weightᵀ + bias, and of the right guesses.
+
+    The logits [N, V] are made in chunks of rows, and the gradients with them: they never exist whole.
+
+    Args:
+        hidden: [N, K].
+        weight: [V, K].
+        bias: [V] or None.
+        labels: [N], int64, from 0 to V - 1 (also where the weight is 0).
+        weights: [N], float32; 0 leaves a row out.
+
+    Returns:
+        Two scalars, float32 (float64 for float64 input): Σ weightsᵢ·(−log p(labelᵢ)), which has a gradient,
+        and Σ weightsᵢ·[argmax = labelᵢ], which has none.
+    """
+    loss_sum, correct = _LinearCrossEntropy.apply(
+        hidden, weight, bias, labels, weights, compute_dtype(hidden), torch.is_grad_enabled()
+    )
+    return loss_sum, correct
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradients in the forward pass, while a chunk's logits are there, for a loss gradient of 1.
+
+    So the logits are computed once, and the weight need not be kept (or gathered again, where it is partitioned).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+        dtype: torch.dtype,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        sums = accumulation_dtype(dtype)
+        x, w = hidden.to(dtype), weight.to(dtype)
+        row_weights = weights.to(sums).unsqueeze(1)
+        needs = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        grad_weight = torch.zeros(weight.shape, dtype=sums, device=weight.device) if needs[1] else None
+        grad_bias = torch.zeros(len(weight), dtype=sums, device=weight.device) if needs[2] else None
+        loss_sum, correct = torch.zeros(2, dtype=sums, device=hidden.device).unbind()
+
+        rows_at_once = max(1, CHUNK_LOGITS // len(weight))
+        for first in range(0, len(hidden), rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            target = labels[rows].unsqueeze(1)
+            logits = (x[rows] @ w.t()).to(sums)
+            if bias is not None:
+                logits += bias
+            log_z = logits.logsumexp(1, keepdim=True)
+            loss_sum += ((log_z - logits.gather(1, target)) * row_weights[rows]).sum()
+            correct += ((logits.argmax(1, keepdim=True) == target) * row_weights[rows]).sum()
+            if not any(needs):
+                continue
+            grad_logits = logits.sub_(log_z).exp_()
+            grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
+            grad_logits *= row_weights[rows]
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ w
+            if grad_weight is not None:
+                accumulate_product(grad_weight, grad_logits.t(), x[rows])
+
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(correct)
+        return loss_sum, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, since a decoder's gradient is as large as the decoder; autograd refuses a second backward.
+        gradients = [None if saved is None else saved.mul_(grad_loss) for saved in ctx.saved_tensors]
+        return (*gradients, None, None, None, None)

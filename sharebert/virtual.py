@@ -1,0 +1,173 @@
+"""The virtual embedding matrix, and the weights that all layers share, cut from it.
+
+Hu et al., "ShareBERT: Embeddings Are Capable of Learning Hidden Layers", AAAI 2024; extended in Neural
+Networks 191 (2025) 107794. With V the vocabulary, F the factor size, H the hidden size:
+
+    M = E · W_allᵀ + b_all   [V, H]     E [V, F], W_all [H, F], b_all [H]      (VEPS)
+    M = E                    [V, H]                                            (EPS, F = H)
+
+A weight [in, out] is a block of ⌈in·out/V⌉ columns of M, flattened row by row and cut to its first in·out
+values. M itself is never made: each block is a product of its own, contiguous, and the weight is a view of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .config import ShareBertConfig
+from .kernels import accumulate_product, accumulation_dtype, compute_dtype
+
+
+class Block(NamedTuple):
+    """Columns [first, last) of the virtual matrix, and the shape of the weight that is cut from them."""
+
+    first: int
+    last: int
+    rows: int
+    columns: int
+
+
+class LayerWeights(NamedTuple):
+    """The six matrices of every layer, each [in, out] and contiguous: y = x·W + b."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attention_output: Tensor
+    intermediate: Tensor
+    output: Tensor
+
+
+class Blocks(NamedTuple):
+    """Where each weight lies in the virtual matrix."""
+
+    query: Block
+    key: Block
+    value: Block
+    attention_output: Block
+    intermediate: Block
+    output: Block
+    pooler: Block
+
+
+def blocks(config: ShareBertConfig) -> Blocks:
+    """The blocks of a model, counted from the right edge of the virtual matrix (equations in the paper's section 3)."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    h, f = config.square_columns, config.wide_columns
+
+    def block(left: int, width: int, rows: int, columns: int) -> Block:
+        return Block(hidden - left, hidden - left + width, rows, columns)
+
+    return Blocks(
+        query=block(h, h, hidden, hidden),
+        key=block(2 * h, h, hidden, hidden),
+        value=block(3 * h, h, hidden, hidden),
+        intermediate=block(f + 3 * h, f, hidden, inner),
+        output=block(2 * f + 3 * h, f, inner, hidden),
+        attention_output=block(h + 2 * f + 3 * h, h, hidden, hidden),
+        pooler=block(2 * h + 2 * f + 3 * h, h, hidden, hidden),
+    )
+
+
+def generate(cut: tuple[Block, ...], embedding: Tensor, projection: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+    """The weights of the blocks `cut`, in the dtype in which products run (autocast's, where it is on).
+
+    Args:
+        cut: the blocks to make.
+        embedding: E [V, F].
+        projection: W_all [H, F] for VEPS; None for EPS.
+        bias: b_all [H] for VEPS; None for EPS.
+
+    Returns:
+        One [in, out] tensor a block: a contiguous view of the block's own product (EPS: of its own copy).
+    """
+    dtype = compute_dtype(embedding)
+    if projection is None:
+        return list(_Columns.apply(embedding, cut, dtype))
+    return list(_Products.apply(embedding, projection, bias, cut, dtype))
+
+
+class _Products(torch.autograd.Function):
+    """VEPS: all blocks in one node, so that their gradients meet in one buffer for E and one for W_all.
+
+    Left to autograd, each narrowing of a product would cost a zero-filled copy of the weight in the backward
+    pass, and each slice of W_all a zero-filled [H, F].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, embedding: Tensor, projection: Tensor, bias: Tensor, cut: tuple[Block, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(embedding, projection)
+        ctx.cut, ctx.dtype, ctx.bias_dtype = cut, dtype, bias.dtype
+        e, w, b = embedding.to(dtype), projection.to(dtype), bias.to(dtype)
+        weights = []
+        for block in cut:
+            columns = slice(block.first, block.last)
+            product = torch.addmm(b[columns], e, w[columns].t())
+            weights.append(product.view(-1)[: block.rows * block.columns].view(block.rows, block.columns))
+        return tuple(weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        embedding, projection = ctx.saved_tensors
+        e, w = embedding.to(ctx.dtype), projection.to(ctx.dtype)
+        sums = accumulation_dtype(ctx.dtype)
+        grad_e = torch.zeros(e.shape, dtype=sums, device=e.device)
+        grad_w = torch.zeros(w.shape, dtype=sums, device=w.device)
+        grad_b = torch.zeros(len(w), dtype=sums, device=w.device)
+        for block, gradient in zip(ctx.cut, gradients, strict=True):
+            if gradient is None:
+                continue
+            columns = slice(block.first, block.last)
+            whole, rest = _rows(gradient, block)
+            n = len(whole)
+            accumulate_product(grad_e[:n], whole, w[columns])
+            accumulate_product(grad_w[columns], whole.t(), e[:n])
+            grad_b[columns] += whole.sum(0)
+            if len(rest):  # the row of the block in which the weight ends
+                begun = slice(block.first, block.first + len(rest))
+                grad_e[n] += rest @ w[begun]
+                grad_w[begun] += torch.outer(rest, e[n])
+                grad_b[begun] += rest
+        return grad_e.to(embedding.dtype), grad_w.to(projection.dtype), grad_b.to(ctx.bias_dtype), None, None
+
+
+class _Columns(torch.autograd.Function):
+    """EPS: blocks are columns of E. Rows of E are [H] long, so laying a block out row by row takes one copy."""
+
+    @staticmethod
+    def forward(ctx: Any, embedding: Tensor, cut: tuple[Block, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.cut, ctx.shape, ctx.like = cut, embedding.shape, embedding.dtype
+        weights = []
+        for block in cut:
+            columns = embedding.detach()[:, block.first : block.last].to(dtype, copy=True).contiguous()
+            weights.append(columns.view(-1)[: block.rows * block.columns].view(block.rows, block.columns))
+        return tuple(weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        known = next(gradient for gradient in gradients if gradient is not None)
+        grad_e = torch.zeros(ctx.shape, dtype=ctx.like, device=known.device)
+        for block, gradient in zip(ctx.cut, gradients, strict=True):
+            if gradient is not None:
+                whole, rest = _rows(gradient, block)
+                grad_e[: len(whole), block.first : block.last] = whole
+                grad_e[len(whole) : len(whole) + 1, block.first : block.first + len(rest)] = rest
+        return grad_e, None, None
+
+
+def _rows(gradient: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """The gradient of a weight as the whole rows [n, width] of its block, and what it has of the next row."""
+    flat = gradient.reshape(-1)
+    width = block.last - block.first
+    n = len(flat) // width
+    return flat[: n * width].view(n, width), flat[n * width :]

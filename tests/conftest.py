@@ -1,0 +1,74 @@
+"""What several packages' tests share: a tiny dataset of made-up sentences."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SEQ_LEN = 32
+WORDS = 296
+
+
+def make_dataset(folder: Path, *, train_rows: int = 192, validation_rows: int = 24, seed: int = 0) -> Path:
+    """A dataset in format 1 whose words follow each other in a fixed order most of the time: it can be learnt."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    from data_prep.shards import file_sha256, write_manifest, write_shard
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + [f"word{i}" for i in range(WORDS)]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(special)
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    rng = np.random.default_rng(seed)
+
+    def rows_of(count: int) -> tuple[np.ndarray, np.ndarray]:
+        steps = np.where(rng.random((count, SEQ_LEN)) < 0.9, 1, rng.integers(1, WORDS, (count, SEQ_LEN)))
+        tokens = (len(special) + np.cumsum(steps, axis=1) % WORDS).astype(np.uint16)
+        segments = np.ones_like(tokens, dtype=np.uint8)
+        tokens[:, 0], tokens[:, -1] = 2, 3
+        tokens[0, -5:], segments[0, -5:] = 0, 0  # one row has padding
+        return tokens, segments
+
+    splits: dict[str, Any] = {}
+    for split, count in (("train", train_rows), ("validation", validation_rows)):
+        tokens, segments = rows_of(count)
+        blocks = [(tokens[i : i + 16], segments[i : i + 16]) for i in range(0, count, 16)]
+        shards = [
+            write_shard(folder, f"{split}/shard-{n:06d}.tar", blocks[i : i + 3])
+            for n, i in enumerate(range(0, len(blocks), 3))
+        ]
+        splits[split] = {"rows": count, "tokens": int((segments > 0).sum()), "documents": count, "shards": shards}
+    write_manifest(
+        folder,
+        {
+            "seq_len": SEQ_LEN,
+            "dtype": "uint16",
+            "segments_dtype": "uint8",
+            "vocab_size": len(words),
+            "tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
+            "special_ids": {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4},
+            "config": {},
+            "sources": [],
+            "splits": splits,
+            "versions": {},
+        },
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dataset: 101 words, rows of 32 tokens."""
+    return make_dataset(tmp_path_factory.mktemp("data") / "dataset")

@@ -1,0 +1,78 @@
+"""Parameter counts of the published sizes, and configs that make no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY, tiny_config
+
+from sharebert import SIZES, ShareBert, ShareBertConfig, ShareBertError
+
+PUBLISHED = [
+    ("sharebert-small", 1, 30522, 4_982_272),
+    ("sharebert-base", 1, 30522, 13_844_992),
+    ("sharebert-large", 1, 30522, 27_003_904),
+    ("sharebert-small", 8, 30528, 4_983_040),
+    ("sharebert-base", 8, 30528, 13_847_296),
+    ("sharebert-large", 8, 30528, 27_008_512),
+]
+
+
+@pytest.mark.parametrize(("size", "multiple", "rows", "parameters"), PUBLISHED)
+def test_published_sizes_have_exactly_their_parameters(size: str, multiple: int, rows: int, parameters: int) -> None:
+    config = ShareBertConfig.from_dict({**SIZES[size], "vocab_size": 30522, "vocab_pad_multiple": multiple})
+    with torch.device("meta"):
+        model = ShareBert(config)
+    assert config.vocab_size == rows
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_default_is_base_and_round_trips() -> None:
+    config = ShareBertConfig()
+    assert config.to_dict().items() >= SIZES["sharebert-base"].items()
+    assert config.to_dict()["model_type"] == "sharebert"
+    assert ShareBertConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(("words", "multiple", "rows"), [(249, 8, 256), (256, 8, 256), (257, 8, 264), (257, 1, 257)])
+def test_vocabulary_is_rounded_up_to_its_multiple(words: int, multiple: int, rows: int) -> None:
+    assert tiny_config(vocab_size=words, vocab_pad_multiple=multiple).vocab_size == rows
+
+
+def test_score_scales() -> None:
+    assert tiny_config(attention_scale="authors").score_scale == pytest.approx(8 ** (-2 / 3))
+    assert tiny_config(attention_scale="standard").score_scale == pytest.approx(8**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_dropuot_prob": 0.1}, "hidden_dropuot_prob: unknown key; did you mean 'hidden_dropout_prob'?"),
+        ({"model_type": "bert"}, "'bert' is another model"),
+        ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide hidden_size \(24\)"),
+        ({"sharing": "eps", "factor_size": 8}, r"factor_size \(8\) must equal hidden_size \(24\)"),
+        ({"sharing": "both"}, "sharing: one of veps, eps"),
+        ({"mlm_head": True}, "mlm_head: one of untied, tied, none"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob: a probability"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps: a number above 0"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps: a number above 0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers: a whole number"),
+        ({"vocab_size": True}, "vocab_size: a whole number"),
+    ],
+)
+def test_refuses_in_one_line(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ShareBertError, match=says) as caught:
+        ShareBertConfig.from_dict({**TINY, **changes})
+    assert "\n" not in str(caught.value)
+
+
+def test_shape_that_does_not_fit_is_refused_with_its_sizes() -> None:
+    """5h + 2f ≤ H: with V 240 blocks still fit; with V 232 they do not."""
+    tiny_config(vocab_size=240)
+    with pytest.raises(ShareBertError) as caught:
+        tiny_config(vocab_size=232)
+    message = str(caught.value)
+    for part in ("vocab_size 232", "H = 24", "I = 40", "= 3 and", "= 5 columns", "5h + 2f = 25 > H = 24"):
+        assert part in message

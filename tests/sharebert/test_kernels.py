@@ -1,0 +1,147 @@
+"""The fused operations against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import profile
+
+from sharebert import kernels
+from sharebert.kernels import add_dropout_norm, attention, linear, linear_cross_entropy, linear_gelu
+
+N, K, V = 13, 8, 50
+
+
+def head_inputs(dtype: torch.dtype, bias: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:
+    """[hidden, weight, bias] that ask for gradients, labels, and weights, some of them 0."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(N, K), (V, K), (V,)][: 3 if bias else 2]
+    given = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    labels = torch.randint(V, (N,), generator=generator)
+    weights = torch.rand(N, generator=generator)
+    weights[[2, 7, 12]] = 0
+    return given, labels, weights
+
+
+def plain_loss(given: list[Tensor], labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(*given)
+    loss = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    return loss, ((logits.argmax(1) == labels) * weights).sum()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows_at_once", [1, 4, 13, 100])
+def test_chunked_cross_entropy_is_the_plain_one(monkeypatch: pytest.MonkeyPatch, rows_at_once: int, bias: bool) -> None:
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", rows_at_once * V + 1)
+    given, labels, weights = head_inputs(torch.float64, bias)
+    labels[3] = int(F.linear(*given)[3].argmax())  # one right guess at least
+    loss, correct = linear_cross_entropy(*(*given, None)[:3], labels, weights)
+    expected, expected_correct = plain_loss(given, labels, weights)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(correct, expected_correct.double())
+    assert correct > 0
+    assert not correct.requires_grad
+    for a, b in zip(torch.autograd.grad(loss * 3, given), torch.autograd.grad(expected * 3, given), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_of_weight_zero_do_nothing() -> None:
+    given, labels, weights = head_inputs(torch.float64)
+    loss, _ = linear_cross_entropy(*given, labels, weights)
+    (gradient,) = torch.autograd.grad(loss, given[:1])
+    assert (gradient[weights == 0] == 0).all()
+    kept = weights > 0
+    fewer, _ = linear_cross_entropy(given[0][kept], given[1], given[2], labels[kept], weights[kept])
+    torch.testing.assert_close(loss, fewer)
+
+
+@pytest.mark.parametrize("way", ["parameters", "autocast"])
+def test_bfloat16_loss_is_summed_in_float32(way: str) -> None:
+    given, labels, weights = head_inputs(torch.bfloat16 if way == "parameters" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        loss, correct = linear_cross_entropy(*given, labels, weights)
+    assert loss.dtype == correct.dtype == torch.float32
+    exact = [p.detach().double().requires_grad_() for p in given]
+    expected, _ = plain_loss(exact, labels, weights)
+    torch.testing.assert_close(loss.double(), expected, rtol=0.01, atol=0)
+    ours, theirs = torch.autograd.grad(loss, given), torch.autograd.grad(expected, exact)
+    for a, b, parameter in zip(ours, theirs, given, strict=True):
+        assert a.dtype == parameter.dtype
+        torch.testing.assert_close(a.double(), b, rtol=0.05, atol=0.02)
+
+
+def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", 4 * 1000)
+    hidden = torch.randn(64, K, requires_grad=True)
+    weight = torch.randn(1000, K, requires_grad=True)
+    labels = torch.zeros(64, dtype=torch.int64)
+    with profile(profile_memory=True) as recorded:
+        loss, _ = linear_cross_entropy(hidden, weight, None, labels, torch.ones(64))
+        loss.backward()
+    largest = max(event.self_cpu_memory_usage for event in recorded.events() or ())
+    assert largest == 2 * 4 * 1000 * 4  # a chunk of logits, and what logsumexp makes of it; never 64 · 1000
+
+
+def test_no_gradient_is_made_where_none_is_wanted() -> None:
+    given, labels, weights = head_inputs(torch.float32)
+    with torch.no_grad():
+        loss, _ = linear_cross_entropy(*given, labels, weights)
+    assert not loss.requires_grad
+    frozen = [given[0], given[1].detach(), given[2].detach()]
+    loss, _ = linear_cross_entropy(*frozen, labels, weights)
+    loss.backward()
+    assert given[0].grad is not None
+    assert given[1].grad is None
+
+
+def test_linear_and_gelu() -> None:
+    x, weight, bias = torch.randn(2, 3, 4), torch.randn(4, 5), torch.randn(5)
+    expected = torch.einsum("bti,io->bto", x, weight) + bias
+    torch.testing.assert_close(linear(x, weight, bias), expected)
+    exact = expected * (1 + torch.erf(expected / 2**0.5)) / 2
+    torch.testing.assert_close(linear_gelu(x, weight, bias), exact)
+
+
+def test_add_dropout_norm() -> None:
+    stream, branch = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    weight, bias = torch.randn(8), torch.randn(8)
+    summed, normed = add_dropout_norm(stream, branch, weight, bias, 1e-5, 0.0)
+    torch.testing.assert_close(summed, stream + branch)
+    torch.testing.assert_close(normed, F.layer_norm(stream + branch, (8,), weight, bias, 1e-5))
+    alone, _ = add_dropout_norm(stream, None, weight, bias, 1e-5, 0.5)
+    assert alone is stream
+
+
+def test_stream_stays_float32_under_autocast_and_its_norm_is_cast_once() -> None:
+    stream, branch = torch.randn(2, 3, 8), torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        summed, normed = add_dropout_norm(stream, branch, torch.ones(8), torch.zeros(8), 1e-5, 0.0)
+    assert summed.dtype == torch.float32
+    assert normed.dtype == torch.bfloat16
+
+
+def test_dropout_drops_its_share_of_the_branch_and_scales_the_rest() -> None:
+    torch.manual_seed(0)
+    ones = torch.ones(100, 1000)
+    summed, _ = add_dropout_norm(torch.zeros(100, 1000), ones, torch.ones(1000), torch.zeros(1000), 1e-5, 0.1)
+    assert (summed == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
+    torch.testing.assert_close(summed[summed != 0].unique(), torch.tensor([1 / 0.9]))
+
+
+def test_attention_scale_and_mask() -> None:
+    query, key, value = torch.randn(3, 2, 2, 5, 4).unbind()
+    mask = torch.tensor([1, 1, 1, 0, 0], dtype=torch.bool).view(1, 1, 1, 5)
+    scores = (query @ key.mT * 0.3).masked_fill(~mask, float("-inf"))
+    expected = scores.softmax(-1) @ value
+    torch.testing.assert_close(attention(query, key, value, mask, 0.3, 0.0), expected)
+
+
+def test_attention_dropout_is_on_probabilities() -> None:
+    """With values all 1, an output is the sum of the kept probabilities / 0.9: its mean stays 1."""
+    torch.manual_seed(0)
+    query, key = torch.zeros(2, 1, 50, 200, 4).unbind()
+    output = attention(query, key, torch.ones(1, 50, 200, 4), None, 1.0, 0.1)
+    assert output.mean().item() == pytest.approx(1, abs=0.002)
+    assert output[..., 0].std().item() == pytest.approx((0.1 / 0.9 / 200) ** 0.5, rel=0.05)

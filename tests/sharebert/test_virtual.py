@@ -1,0 +1,124 @@
+"""The generated weights: their values, their gradients, and that nothing is copied on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_config
+from torch import Tensor
+from torch.profiler import profile
+
+from sharebert import ShareBertConfig
+from sharebert.kernels import linear
+from sharebert.virtual import blocks, generate
+
+
+def parameters(config: ShareBertConfig, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """E, and for VEPS W_all and b_all."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(config.vocab_size, config.factor_size)]
+    if config.sharing == "veps":
+        shapes += [(config.hidden_size, config.factor_size), (config.hidden_size,)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def cut_from_whole_matrix(config: ShareBertConfig, given: list[Tensor]) -> list[Tensor]:
+    """The seven weights by the definition: the whole M, its columns, flattened, cut, reshaped."""
+    matrix = given[0] if config.sharing == "eps" else given[0] @ given[1].T + given[2]
+    return [
+        matrix[:, b.first : b.last].flatten()[: b.rows * b.columns].reshape(b.rows, b.columns) for b in blocks(config)
+    ]
+
+
+def make(config: ShareBertConfig, given: list[Tensor]) -> list[Tensor]:
+    embedding, projection, bias = (*given, None, None)[:3]
+    assert embedding is not None
+    return generate(tuple(blocks(config)), embedding, projection, bias)
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"vocab_size": 251, "vocab_pad_multiple": 1},
+    {"vocab_size": 576, "vocab_pad_multiple": 1},  # H² = V: one column a block, nothing cut off
+    {"vocab_size": 288, "intermediate_size": 48},  # V divides H² and H·I
+    {"sharing": "eps"},
+    {"sharing": "eps", "vocab_size": 288, "intermediate_size": 48},
+]
+
+
+@pytest.mark.parametrize("changes", CASES)
+def test_weights_and_gradients_are_those_of_the_whole_matrix(changes: dict[str, Any]) -> None:
+    config = tiny_config(**changes)
+    given = parameters(config)
+    made, expected = make(config, given), cut_from_whole_matrix(config, given)
+    factors = [torch.randn_like(weight) for weight in expected]
+    gradients = torch.autograd.grad([w * g for w, g in zip(made, factors, strict=True)], given, factors)
+    wanted = torch.autograd.grad([w * g for w, g in zip(expected, factors, strict=True)], given, factors)
+    for a, b in zip((*made, *gradients), (*expected, *wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_unused_weights_cost_no_gradient() -> None:
+    config = tiny_config()
+    given = parameters(config)
+    make(config, given)[1].sum().backward()
+    key = blocks(config).key
+    assert given[1].grad is not None
+    used = given[1].grad.abs().sum(1) > 0
+    assert used[key.first : key.last].all()
+    assert used.sum() == key.last - key.first
+
+
+def test_gradient_by_finite_differences() -> None:
+    config = tiny_config()
+    given = parameters(config)
+    assert torch.autograd.gradcheck(lambda *p: tuple(make(config, list(p))), given, fast_mode=True)
+
+
+@pytest.mark.parametrize("sharing", ["veps", "eps"])
+def test_each_weight_is_a_contiguous_view_of_its_own_product(sharing: str) -> None:
+    config = tiny_config(sharing=sharing)
+    with torch.no_grad():
+        made = make(config, parameters(config))
+    storages = {weight.untyped_storage().data_ptr() for weight in made}
+    assert len(storages) == len(made)
+    for weight, block in zip(made, blocks(config), strict=True):
+        assert weight.is_contiguous()
+        assert weight.storage_offset() == 0
+        assert weight.untyped_storage().nbytes() == config.vocab_size * (block.last - block.first) * 8
+
+
+def allocations(nbytes: int, recorded: profile) -> set[str]:
+    """The operations that allocated at least `nbytes` themselves."""
+    return {event.name for event in recorded.events() or () if event.self_cpu_memory_usage >= nbytes}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_weight_is_copied_forward_or_backward(autocast: bool) -> None:
+    """Whatever is as large as a weight comes out of a product: the blocks, and a gradient for each use of one."""
+    config = tiny_config(hidden_size=64, num_attention_heads=4, intermediate_size=128, vocab_size=640, factor_size=2)
+    given = parameters(config, torch.float32)
+    x = torch.randn(8, 64, requires_grad=True)
+    bias = torch.zeros(64, requires_grad=True)
+    with profile(profile_memory=True) as recorded, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        query, key, value, attention_output, *_ = make(config, given)
+        for _ in range(2):  # two layers share the weights
+            for weight in (query, key, value, attention_output):
+                x = linear(x, weight, bias)
+        x.sum().backward()
+    assert allocations(query.nbytes, recorded) == {"aten::addmm", "aten::mm"}
+    assert given[0].grad is not None
+
+
+def test_products_run_in_autocast_dtype_and_gradients_return_in_the_parameters() -> None:
+    config = tiny_config()
+    given = parameters(config, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = make(config, given)
+    assert {weight.dtype for weight in made} == {torch.bfloat16}
+    torch.autograd.backward(made, [torch.ones_like(weight) for weight in made])
+    assert {p.grad.dtype for p in given if p.grad is not None} == {torch.float32}
+    for weight, exact in zip(made, cut_from_whole_matrix(config, given), strict=True):
+        torch.testing.assert_close(weight.float(), exact, rtol=0.02, atol=0.05)

@@ -1,0 +1,97 @@
+"""The rules of the house: who imports whom, what travels with an export, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "sharebert_recipe": set(),
+    "sharebert": set(),
+    "data_prep": {"sharebert_recipe"},
+    "pretrain": {"sharebert_recipe", "sharebert", "data_prep.shards"},
+    "scoring": {"sharebert_recipe", "sharebert"},
+    "compress": {"sharebert_recipe", "sharebert", "data_prep", "pretrain", "scoring"},
+    "cluster": {"sharebert_recipe"},
+}
+"""The floors, from the ground up. A dotted name allows that module alone."""
+
+OURS = {*MAY_IMPORT, "sharebert_cli"}
+
+
+def imports(file: Path) -> Iterator[tuple[ast.stmt, str]]:
+    """Every absolute import in a file, wherever it stands: (statement, dotted module)."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module
+            yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_floor_imports_only_the_floors_below(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        for statement, module in imports(file):
+            top = module.split(".")[0]
+            if top not in OURS or top == package:
+                continue
+            allowed = MAY_IMPORT[package]
+            fits = top in allowed or any(module == name or module.startswith(f"{name}.") for name in allowed)
+            assert fits, f"{file.relative_to(ROOT)}:{statement.lineno} imports {module}"
+
+
+def test_nothing_imports_the_command() -> None:
+    for file in ROOT.glob("*/**/*.py"):
+        if file.relative_to(ROOT).parts[0] in MAY_IMPORT:
+            assert all(not module.startswith("sharebert_cli") for _, module in imports(file)), file
+
+
+def test_what_travels_imports_itself_relatively_and_needs_only_torch() -> None:
+    """Hugging Face allows remote code relative imports of one level, and optional packages inside `try`."""
+    needed = {"torch", "safetensors", "tokenizers"} | set(sys.stdlib_module_names)
+    for file in sorted((ROOT / "sharebert").glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        guarded = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+        for statement, module in imports(file):
+            top = module.split(".")[0]
+            assert top != "sharebert", f"{file.name}:{statement.lineno}: write `from .name import …`"
+            assert top in needed or id(statement) in guarded, f"{file.name}:{statement.lineno}: {module} outside `try`"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, f"{file.name}:{node.lineno}"
+                assert node.module is None or "." not in node.module, f"{file.name}:{node.lineno}"
+    assert not [folder for folder in (ROOT / "sharebert").iterdir() if folder.is_dir() and folder.name != "__pycache__"]
+
+
+def test_importing_the_model_takes_nothing_heavy_with_it() -> None:
+    code = "import sys, sharebert; print([m for m in ('deepspeed', 'triton', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_help_of_the_command_takes_no_torch() -> None:
+    code = "import sys, sharebert_cli; sharebert_cli.build_parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
+
+
+def test_only_hub_imports_transformers() -> None:
+    for file in ROOT.glob("*/**/*.py"):
+        if file.relative_to(ROOT).parts[0] == "sharebert" and file.name != "hub.py":
+            assert all(not module.startswith("transformers") for _, module in imports(file)), file
+
+
+def test_tests_configs_and_docker_are_no_packages(tmp_path: Path) -> None:
+    code = "import importlib.util as u; print([n for n in ('tests', 'configs', 'docker') if u.find_spec(n)])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,72 @@
+"""Runs of a tiny model, launched as users launch them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MANY_RUNS = Path(__file__).parent / "pretrain" / "many_runs.py"
+
+
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    """The command that starts `ranks` workers on this machine."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*start, *arguments]
+
+
+def train_many(plan: Sequence[dict[str, Any]], ranks: int, folder: Path) -> None:
+    """Run `many_runs.py` on `ranks` processes; fails the test where a run of the plan failed."""
+    file = folder / f"plan-{ranks}.json"
+    file.write_text(json.dumps(plan))
+    done = subprocess.run(
+        torchrun(ranks, str(MANY_RUNS), str(file)),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for run, result in zip(plan, json.loads(file.with_suffix(".results.json").read_text()), strict=True):
+        assert "error" not in result, f"{run['overrides']}\n{result['error']}"
+
+
+def train_arguments(dataset: Path, run: Path, **overrides: Any) -> list[str]:
+    """`key=value` of a run of a tiny model in fp32, without dropout; `a__b=1` overrides `a.b`."""
+    keys: dict[str, Any] = {
+        "run": run,
+        "data.dataset": dataset,
+        "data.global_batch": 10,
+        "data.micro_batch": 10,
+        "steps": 20,
+        "precision": "fp32",
+        "zero.stage": 1,
+        "optimizer.lr": 3e-3,
+        "model.hidden_size": 32,
+        "model.intermediate_size": 48,
+        "model.num_hidden_layers": 2,
+        "model.num_attention_heads": 4,
+        "model.factor_size": 8,
+        "model.mlm_head": "tied",
+        "model.hidden_dropout_prob": 0.0,
+        "model.attention_probs_dropout_prob": 0.0,
+        "monitor.every": 1,
+        "validate.every": 0,
+    }
+    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in keys.items()]
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each logged step."""
+    return [line["loss"] for line in log_of(run) if "loss" in line]
