@@ -127,11 +127,10 @@ def _is_bad_input(error: Exception) -> bool:
 def _add_keys_to_help(parser: argparse.ArgumentParser, name: str) -> None:
     from importlib import import_module
 
-    choices = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    sub = choices.get(name)
-    schema = sub.get_default("schema") if sub else None
-    if schema:
-        module, _, attribute = schema.partition(":")
+    verbs = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    sub = verbs.get(name)
+    if sub is not None and sub.get_default("schema"):
+        module, _, attribute = sub.get_default("schema").partition(":")
         sub.epilog = "keys:\n" + describe(getattr(import_module(module), attribute))
 
 

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from data_prep import tables
 from data_prep.sources import Input, Part, Piece, SourceConfig
@@ -28,9 +30,9 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Batch:
-    """Some documents of a part, in order. `first` is the number, within the part, of the first of them."""
+    """Some documents of a part, in order, with their numbers [n] within the part."""
 
-    first: int
+    numbers: NDArray[np.int64]
     texts: list[str]
 
 
@@ -47,9 +49,14 @@ def read_part(part: Part, inputs: Sequence[Input], config: SourceConfig, counts:
         for texts in _Reader(inputs[piece.input], config, counts).read(piece):
             kept = [text for text in texts if text and not text.isspace()]
             counts["documents_in"] += len(kept)
-            counts["bytes_in"] += sum(len(text) if text.isascii() else len(text.encode()) for text in kept)
-            yield Batch(first, kept)
+            counts["bytes_in"] += utf8_bytes(kept)
+            yield Batch(np.arange(first, first + len(kept)), kept)
             first += len(kept)
+
+
+def utf8_bytes(texts: Sequence[str]) -> int:
+    """How many bytes the texts have as UTF-8."""
+    return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
 
 class _Reader:
@@ -166,14 +173,16 @@ class _Reader:
 
     def _text_records(self, offset: int, block: bytes) -> list[str]:
         records = block.split(b"\n") if self.config.document == "line" else _BLANK_LINES.split(block)
-        texts = []
+        texts, at = [], 0
         for record in records:
+            at = block.find(record, at)
             while len(record) > self.config.max_document_bytes:
                 cut = self._cut(record[: self.config.max_document_bytes])
                 self.counts["splits"] += 1
-                texts.append(self._decode(record[:cut], offset))
-                record = record[cut:]
-            texts.append(self._decode(record.strip(b"\r\n"), offset))
+                texts.append(self._decode(record[:cut], offset + at))
+                record, at = record[cut:], at + cut
+            texts.append(self._decode(record.strip(b"\r\n"), offset + at))
+            at += len(record)
         return texts
 
     def _json_lines(self, offset: int, block: bytes) -> list[str]:
@@ -215,7 +224,8 @@ class _Reader:
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            self._invalid_utf8(f"byte 0x{data[error.start]:02x} is not UTF-8", offset and offset + error.start)
+            place = None if offset is None else offset + error.start
+            self._invalid_utf8(f"byte 0x{data[error.start]:02x} is not UTF-8", place)
             return data.decode(errors="replace")
 
     def _invalid_utf8(self, what: str, offset: int | None) -> None:

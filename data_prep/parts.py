@@ -12,12 +12,14 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -59,72 +61,106 @@ def missing_parts(work: Path, stage: Stage) -> list[int]:
     return [n for n in range(stage.parts) if part_folder(work, stage.name, n).name not in present]
 
 
-def run_parts(stage: Stage, job: Any, work: Path, numbers: Sequence[int], workers: int) -> None:
-    """Do these parts of a stage.
+class LocalCores:
+    """Runs parts on the cores of this machine; a context manager. This process is one of the workers.
 
-    Raises BadInput: what a part raised, or a full disk, or a worker that was killed.
+    Args:
+        job: handed to every part's work.
+        work: the folder of the results.
+        workers: processes, this one included.
     """
-    (work / stage.name).mkdir(parents=True, exist_ok=True)
-    share = stage.text_bytes * len(numbers) // max(stage.parts, 1)
-    with StageProgress(stage.name, len(numbers), share) as progress:
-        for stats in _results(stage, job, work, numbers, min(workers, len(numbers))):
-            progress.advance(stats.get("bytes", 0), stats.get("tokens", 0))
+
+    def __init__(self, job: Any, work: Path, workers: int) -> None:
+        self._job, self._work, self._workers = job, work, workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> LocalCores:
+        if self._workers > 1:
+            # Spawned, not forked: libraries with thread pools (tokenizers, Arrow) do not survive a fork.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers - 1, context, _start_worker, (self._job, self._work))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, stage: Stage, numbers: Sequence[int]) -> None:
+        """Do these parts of a stage.
+
+        Raises what a part raised; BadInput where a worker was killed.
+        """
+        (self._work / stage.name).mkdir(parents=True, exist_ok=True)
+        share = stage.text_bytes * len(numbers) // max(stage.parts, 1)
+        with StageProgress(stage.name, len(numbers), share) as progress:
+            try:
+                for stats in self._results(stage, numbers):
+                    progress.advance(stats.get("bytes", 0), stats.get("tokens", 0))
+            except BrokenProcessPool as error:
+                raise BadInput(
+                    f"{stage.name}: a worker was killed, most likely for memory; run again with fewer workers, "
+                    "what is done is kept"
+                ) from error
+
+    def _results(self, stage: Stage, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        if self._pool is None or len(numbers) == 1:
+            for number in numbers:
+                yield _run_part(stage, self._job, self._work, number)
+            return
+        # The pool takes parts from the front, this process from the back those that the pool has not begun.
+        futures = {number: self._pool.submit(_run_part_in_worker, stage, number) for number in numbers}
+        while futures:
+            number, future = futures.popitem()
+            if not future.cancel():
+                futures[number] = future
+                break
+            yield _run_part(stage, self._job, self._work, number)
+            for number in [number for number, future in futures.items() if future.done()]:
+                yield futures.pop(number).result()
+        for future in as_completed(futures.values()):
+            yield future.result()
 
 
-def _results(stage: Stage, job: Any, work: Path, numbers: Sequence[int], workers: int) -> Iterator[dict[str, Any]]:
-    if workers <= 1:
-        for number in numbers:
-            yield _run_part(stage, job, work, number)
-        return
-    # Spawned, not forked: libraries with thread pools (tokenizers, Arrow) do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (stage, job, work)) as pool:
-        futures = [pool.submit(_run_part_in_worker, number) for number in numbers]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise BadInput(
-                f"{stage.name}: a worker was killed, most likely for memory; run again with fewer workers, "
-                "what is done is kept"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+_worker: tuple[Any, Path]
 
 
-_worker: tuple[Stage, Any, Path]
-
-
-def _start_worker(stage: Stage, job: Any, work: Path) -> None:
+def _start_worker(job: Any, work: Path) -> None:
     global _worker
-    _worker = stage, job, work
+    _worker = job, work
+    threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
-def _run_part_in_worker(number: int) -> dict[str, Any]:
-    return _run_part(*_worker, number)
+def _die_with_parent() -> None:
+    """A pool's worker waits for ever where its parent was killed; this one does not."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run_part_in_worker(stage: Stage, number: int) -> dict[str, Any]:
+    return _run_part(stage, *_worker, number)
 
 
 def _run_part(stage: Stage, job: Any, work: Path, number: int) -> dict[str, Any]:
     target = part_folder(work, stage.name, number)
-    try:
-        with _whole_folder(target) as folder:
-            stats = stage.work(job, number, folder)
-            (folder / _STATS).write_text(json.dumps(stats))
-        return stats
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BadInput(f"{work}: the disk is full; free some space and run again, what is done is kept") from error
-        raise
+    with _whole_folder(target) as folder:
+        stats = stage.work(job, number, folder)
+        (folder / _STATS).write_text(json.dumps(stats))
+    return stats
 
 
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` at the end; where another process was first, its result stays."""
+    """A temporary folder that becomes `target` at the end; where another process was first, its result stays.
+
+    Not flushed to disk: it survives a kill of the process, and only the finished dataset must survive a power cut.
+    """
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         yield folder
-        for path in [*(p for p in folder.rglob("*")), folder]:
-            sync(path)
         try:
             folder.rename(target)
         except OSError as error:
@@ -132,15 +168,6 @@ def _whole_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Have a file's or folder's content on disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:

@@ -49,7 +49,7 @@ class StageProgress:
         if self._bar:
             self._bar.stop()
         elif kind is None:
-            self._say()
+            print(f"prep: {self._stage}: {self._rate()} · done", file=sys.stderr, flush=True)
 
     def advance(self, text_bytes: int, tokens: int) -> None:
         """One more part is done."""

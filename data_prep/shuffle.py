@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_prep.ngrams import mix
 from data_prep.parts import save_array
 from sharebert_recipe import BadInput
 
@@ -178,22 +179,14 @@ def list_runs(folders: Sequence[Path]) -> list[Path]:
 
 def order_keys(seed: int, part: int, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
     """A random 64-bit key for each document of a part: SplitMix64 over (seed, part, number)."""
-    stream = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(part))
-    return _mix(stream + numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    stream = mix(mix(np.array([seed], np.uint64)) + np.uint64(part))
+    return mix(stream + numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def ranges(starts: NDArray[np.int64], lengths: NDArray[Any]) -> NDArray[np.int64]:
     """The numbers `starts[i]` … `starts[i] + lengths[i] - 1` for every i, one after the other."""
     before = np.cumsum(lengths, dtype=np.int64) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), modulo 2**64 as array arithmetic is."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _documents(runs: Sequence[Path]) -> Iterator[NDArray[Any]]:

@@ -19,14 +19,20 @@ def row_group_bytes(location: str) -> list[int]:
     return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
 
 
-def parquet_texts(location: str, key: str, start: int, stop: int) -> Iterator[list[bytes | None]]:
+def text_columns(location: str) -> list[str]:
+    """Names of the columns of a parquet file that hold text. Raises BadInput."""
+    return [field.name for field in _parquet(location).schema_arrow if _is_text(field.type)]
+
+
+def parquet_texts(location: str, key: str, start: int = 0, stop: int | None = None) -> Iterator[list[bytes | None]]:
     """The column `key` of row groups `start` to `stop`, in batches of bytes. Raises BadInput."""
     import pyarrow as pa
 
     file = _parquet(location)
     _check_column(location, key, file.schema_arrow.names)
     try:
-        batches = file.iter_batches(_BATCH_ROWS, row_groups=list(range(start, stop)), columns=[key], use_threads=False)
+        groups = list(range(start, file.num_row_groups if stop is None else stop))
+        batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[key], use_threads=False)
         for batch in batches:
             yield _as_bytes(location, key, batch.column(0))
     except (pa.ArrowException, OSError) as error:
@@ -71,12 +77,20 @@ def _check_column(name: str, key: str, columns: list[str]) -> None:
         raise BadInput(f"{name}: no column '{key}'{nearest(key, columns)}; set source.text_key (it has {columns})")
 
 
+def _is_text(arrow_type: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(arrow_type):
+        arrow_type = arrow_type.value_type
+    return bool(pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type))
+
+
 def _as_bytes(name: str, key: str, column: Any) -> list[bytes | None]:
     import pyarrow as pa
 
+    if not _is_text(column.type):
+        raise BadInput(f"{name}: column '{key}' holds {column.type}, not text; set source.text_key")
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise BadInput(f"{name}: column '{key}' holds {column.type}, not text; set source.text_key")
     # As bytes: the policy on invalid UTF-8 is the caller's.
     return column.cast(pa.large_binary()).to_pylist()  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -46,8 +46,35 @@ class TokenizerConfig:
     """auto takes nanotoken where it supports the tokenizer (same ids, many times faster); tokenizers: the reference."""
 
 
-def load(path: str, lowercase: bool) -> Tokenizer:
-    """An existing tokenizer.json or vocab.txt. Raises BadInput: unreadable, or special tokens missing."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, and what others need to know of it. `size` is one more than its highest id."""
+
+    json: str
+    size: int
+    special_ids: dict[str, int]
+
+    @classmethod
+    def parse(cls, text: str) -> Vocabulary:
+        """From the text of a tokenizer.json."""
+        words = Tokenizer.from_str(text).get_vocab()
+        return cls(text, max(words.values()) + 1, {key: words[token] for key, token in SPECIAL_TOKENS.items()})
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of token ids on disk."""
+        return np.dtype("<u2" if self.size <= 1 << 16 else "<u4")
+
+
+UNTRAINED = Vocabulary("", 0, {})
+"""Stands in for a vocabulary while one is trained."""
+
+
+def load(path: str, lowercase: bool) -> str:
+    """An existing tokenizer.json or vocab.txt, as the text of a tokenizer.json without padding and truncation.
+
+    Raises BadInput: unreadable, or special tokens missing.
+    """
     file = Path(path)
     try:
         if file.suffix == ".txt":
@@ -67,11 +94,11 @@ def load(path: str, lowercase: bool) -> Tokenizer:
     _require_special(path, tokenizer.get_vocab())
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer
+    return str(tokenizer.to_str())
 
 
-def train(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> Tokenizer:
-    """Train a vocabulary; the same texts give the same one, byte for byte.
+def train(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> str:
+    """Train a vocabulary: the text of a tokenizer.json, the same for the same texts, byte for byte.
 
     Args:
         texts: called twice, gives the same documents each time.
@@ -94,7 +121,7 @@ def train(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> Tokeni
                 show_progress=False,
             ),
         )
-        return tokenizer
+        return str(tokenizer.to_str())
     bare = _bert(models.WordPiece(unk_token="[UNK]"), config.lowercase)
     alphabet = _alphabet(texts(), bare, config.train.alphabet)
     # The trainer numbers the pieces of one character in the order of a randomly seeded hash map, and breaks ties
@@ -113,17 +140,7 @@ def train(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> Tokeni
             show_progress=False,
         ),
     )
-    return _bert(models.WordPiece(bare.get_vocab(), unk_token="[UNK]"), config.lowercase)
-
-
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the special tokens, by "pad", "unk", "cls", "sep", "mask"."""
-    return {key: int(tokenizer.token_to_id(token) or 0) for key, token in SPECIAL_TOKENS.items()}
-
-
-def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the highest id."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return str(_bert(models.WordPiece(bare.get_vocab(), unk_token="[UNK]"), config.lowercase).to_str())
 
 
 def _bert(model: models.WordPiece, lowercase: bool) -> Tokenizer:
@@ -143,11 +160,11 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 def _with_special(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS.values()])
-    ids = special_ids(tokenizer)
+    ids = tokenizer.get_vocab()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", ids["cls"]), ("[SEP]", ids["sep"])],
+        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
     )
     return tokenizer
 

@@ -104,11 +104,12 @@ class Batcher:
 
     def _read(self, dataset: I64, rows: I64) -> tuple[Array, Array]:
         """Tokens and segments [n, seq_len] of rows of several datasets, in the order asked for."""
-        order = np.argsort(dataset, kind="stable")
-        parts = [self._read_one(number, rows[dataset == number]) for number in np.unique(dataset)]
-        tokens, segments = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        back = np.argsort(order)
-        return tokens[back], segments[back]
+        present = np.unique(dataset)
+        if len(present) == 1:
+            return self._read_one(int(present[0]), rows)
+        tokens, segments = zip(*(self._read_one(number, rows[dataset == number]) for number in present), strict=True)
+        back = np.argsort(np.argsort(dataset, kind="stable"))
+        return np.concatenate(tokens)[back], np.concatenate(segments)[back]
 
     def _read_one(self, number: int, rows: I64) -> tuple[Array, Array]:
         tokens, segments = self.splits[number].read(rows)

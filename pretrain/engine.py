@@ -1,8 +1,9 @@
 """The DeepSpeed engine: precision, ZeRO, optimizer and learning-rate schedule, as one dict of DeepSpeed's keys.
 
 Precision by stage. ZeRO 1, 2 and 3 hold the working weights in bf16 or fp16 and fp32 masters beside
-them. Stage 0 has no masters in DeepSpeed and says nothing (bf16 weights then lose most small updates),
-so there the weights stay in fp32 and the products run under torch's autocast.
+them, and accumulate gradients in fp32. DeepSpeed's stage 0 accumulates and reduces them in 16 bits (and,
+by optimizer, may keep no masters), so there the weights stay in fp32 and the products run under torch's
+autocast.
 """
 
 from __future__ import annotations

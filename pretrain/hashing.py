@@ -22,8 +22,7 @@ class Stream(IntEnum):
 
     SHARDS = 1
     ROWS = 2
-    CHOOSE = 3
-    REPLACE = 4
+    MASKS = 3
 
 
 def mix(x: U64) -> U64:

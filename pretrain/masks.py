@@ -26,11 +26,13 @@ Hide = Literal["mixed", "chosen", "all"]
 `chosen`: every chosen one becomes [MASK]. `all`: every ordinary token of the row becomes [MASK].
 """
 
-MASK_BELOW = int(0.8 * 2**32)
-RANDOM_BELOW = int(0.9 * 2**32)
+MASK_BELOW = np.uint64(0.8 * 2**32)
+RANDOM_BELOW = np.uint64(0.9 * 2**32)
+REPLACEMENTS = 2**32
+"""Counter of a row's stream from which replacements are drawn; choices are drawn from 0 on."""
 
-COLUMN_BITS = np.uint64(0xFFFF)
-NEVER = np.uint64(2**64 - 1)
+HALF = np.uint64(32)
+NEVER = np.uint32(2**32 - 1)
 
 CHUNK_TOKENS = 32_768
 """How many tokens are ranked at once: the arrays of a chunk stay in a core's second-level cache."""
@@ -60,7 +62,7 @@ class Masks:
     Args:
         rate: share of a row's non-padding tokens to choose, 0 < rate ≤ 0.5.
         seed: of the run, 0 ≤ seed < 2^64.
-        seq_len: tokens of a row, at most 65,535.
+        seq_len: tokens of a row.
         vocab_size: of the tokenizer (not of a padded embedding); random words are drawn from it.
         special_ids: ids of the special tokens; `mask` must be among the names.
         continues: [vocab_size] whether a token continues the word before it. Given, whole words are
@@ -77,11 +79,13 @@ class Masks:
         special_ids: Mapping[str, int],
         continues: NDArray[np.bool_] | None = None,
     ) -> None:
-        self.slots = slots(rate, seq_len)
+        self.slots = max(1, round(rate * seq_len))
         self._rate = rate
         self._seed = seed
         self._chunk_rows = max(1, CHUNK_TOKENS // seq_len)
-        self._columns = np.arange(seq_len, dtype=np.uint64)
+        self._columns = np.arange(seq_len, dtype=np.uint32)
+        self._column_bits = np.uint32(2 ** (seq_len - 1).bit_length() - 1)
+        self._pairs = np.arange((seq_len + 1) // 2)
         self._mask_id = special_ids["mask"]
         self._ordinary = np.ones(vocab_size, bool)
         self._ordinary[list(special_ids.values())] = False
@@ -109,22 +113,20 @@ class Masks:
         columns = np.empty((len(tokens), self.slots), np.int64)
         labels = np.empty_like(columns)
         chosen = np.empty(columns.shape, bool)
-        choose_keys = key(self._seed, Stream.CHOOSE, epochs, rows)
-        replace_keys = key(self._seed, Stream.REPLACE, epochs, rows)
+        keys = key(self._seed, Stream.MASKS, epochs, rows)[:, None]
         for start in range(0, len(tokens), self._chunk_rows):
             here = slice(start, start + self._chunk_rows)
             ordinary, chosen[here] = self._candidates(tokens[here], segments[here])
-            columns[here] = self._choose(tokens[here], ordinary, chosen[here], choose_keys[here])
-            labels[here] = np.where(chosen[here], np.take_along_axis(seen[here], columns[here], axis=1), 0)
+            columns[here] = self._choose(tokens[here], ordinary, chosen[here], keys[here])
+            original = np.take_along_axis(seen[here], columns[here], axis=1)
+            labels[here] = np.where(chosen[here], original, 0)
+            hidden = np.full_like(original, self._mask_id)
+            if hide == "mixed":
+                hidden = self._replacements(original, columns[here], keys[here])
             row, slot = np.nonzero(chosen[here])
-            column = columns[here][row, slot]
+            seen[here][row, columns[here][row, slot]] = hidden[row, slot]
             if hide == "all":
                 seen[here][ordinary] = self._mask_id
-            elif hide == "chosen":
-                seen[here][row, column] = self._mask_id
-            else:
-                luck = draw(replace_keys[here][row], column)
-                seen[here][row, column] = self._replacement(luck, labels[here][row, slot])
         return MaskedRows(seen, columns, labels, chosen)
 
     def _candidates(self, tokens: NDArray[Any], segments: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -136,41 +138,38 @@ class Masks:
         return ordinary, np.arange(self.slots) < count[:, None]
 
     def _choose(
-        self,
-        tokens: NDArray[Any],
-        ordinary: NDArray[np.bool_],
-        chosen: NDArray[np.bool_],
-        keys: NDArray[np.uint64],
+        self, tokens: NDArray[Any], ordinary: NDArray[np.bool_], chosen: NDArray[np.bool_], keys: NDArray[np.uint64]
     ) -> NDArray[np.int64]:
         """The columns [n, slots] of the candidates of lowest hash, ascending; 0 in unused slots.
 
-        A sort key is a hash with the column in its low 16 bits: sorting the keys sorts the columns
-        with them, which costs a quarter of an argpartition, and settles ties.
+        What is sorted is a hash with its low bits replaced by the column: the columns come along, which
+        costs a fraction of an argpartition, and ties are settled.
         """
-        ranked = draw(keys[:, None], self._columns)
+        ranked = draw(keys, self._pairs).view(np.uint32)[:, : len(self._columns)]
         if self._continues is not None:
             starts = np.where(self._continues.take(tokens), 0, np.arange(tokens.shape[1]))
             ranked = np.take_along_axis(ranked, np.maximum.accumulate(starts, axis=1), axis=1)
-        ranked &= ~COLUMN_BITS
+        ranked &= ~self._column_bits
         ranked |= self._columns
         ranked[~ordinary] = NEVER
         ranked.partition(self.slots - 1, axis=1)
-        columns = np.sort(ranked[:, : self.slots], axis=1) & COLUMN_BITS
-        columns[~chosen] = COLUMN_BITS
+        columns = np.sort(ranked[:, : self.slots], axis=1) & self._column_bits
+        columns[~chosen] = NEVER
         columns.sort(axis=1)
         columns[~chosen] = 0
         return columns.astype(np.int64)
 
-    def _replacement(self, luck: NDArray[np.uint64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """80/10/10 by the high half of `luck`; the low half, scaled, picks the random word."""
-        share, low = luck >> np.uint64(32), luck & np.uint64(0xFFFFFFFF)
-        words = self._words[low * np.uint64(len(self._words)) >> np.uint64(32)]
-        return np.where(share < MASK_BELOW, self._mask_id, np.where(share < RANDOM_BELOW, words, labels))
-
-
-def slots(rate: float, seq_len: int) -> int:
-    """How many tokens of a full row are chosen: the capacity of every row."""
-    return max(1, round(rate * seq_len))
+    def _replacements(
+        self, original: NDArray[np.int64], columns: NDArray[np.int64], keys: NDArray[np.uint64]
+    ) -> NDArray[np.int64]:
+        """80/10/10 [n, slots] by the high half of a hash; the low half, scaled, picks the random word."""
+        luck = draw(keys, REPLACEMENTS + columns)
+        share = luck >> HALF
+        result = np.where(share < MASK_BELOW, self._mask_id, original)
+        random = (share >= MASK_BELOW) & (share < RANDOM_BELOW)
+        low = luck[random] & np.uint64(2**32 - 1)
+        result[random] = self._words[low * np.uint64(len(self._words)) >> HALF]
+        return result
 
 
 def continuation_ids(tokenizer_path: Path, vocab_size: int) -> NDArray[np.bool_]:

@@ -54,7 +54,7 @@ class Order:
 
 
 class _EpochPlan:
-    """What an epoch needs to know: one number a shard, three a window."""
+    """What an epoch needs to know: a few numbers a shard and a window."""
 
     def __init__(self, shard_rows: I64, seed: int, epoch: int, window_shards: int) -> None:
         self.epoch = epoch

@@ -18,6 +18,35 @@ from sharebert import ShareBertConfig
 from sharebert_recipe import BadInput
 
 
+def identity(model: ShareBertConfig, dataset: Dataset) -> dict[str, Any]:
+    """What may not change within a run, beside order and seed, which the loader's state carries."""
+    return {
+        "model": model.to_dict(),
+        "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
+        "vocab_size": dataset.vocab_size,
+    }
+
+
+def find_checkpoint(run: RunFolder, world: World, ours: dict[str, Any], loader: Loader) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, the same on every rank; sets `loader` to where it was taken.
+
+    Raises BadInput, on every rank, where it belongs to another model, tokenizer or dataset than `ours`.
+    """
+    newest = checkpoint.newest_whole(run.checkpoints, run.say) if world.is_main else None
+    name = distributed.same_everywhere(newest.folder.name if newest else "")
+    found, refusal = None, None
+    if name:
+        try:
+            found = checkpoint.read_manifest(run.checkpoints / name)
+            for key, value in ours.items():
+                _refuse_difference(found, key, found.training[key], value)
+            loader.load_state(found.training["loader"])
+        except BadInput as error:
+            refusal = str(error)
+    distributed.first_refusal(refusal)
+    return found
+
+
 class Saver:
     """Saves the whole state of a training, and loads it. Every rank has one."""
 
@@ -28,15 +57,10 @@ class Saver:
         world: World,
         engine: Any,
         loader: Loader,
-        model: ShareBertConfig,
-        dataset: Dataset,
+        ours: dict[str, Any],
     ) -> None:
-        self.run, self.world, self.engine, self.loader = run, world, engine, loader
-        self.fixed = {
-            "model": model.to_dict(),
-            "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
-            "vocab_size": dataset.vocab_size,
-        }
+        """`ours` is the `identity` of the run."""
+        self.run, self.world, self.engine, self.loader, self.ours = run, world, engine, loader, ours
         self.files = Checkpointer(
             run.checkpoints,
             recipe,
@@ -49,7 +73,7 @@ class Saver:
     def save(self, step: int) -> None:
         """Save after optimizer step `step`; the writing goes on in the background."""
         training = {
-            **self.fixed,
+            **self.ours,
             "loader": self.loader.state(),
             "adam_steps": slices.adam_steps(self.engine),
             "scaler": scaler_state(self.engine),
@@ -63,32 +87,11 @@ class Saver:
         self.files.finish()
         torch.distributed.barrier()
 
-    def go_on(self, seed: int) -> int:
-        """Load the newest whole checkpoint, if there is one. Returns its step, or 0.
-
-        Raises BadInput, on every rank, where it belongs to another model, tokenizer or dataset.
-        """
-        name, refusal, step = "", None, 0
-        if self.world.is_main:
-            newest = checkpoint.newest_whole(self.run.checkpoints, self.run.say)
-            name = newest.folder.name if newest else ""
-        name = distributed.same_everywhere(name)
-        if not name:
-            return 0
-        try:
-            step = self._load(checkpoint.read_manifest(self.run.checkpoints / name), seed)
-        except BadInput as error:
-            refusal = str(error)
-        distributed.first_refusal(refusal)
-        slices.refresh_working_weights(self.engine)
-        return step
-
-    def _load(self, found: Checkpoint, seed: int) -> int:
+    def load(self, found: Checkpoint, seed: int) -> int:
+        """Take weights, moments and generators of a checkpoint. Returns its step. A collective."""
         saved = found.training
-        for key, ours in self.fixed.items():
-            _refuse_difference(found, key, saved[key], ours)
-        self.loader.load_state(saved["loader"])
         checkpoint.load(found, slices.loaded(self.engine, self.world))
+        slices.refresh_working_weights(self.engine)
         slices.set_adam_steps(self.engine, saved["adam_steps"])
         load_scaler_state(self.engine, saved["scaler"])
         self.engine.skipped_steps = saved["skipped"]

@@ -37,7 +37,7 @@ from pretrain.meter import Meter
 from pretrain.model import ModelChoice, build_model, choose_model
 from pretrain.monitor import Monitor, MonitorRecipe
 from pretrain.run_folder import RunFolder
-from pretrain.saving import Saver
+from pretrain.saving import Saver, find_checkpoint, identity
 from pretrain.stop import StopRequest
 from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate, validate
 from sharebert_recipe import STRICT, BadInput, save, to_yaml
@@ -135,6 +135,9 @@ class Trainer:
     ) -> None:
         self.recipe, self.run, self.world, self.stop = recipe, run, world, stop
         self.datasets = datasets
+        self.loader = Loader(datasets, recipe.data, recipe.seed, world.rank, world.ranks)
+        ours = identity(choice.config, datasets[0])
+        found = find_checkpoint(run, world, ours, self.loader)
         torch.manual_seed(distributed.seed_of(recipe.seed, 0, world.rank))
         model = build_model(choice, recipe.seed)
         micro_batches, micro_rows = micro_shape(recipe.data, world.ranks)
@@ -147,9 +150,8 @@ class Trainer:
             parameters=sum(p.numel() for p in model.parameters()),
         )
         self.engine = build_engine(model, config, recipe.optimizer)
-        self.loader = Loader(datasets, recipe.data, recipe.seed, world.rank, world.ranks)
-        self.saver = Saver(recipe.checkpoint, run, world, self.engine, self.loader, choice.config, datasets[0])
-        self.first_step = self.saver.go_on(recipe.seed)
+        self.saver = Saver(recipe.checkpoint, run, world, self.engine, self.loader, ours)
+        self.first_step = self.saver.load(found, recipe.seed) if found else 0
         self.meter = Meter(world, choice.config, datasets[0].seq_len, recipe.data, micro_rows, recipe.monitor)
         if world.is_main:
             run.start(

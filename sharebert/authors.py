@@ -21,6 +21,9 @@ from .export import check_tensors, write_export
 from .weights import read_safetensors
 
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
+PAD_MULTIPLE = 8
+"""They pad the vocabulary to a multiple of this (and their tiny models not at all)."""
+
 NEVER_READ = frozenset({"cls.predictions.bias"})
 """In their checkpoints, and in no equation of theirs."""
 
@@ -132,7 +135,7 @@ def _renamed(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _config(path: Path, tensors: Mapping[str, Tensor]) -> ShareBertConfig:
-    """Our config of theirs. The vocabulary is the embedding's, which they pad after writing the config."""
+    """Our config of theirs. V is the embedding's: their config may say fewer words, before padding."""
     try:
         theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -143,12 +146,15 @@ def _config(path: Path, tensors: Mapping[str, Tensor]) -> ShareBertConfig:
         if theirs.get(key, value) != value:
             raise ShareBertError(f"{path}: {key}: {theirs[key]!r} is not supported; the model has {value!r}")
     rows, factor = tensors["sharebert.word_embeddings.weight"].shape
+    words = theirs.get("vocab_size", rows)
+    if not isinstance(words, int) or not 0 <= rows - words < PAD_MULTIPLE:
+        raise ShareBertError(f"{path}: vocab_size: {words!r}, but the embedding has {rows} rows")
     try:
         return ShareBertConfig.from_dict(
             {key: theirs[key] for key in _COPIED if key in theirs}
             | {
                 "vocab_size": rows,
-                "vocab_pad_multiple": 8 if rows % 8 == 0 else 1,
+                "vocab_pad_multiple": PAD_MULTIPLE if rows % PAD_MULTIPLE == 0 else 1,
                 "factor_size": factor,
                 "sharing": "veps" if "sharebert.factor_linear_all.weight" in tensors else "eps",
                 "mlm_head": "untied" if any(name.startswith("mlm_head.") for name in tensors) else "none",

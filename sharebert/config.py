@@ -115,13 +115,13 @@ class ShareBertConfig:
 
         Raises ShareBertError: an unknown key (the nearest known one is named), another `model_type`, a wrong value.
         """
+        if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+            raise ShareBertError(f"model_type: '{values['model_type']}' is another model, not '{MODEL_TYPE}'")
         known = {field.name for field in fields(cls)}
         for key in values:
             if key not in known and key != "model_type":
                 match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 raise ShareBertError(f"{key}: unknown key" + (f"; did you mean '{match[0]}'?" if match else ""))
-        if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-            raise ShareBertError(f"model_type: '{values['model_type']}' is another model, not '{MODEL_TYPE}'")
         return cls(**{key: value for key, value in values.items() if key != "model_type"})
 
 

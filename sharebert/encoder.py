@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import ShareBertConfig, ShareBertError
 from .kernels import add_dropout_norm, attention, linear, linear_gelu
-from .virtual import LayerWeights, blocks, generate
+from .virtual import Weights, blocks, generate
 
 
 class Encoded(NamedTuple):
@@ -58,7 +58,7 @@ class Layer(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(hidden))
 
     def forward(
-        self, stream: Tensor, branch: Tensor | None, weights: LayerWeights, mask: Tensor | None
+        self, stream: Tensor, branch: Tensor | None, weights: Weights, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Stream and branch [B, T, H] → the same after this layer; `mask` as in `kernels.attention`."""
         stream, x = self.attention_norm(stream, branch)
@@ -120,25 +120,27 @@ class ShareBert(nn.Module):
 
         Raises ShareBertError where rows are longer than the model's positions.
         """
-        generated = self._generate(pool)
-        stream = self._embed(tokens, token_type_ids)
+        weights = self.generate(pool)
+        stream, branch = self._embed(tokens, token_type_ids), None
         mask = visible(attention_mask, segments)
-        weights, branch = LayerWeights(*generated[:6]), None
         for layer in self.layers:
             stream, branch = layer(stream, branch, weights, mask)
         _, hidden = self.final_norm(stream, branch)
-        return Encoded(hidden, linear(hidden[:, 0], generated[6], self.pooler_bias) if pool else None)
+        pooled = None if weights.pooler is None else linear(hidden[:, 0], weights.pooler, self.pooler_bias)
+        return Encoded(hidden, pooled)
 
-    def _generate(self, pool: bool) -> list[Tensor]:
-        """The six matrices in the order of `LayerWeights`, and the pooler's where it is asked for."""
-        cut = self.blocks if pool else self.blocks[:-1]
-        projection = self.factor_linear_all if self.config.sharing == "veps" else None
-        return generate(
-            tuple(cut),
-            self.word_embeddings.weight,
-            None if projection is None else projection.weight,
-            None if projection is None else projection.bias,
-        )
+    def generate(self, pooler: bool = True) -> Weights:
+        """The matrices that all layers share, and the pooler's where it is asked for."""
+        if self.config.sharing == "eps":
+            return generate(self.blocks, self.word_embeddings.weight, None, None, pooler)
+        projection = self.factor_linear_all
+        return generate(self.blocks, self.word_embeddings.weight, projection.weight, projection.bias, pooler)
+
+    def embed_words(self, factors: Tensor) -> Tensor:
+        """Rows of E [..., F] as they enter the residual stream, before position and type, [..., H]."""
+        if self.config.sharing == "veps":
+            factors = self.factor_linear(self.pre_factor_norm(factors))
+        return self.pos_factor_norm(factors)  # type: ignore[no-any-return]
 
     def _embed(self, tokens: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """The start of the residual stream, [B, T, H]."""
@@ -148,14 +150,10 @@ class ShareBert(nn.Module):
                 f"rows of {length} tokens, but the model has {self.config.max_position_embeddings} positions "
                 "(max_position_embeddings): cut the text or split it"
             )
-        words = self.word_embeddings(tokens)
-        if self.config.sharing == "veps":
-            words = self.factor_linear(self.pre_factor_norm(words))
+        words = self.embed_words(self.word_embeddings(tokens))
         positions = self.position_embeddings(torch.arange(length, device=tokens.device))
         types = self.token_type_embeddings(tokens.new_zeros(1) if token_type_ids is None else token_type_ids)
-        return F.dropout(
-            self.pos_factor_norm(words) + positions + types, self.config.hidden_dropout_prob, self.training
-        )
+        return F.dropout(words + positions + types, self.config.hidden_dropout_prob, self.training)
 
 
 def visible(attention_mask: Tensor | None, segments: Tensor | None) -> Tensor | None:

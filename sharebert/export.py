@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ HUGGING_FACE_KEYS = frozenset(
         "architectures",
         "auto_map",
         "chunk_size_feed_forward",
+        "classifier_pooling",
         "dtype",
         "id2label",
         "is_encoder_decoder",
@@ -49,7 +51,7 @@ HUGGING_FACE_KEYS = frozenset(
         "transformers_version",
     }
 )
-"""Keys that transformers adds to a `config.json` that it saves; they say nothing about the model's shape."""
+"""Keys of a `config.json` saved by transformers that say nothing about the encoder and the MLM head."""
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -75,6 +77,7 @@ def write_export(
     tokenizer: Path | None = None,
     sections: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an export, whole or not at all; an export that was there before is replaced.
 
@@ -85,12 +88,15 @@ def write_export(
         tokenizer: a `tokenizer.json`; None for an export without one.
         sections: what the model card says beyond sizes and loading: heading → text in Markdown.
         metadata: what the safetensors files say about where the tensors come from.
+        settings: further keys of `config.json`, which transformers reads. With `id2label`, the export is a
+            classifier: `tensors` then hold `classifier.weight` [labels, H] and `classifier.bias` [labels] too.
 
     Raises ShareBertError: tensors that are not the model's, a tokenizer that does not fit, `out` is something else.
     """
-    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, "write_export")
+    labels = len((settings or {}).get("id2label", ()))
+    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, str(out), labels)
     with new_export(out) as folder:
-        write_export_files(folder, config, tokenizer, sections)
+        write_export_files(folder, config, tokenizer, sections, settings)
         write_weights(folder, tensors, metadata)
 
 
@@ -123,12 +129,12 @@ def write_export_files(
     config: ShareBertConfig,
     tokenizer: Path | None = None,
     sections: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything of an export but its tensors into `folder`; arguments as in `write_export`."""
-    values = config.to_dict() | {"architectures": [_architecture(config)], "auto_map": AUTO_MAP, "pad_token_id": 0}
-    if tokenizer is not None:
-        values["pad_token_id"] = _write_tokenizer(folder, tokenizer, config)
-    _write_json(folder / CONFIG, values)
+    pad_token_id = 0 if tokenizer is None else write_tokenizer(folder, tokenizer, config)
+    added = {"architectures": [_architecture(config, settings or {})], "auto_map": AUTO_MAP}
+    write_json(folder / CONFIG, {**config.to_dict(), **added, "pad_token_id": pad_token_id, **(settings or {})})
     (folder / CARD).write_text(model_card(config, sections or {}), encoding="utf-8")
     for source in sorted(Path(__file__).parent.glob("*.py")):
         shutil.copyfile(source, folder / source.name)
@@ -171,9 +177,14 @@ def read_export(folder: Path) -> ShareBertForMaskedLM:
     return model.eval()
 
 
-def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: ShareBertConfig, where: str) -> None:
-    """Raises ShareBertError, naming `where`, unless names and shapes are exactly those of `config`'s model."""
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: ShareBertConfig, where: str, labels: int = 0) -> None:
+    """Raises ShareBertError, naming `where`, unless names and shapes are exactly those of `config`'s model.
+
+    With `labels`, the model has a classifier of so many labels.
+    """
     expected = tensor_shapes(config)
+    if labels:
+        expected |= {"classifier.weight": (labels, config.hidden_size), "classifier.bias": (labels,)}
     missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     if missing or unknown:
         parts = [f"{what} {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
@@ -186,25 +197,32 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], config: ShareBertConfig
             )
 
 
-def _replaceable(out: Path) -> bool:
-    if not out.is_dir():
-        return False
-    return not any(out.iterdir()) or ((out / CONFIG).is_file() and any(out.glob("model*.safetensors")))
-
-
-def _architecture(config: ShareBertConfig) -> str:
-    return "ShareBertModel" if config.mlm_head == "none" else "ShareBertForMaskedLM"
-
-
-def _write_tokenizer(folder: Path, tokenizer: Path, config: ShareBertConfig) -> int:
-    """Write the tokenizer's two files; returns the id of the padding token."""
-    from tokenizers import Tokenizer
-
+def load_tokenizer(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` in `path`. Raises ShareBertError, naming the file."""
     try:
-        loaded = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # the library raises bare Exception
-        raise ShareBertError(f"{tokenizer}: not readable as a tokenizer.json ({error})") from error
-    words = loaded.get_vocab_size()
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ShareBertError("needs the tokenizers package: pip install tokenizers") from error
+    if not path.is_file():
+        raise ShareBertError(f"{path}: missing")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more exact
+        raise ShareBertError(f"{path}: not readable as a tokenizer.json ({error})") from error
+
+
+def words_of(tokenizer: Any) -> int:
+    """Words of a tokenizer: one more than its highest id."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def write_tokenizer(folder: Path, tokenizer: Path, config: ShareBertConfig) -> int:
+    """Write the two files of `tokenizer` (a `tokenizer.json`) for a model; returns the id of [PAD].
+
+    Raises ShareBertError, naming the file: unreadable, another model's, or without the special tokens.
+    """
+    loaded = load_tokenizer(tokenizer)
+    words = words_of(loaded)
     if not 0 <= config.vocab_size - words < config.vocab_pad_multiple:
         raise ShareBertError(
             f"{tokenizer}: {words} words, but the model has {config.vocab_size} (a multiple of "
@@ -221,9 +239,22 @@ def _write_tokenizer(folder: Path, tokenizer: Path, config: ShareBertConfig) -> 
         "clean_up_tokenization_spaces": False,
         **SPECIAL_TOKENS,
     }
-    _write_json(folder / TOKENIZER_CONFIG, settings)
-    return loaded.token_to_id("[PAD]") or 0
+    write_json(folder / TOKENIZER_CONFIG, settings)
+    return int(loaded.token_to_id("[PAD]"))
 
 
-def _write_json(path: Path, values: Mapping[str, object]) -> None:
+def write_json(path: Path, values: Mapping[str, object]) -> None:
+    """Write `values` as indented JSON."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _replaceable(out: Path) -> bool:
+    if not out.is_dir():
+        return False
+    return not any(out.iterdir()) or ((out / CONFIG).is_file() and any(out.glob("model*.safetensors")))
+
+
+def _architecture(config: ShareBertConfig, settings: Mapping[str, Any]) -> str:
+    if "id2label" in settings:
+        return "ShareBertForSequenceClassification"
+    return "ShareBertModel" if config.mlm_head == "none" else "ShareBertForMaskedLM"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .config import ShareBertError
-from .export import TOKENIZER, read_export
+from .export import TOKENIZER, load_tokenizer, read_export, words_of
 
 
 def fill(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -20,15 +20,7 @@ def fill(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]
 
     Raises ShareBertError: no [MASK], a text longer than the model's positions, an export that is not whole.
     """
-    from tokenizers import Tokenizer
-
-    path = Path(folder) / TOKENIZER
-    if not path.is_file():
-        raise ShareBertError(f"{path}: missing; this export has no tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ShareBertError(f"{path}: not readable as a tokenizer.json ({error})") from error
+    tokenizer = load_tokenizer(Path(folder) / TOKENIZER)
     cls, sep, mask = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
     ids = [cls, *tokenizer.encode(text, add_special_tokens=False).ids, sep]
     positions = [i for i, token in enumerate(ids) if token == mask]
@@ -37,7 +29,7 @@ def fill(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]
 
     with torch.inference_mode():
         logits = read_export(folder).logits(torch.tensor([ids]), positions=torch.tensor(positions))
-        real_words = logits[:, : tokenizer.get_vocab_size()]
+        real_words = logits[:, : words_of(tokenizer)]
         best = real_words.float().softmax(-1).topk(min(top, real_words.shape[1]))
     return [
         [

@@ -126,10 +126,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums = accumulation_dtype(dtype)
         x, w = hidden.to(dtype), weight.to(dtype)
         row_weights = weights.to(sums).unsqueeze(1)
-        needs = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
-        grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        grad_weight = torch.zeros(weight.shape, dtype=sums, device=weight.device) if needs[1] else None
-        grad_bias = torch.zeros(len(weight), dtype=sums, device=weight.device) if needs[2] else None
+        grad_hidden, grad_weight, grad_bias = (
+            torch.zeros_like(given, dtype=sums) if with_gradient and given is not None and needed else None
+            for given, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        )
         loss_sum, correct = torch.zeros(2, dtype=sums, device=hidden.device).unbind()
 
         rows_at_once = max(1, CHUNK_LOGITS // len(weight))
@@ -142,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_z = logits.logsumexp(1, keepdim=True)
             loss_sum += ((log_z - logits.gather(1, target)) * row_weights[rows]).sum()
             correct += ((logits.argmax(1, keepdim=True) == target) * row_weights[rows]).sum()
-            if not any(needs):
+            if not with_gradient:
                 continue
             grad_logits = logits.sub_(log_z).exp_()
             grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
@@ -155,17 +155,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 accumulate_product(grad_weight, grad_logits.t(), x[rows])
 
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = [None if given is None else given.dtype for given in (hidden, weight, bias)]
         ctx.mark_non_differentiable(correct)
         return loss_sum, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since a decoder's gradient is as large as the decoder; autograd refuses a second backward.
-        gradients = [None if saved is None else saved.mul_(grad_loss) for saved in ctx.saved_tensors]
+        # In place, since a decoder's gradient is as large as the decoder; autograd refuses a second backward. Cast
+        # only here, where a loss scale is already in `grad_loss`: before, half precision could lose small values.
+        gradients = [
+            None if saved is None else saved.mul_(grad_loss).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return (*gradients, None, None, None, None)

@@ -31,8 +31,8 @@ class Block(NamedTuple):
     columns: int
 
 
-class LayerWeights(NamedTuple):
-    """The six matrices of every layer, each [in, out] and contiguous: y = x·W + b."""
+class Weights(NamedTuple):
+    """The matrices that all layers share, each [in, out] and contiguous: y = x·W + b."""
 
     query: Tensor
     key: Tensor
@@ -40,6 +40,8 @@ class LayerWeights(NamedTuple):
     attention_output: Tensor
     intermediate: Tensor
     output: Tensor
+    pooler: Tensor | None = None
+    """None where it was not asked for."""
 
 
 class Blocks(NamedTuple):
@@ -55,7 +57,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(config: ShareBertConfig) -> Blocks:
-    """The blocks of a model, counted from the right edge of the virtual matrix (equations in the paper's section 3)."""
+    """The blocks of a model, counted from the right edge of the virtual matrix in the authors' order."""
     hidden, inner = config.hidden_size, config.intermediate_size
     h, f = config.square_columns, config.wide_columns
 
@@ -73,22 +75,26 @@ def blocks(config: ShareBertConfig) -> Blocks:
     )
 
 
-def generate(cut: tuple[Block, ...], embedding: Tensor, projection: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-    """The weights of the blocks `cut`, in the dtype in which products run (autocast's, where it is on).
+def generate(
+    cut: Blocks, embedding: Tensor, projection: Tensor | None, bias: Tensor | None, pooler: bool = True
+) -> Weights:
+    """The weights of a model, in the dtype in which products run (autocast's, where it is on).
 
     Args:
-        cut: the blocks to make.
+        cut: where each lies.
         embedding: E [V, F].
         projection: W_all [H, F] for VEPS; None for EPS.
         bias: b_all [H] for VEPS; None for EPS.
+        pooler: make the pooler's matrix too.
 
     Returns:
-        One [in, out] tensor a block: a contiguous view of the block's own product (EPS: of its own copy).
+        Contiguous views, each of its own product (EPS: of its own copy).
     """
     dtype = compute_dtype(embedding)
+    wanted = cut if pooler else cut[:-1]
     if projection is None:
-        return list(_Columns.apply(embedding, cut, dtype))
-    return list(_Products.apply(embedding, projection, bias, cut, dtype))
+        return Weights(*_Columns.apply(embedding, wanted, dtype))
+    return Weights(*_Products.apply(embedding, projection, bias, wanted, dtype))
 
 
 class _Products(torch.autograd.Function):
@@ -145,7 +151,7 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embedding: Tensor, cut: tuple[Block, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.cut, ctx.shape, ctx.like = cut, embedding.shape, embedding.dtype
+        ctx.cut, ctx.shape, ctx.embedding_dtype = cut, embedding.shape, embedding.dtype
         weights = []
         for block in cut:
             columns = embedding.detach()[:, block.first : block.last].to(dtype, copy=True).contiguous()
@@ -156,7 +162,7 @@ class _Columns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         known = next(gradient for gradient in gradients if gradient is not None)
-        grad_e = torch.zeros(ctx.shape, dtype=ctx.like, device=known.device)
+        grad_e = torch.zeros(ctx.shape, dtype=ctx.embedding_dtype, device=known.device)
         for block, gradient in zip(ctx.cut, gradients, strict=True):
             if gradient is not None:
                 whole, rest = _rows(gradient, block)

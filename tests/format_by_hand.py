@@ -14,7 +14,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
 
 TWO64 = 2**64
 GOLDEN = 0x9E3779B97F4A7C15
-SHARDS, ROWS, CHOOSE, REPLACE = 1, 2, 3, 4
+SHARDS, ROWS, MASKS = 1, 2, 3
 
 
 def vectors(name: str) -> Any:
@@ -92,23 +92,25 @@ def mask(
 ) -> tuple[list[int], list[int]]:
     """(columns chosen, tokens as the model sees them)."""
     ordinary = [s != 0 and t not in special_ids for t, s in zip(tokens, segments, strict=True)]
-    choose = key(seed, CHOOSE, epoch, row)
+    k = key(seed, MASKS, epoch, row)
+    low_bits = 2 ** (len(tokens) - 1).bit_length()
     ranks = []
     for column, token in enumerate(tokens):
+        assert token < vocab_size
         start = column
         if continues is not None:
             while start > 0 and continues[tokens[start]]:
                 start -= 1
+        high, low = divmod(draw(k, start // 2), 2**32)
+        number = high if start % 2 else low
         if ordinary[column]:
-            ranks.append((draw(choose, start) >> 16, column))
-        assert token < vocab_size
+            ranks.append(number // low_bits * low_bits + column)
     wanted = max(1, round(rate * sum(s != 0 for s in segments)))
-    columns = sorted(column for _, column in sorted(ranks)[:wanted])
+    columns = sorted(rank % low_bits for rank in sorted(ranks)[:wanted])
     words = [t for t in range(vocab_size) if t not in special_ids]
-    replace = key(seed, REPLACE, epoch, row)
     seen = list(tokens)
     for column in columns:
-        high, low = divmod(draw(replace, column), 2**32)
+        high, low = divmod(draw(k, 2**32 + column), 2**32)
         if high < 3_435_973_836:
             seen[column] = mask_id
         elif high < 3_865_470_566:

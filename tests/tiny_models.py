@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
 from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 
@@ -21,6 +26,9 @@ TINY: dict[str, Any] = {
 }
 """Keys of a config.json; every block of the virtual matrix is cut short, and none ends where a row ends."""
 
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [*SPECIAL, *(f"w{i}" for i in range(TINY["vocab_size"] - len(SPECIAL)))]
+
 
 def tiny_config(**changes: Any) -> ShareBertConfig:
     """A valid tiny config; `sharing: eps` brings its factor size along."""
@@ -36,5 +44,17 @@ def tiny_model(seed: int = 0, init: str = "authors", **changes: Any) -> ShareBer
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def tiny_tokenizer(folder: Path) -> Path:
+    """A `tokenizer.json` in `folder` for `tiny_model`: the special tokens, then the words w0 … w244."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"

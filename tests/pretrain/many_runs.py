@@ -5,7 +5,7 @@ A start of DeepSpeed costs seconds; the tests share it. The argument is a JSON f
     {"overrides": [...]}                          train
     {"overrides": [...], "copy": [RUN, STEP]}     train on from a copy of another run, cut off after STEP
     {"overrides": [...], "save_again": true}      load the newest checkpoint and save it under RUN/again at once
-    {"overrides": [...], "no_masters": true}      train in bf16 as DeepSpeed's stage 0 does: no fp32 masters
+    {"overrides": [...], "no_masters": true}      train in bf16 without fp32 masters, at stage 0
 
 Beside it, rank 0 writes one entry a run: its exit code, or its error.
 """
@@ -28,13 +28,15 @@ from pretrain.run_folder import RunFolder
 from pretrain.stop import StopRequest
 from sharebert_recipe import load
 
-deepspeed_config = training.deepspeed_config
+build_model, deepspeed_config = training.build_model, training.deepspeed_config
 
 
-def without_masters(**given: Any) -> dict[str, Any]:
-    config = deepspeed_config(**given)
-    del config["torch_autocast"]
-    return config | {"bf16": {"enabled": True}}
+def leave_out_masters(yes: bool) -> None:
+    """Give the engine bf16 weights as if they were fp32 ones: Adam then steps the working weights themselves."""
+    training.build_model = (lambda choice, seed: build_model(choice, seed).bfloat16()) if yes else build_model
+    training.deepspeed_config = (
+        (lambda **given: deepspeed_config(**given | {"precision": "fp32"})) if yes else deepspeed_config
+    )
 
 
 def copy_run(source: Path, target: Path, step: int) -> None:
@@ -71,7 +73,7 @@ def main() -> None:
         if "copy" in run and world.is_main:
             copy_run(Path(run["copy"][0]), Path(recipe.run), run["copy"][1])
         dist.barrier()
-        training.deepspeed_config = without_masters if run.get("no_masters") else deepspeed_config
+        leave_out_masters(run.get("no_masters", False))
         try:
             results.append({"code": (save_again if run.get("save_again") else training.train)(recipe, world)})
         except Exception:

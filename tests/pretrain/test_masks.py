@@ -9,7 +9,7 @@ from typing import Any
 import format_by_hand as by_hand
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.masks import MaskedRows, Masks, continuation_ids
@@ -53,6 +53,7 @@ def test_vectors_of_the_document(vector: dict) -> None:
     assert result.tokens[0].tolist() == vector["seen"]
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 10**9),
@@ -61,9 +62,7 @@ def test_vectors_of_the_document(vector: dict) -> None:
     seq_len=st.integers(3, 70),
     whole_word=st.booleans(),
 )
-def test_equals_the_transcription(
-    seed: int, epoch: int, row: int, rate: float, seq_len: int, whole_word: bool
-) -> None:
+def test_equals_the_transcription(seed: int, epoch: int, row: int, rate: float, seq_len: int, whole_word: bool) -> None:
     tokens, segments = made_rows(4, seq_len, seed=seed % 2**32)
     made = masks(rate=rate, seq_len=seq_len, seed=seed, continues=CONTINUES if whole_word else None)
     result = made.apply(tokens, segments, np.full(4, epoch), np.arange(row, row + 4))
@@ -163,6 +162,14 @@ def test_masks_are_the_same_in_any_company_and_differ_by_epoch_row_and_seed() ->
     assert overlap(masked(masks(), tokens, segments, epoch=1)) < 0.2
     assert overlap(masked(masks(seed=12), tokens, segments)) < 0.2
     assert overlap(masks().apply(tokens, segments, np.zeros(600, np.int64), np.arange(600) + 1)) < 0.2
+
+
+def test_padding_is_what_the_segments_say() -> None:
+    tokens, segments = made_rows(200)
+    padded = np.where(segments == 0, 50, tokens)
+    for name in ("columns", "labels", "chosen"):
+        expected = getattr(masked(masks(), tokens, segments), name)
+        np.testing.assert_array_equal(getattr(masked(masks(), padded, segments), name), expected)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import format_by_hand as by_hand
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.mixture import SLOTS, Mixture
@@ -26,6 +26,7 @@ def test_equals_the_transcription() -> None:
         assert mixture.at(np.arange(mixture.slots.sum()))[0].tolist() == by_hand.pattern(mixture.slots.tolist())
 
 
+@settings(deadline=None)
 @given(weights=WEIGHTS, start=st.integers(0, 10**14))
 def test_positions_of_each_dataset_follow_each_other(weights: list[float], start: int) -> None:
     mixture = Mixture(weights)
@@ -35,6 +36,7 @@ def test_positions_of_each_dataset_follow_each_other(weights: list[float], start
         np.testing.assert_array_equal(places[dataset == number], np.arange(before[number], after[number]))
 
 
+@settings(deadline=None)
 @given(weights=WEIGHTS, start=st.integers(0, 10**6), length=st.integers(1, 5000))
 def test_every_stretch_keeps_the_weights(weights: list[float], start: int, length: int) -> None:
     dataset, _ = Mixture(weights).at(np.arange(start, start + length))

@@ -15,7 +15,6 @@ from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint
 from pretrain.slices import STATES
 
-
 STEPS = 200
 """Of the comparison of ranks."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -104,7 +106,8 @@ def test_dropout_follows_the_generator_and_stops_in_evaluation() -> None:
 
 @pytest.mark.parametrize("key", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_each_dropout_acts(key: str) -> None:
-    model = tiny_model(**{key: 0.5})
+    changes: dict[str, Any] = {key: 0.5}
+    model = tiny_model(**changes)
     tokens = tokens_of(2, 8)
     dropped = model.sharebert(tokens).hidden
     assert (dropped - model.eval().sharebert(tokens).hidden).abs().max() > 1e-2

@@ -6,6 +6,7 @@ The transcription makes the virtual matrix whole, and goes through rows, heads a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 
 
-def layer_norm(x: Tensor, p: dict[str, Tensor], name: str, eps: float) -> Tensor:
+def layer_norm(x: Tensor, p: Mapping[str, Tensor], name: str, eps: float) -> Tensor:
     centred = x - x.mean()
     return centred / torch.sqrt((centred**2).mean() + eps) * p[f"{name}.weight"] + p[f"{name}.bias"]
 
@@ -34,7 +35,7 @@ def cut(matrix: Tensor, right: int, width: int, rows: int, columns: int) -> Tens
 
 
 def naive(
-    c: ShareBertConfig, p: dict[str, Tensor], tokens: Tensor, mask: Tensor, types: Tensor
+    c: ShareBertConfig, p: Mapping[str, Tensor], tokens: Tensor, mask: Tensor, types: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [B, T, H], pooled [B, H] and logits [B, T, V]."""
     e = p["sharebert.word_embeddings.weight"]
@@ -69,18 +70,20 @@ def naive(
             q = [y @ w_query + p[of_layer + "query_bias"] for y in ys]
             k = [y @ w_key + p[of_layer + "key_bias"] for y in ys]
             v = [y @ w_value + p[of_layer + "value_bias"] for y in ys]
-            for t in range(len(xs)):
+            for at in range(len(xs)):
                 heads = []
                 for head in range(c.num_attention_heads):
                     part = slice(head * d, (head + 1) * d)
                     seen = [s for s in range(len(xs)) if row_mask[s]]
-                    weights = [torch.exp((q[t][part] @ k[s][part]) * scale) for s in seen]
-                    heads.append(sum(w / sum(weights) * v[s][part] for w, s in zip(weights, seen, strict=True)))
-                xs[t] = xs[t] + torch.cat(heads) @ w_attention + p[of_layer + "attention_output_bias"]  # type: ignore[arg-type]
-            for t in range(len(xs)):
-                y = layer_norm(xs[t], p, of_layer + "ffn_norm", c.layer_norm_eps)
+                    weights = [torch.exp((q[at][part] @ k[s][part]) * scale) for s in seen]
+                    total = torch.stack(weights).sum()
+                    parts = [w / total * v[s][part] for w, s in zip(weights, seen, strict=True)]
+                    heads.append(torch.stack(parts).sum(0))
+                xs[at] = xs[at] + torch.cat(heads) @ w_attention + p[of_layer + "attention_output_bias"]
+            for at in range(len(xs)):
+                y = layer_norm(xs[at], p, of_layer + "ffn_norm", c.layer_norm_eps)
                 inner = gelu(y @ w_in + p[of_layer + "intermediate_bias"])
-                xs[t] = xs[t] + inner @ w_out + p[of_layer + "output_bias"]
+                xs[at] = xs[at] + inner @ w_out + p[of_layer + "output_bias"]
         xs = [layer_norm(x, p, "sharebert.final_norm", c.layer_norm_eps) for x in xs]
         scores = []
         for x in xs:

@@ -9,7 +9,6 @@ import torch
 from tiny_models import tiny_config
 
 from sharebert import ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
-from sharebert.virtual import blocks, generate
 
 LARGER = {"vocab_size": 2000, "hidden_size": 96, "intermediate_size": 192, "factor_size": 32}
 
@@ -62,14 +61,8 @@ def test_authors_start() -> None:
 def test_variance_start_gives_generated_weights_their_standard_deviation(sharing: str) -> None:
     size = {**LARGER, "factor_size": 96 if sharing == "eps" else 32}
     model = started("variance", config=tiny_config(**size, sharing=sharing)).sharebert
-    linear = model.factor_linear_all if sharing == "veps" else None
-    weights = generate(
-        tuple(blocks(model.config)),
-        model.word_embeddings.weight,
-        linear.weight if linear else None,
-        linear.bias if linear else None,
-    )
-    for weight in weights:
+    for weight in model.generate():
+        assert weight is not None
         assert weight.std().item() == pytest.approx(0.02, rel=0.2)
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("_bias"))
 

@@ -25,6 +25,11 @@ def head_inputs(dtype: torch.dtype, bias: bool = True) -> tuple[list[Tensor], Te
     return given, labels, weights
 
 
+def chunked_loss(given: list[Tensor], labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    hidden, weight, *bias = given
+    return linear_cross_entropy(hidden, weight, bias[0] if bias else None, labels, weights)
+
+
 def plain_loss(given: list[Tensor], labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(*given)
     loss = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
@@ -37,7 +42,7 @@ def test_chunked_cross_entropy_is_the_plain_one(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(kernels, "CHUNK_LOGITS", rows_at_once * V + 1)
     given, labels, weights = head_inputs(torch.float64, bias)
     labels[3] = int(F.linear(*given)[3].argmax())  # one right guess at least
-    loss, correct = linear_cross_entropy(*(*given, None)[:3], labels, weights)
+    loss, correct = chunked_loss(given, labels, weights)
     expected, expected_correct = plain_loss(given, labels, weights)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(correct, expected_correct.double())
@@ -49,7 +54,7 @@ def test_chunked_cross_entropy_is_the_plain_one(monkeypatch: pytest.MonkeyPatch,
 
 def test_rows_of_weight_zero_do_nothing() -> None:
     given, labels, weights = head_inputs(torch.float64)
-    loss, _ = linear_cross_entropy(*given, labels, weights)
+    loss, _ = chunked_loss(given, labels, weights)
     (gradient,) = torch.autograd.grad(loss, given[:1])
     assert (gradient[weights == 0] == 0).all()
     kept = weights > 0
@@ -61,7 +66,7 @@ def test_rows_of_weight_zero_do_nothing() -> None:
 def test_bfloat16_loss_is_summed_in_float32(way: str) -> None:
     given, labels, weights = head_inputs(torch.bfloat16 if way == "parameters" else torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
-        loss, correct = linear_cross_entropy(*given, labels, weights)
+        loss, correct = chunked_loss(given, labels, weights)
     assert loss.dtype == correct.dtype == torch.float32
     exact = [p.detach().double().requires_grad_() for p in given]
     expected, _ = plain_loss(exact, labels, weights)
@@ -87,13 +92,31 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
     given, labels, weights = head_inputs(torch.float32)
     with torch.no_grad():
-        loss, _ = linear_cross_entropy(*given, labels, weights)
+        loss, _ = chunked_loss(given, labels, weights)
     assert not loss.requires_grad
     frozen = [given[0], given[1].detach(), given[2].detach()]
-    loss, _ = linear_cross_entropy(*frozen, labels, weights)
+    loss, _ = chunked_loss(frozen, labels, weights)
     loss.backward()
     assert given[0].grad is not None
     assert given[1].grad is None
+
+
+def test_small_gradients_survive_half_precision_with_a_loss_scale() -> None:
+    """A gradient of 1e-8 is 0 in float16, and 1e-8 · 2²⁰ is not: it must be scaled before it is rounded."""
+    hidden = torch.full((1, 2), 1e-5, dtype=torch.float16)
+    weight = torch.zeros(1000, 2, dtype=torch.float16, requires_grad=True)
+    loss, _ = linear_cross_entropy(hidden, weight, None, torch.tensor([0]), torch.ones(1))
+    (loss * 2**20).backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[1:].float(), torch.full((999, 2), 1e-8 * 2**20), rtol=0.02, atol=0)
+
+
+def test_a_second_backward_is_refused() -> None:
+    given, labels, weights = head_inputs(torch.float32)
+    loss, _ = chunked_loss(given, labels, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_linear_and_gelu() -> None:

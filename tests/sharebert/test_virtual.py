@@ -18,7 +18,7 @@ from sharebert.virtual import blocks, generate
 def parameters(config: ShareBertConfig, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """E, and for VEPS W_all and b_all."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(config.vocab_size, config.factor_size)]
+    shapes: list[tuple[int, ...]] = [(config.vocab_size, config.factor_size)]
     if config.sharing == "veps":
         shapes += [(config.hidden_size, config.factor_size), (config.hidden_size,)]
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
@@ -35,7 +35,7 @@ def cut_from_whole_matrix(config: ShareBertConfig, given: list[Tensor]) -> list[
 def make(config: ShareBertConfig, given: list[Tensor]) -> list[Tensor]:
     embedding, projection, bias = (*given, None, None)[:3]
     assert embedding is not None
-    return generate(tuple(blocks(config)), embedding, projection, bias)
+    return [weight for weight in generate(blocks(config), embedding, projection, bias) if weight is not None]
 
 
 CASES: list[dict[str, Any]] = [

@@ -1,0 +1,110 @@
+"""Copies of a dataset's files on this node's own disk: fetched once, checked, and dropped when room is needed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_prep.files import FIRST_WAIT_S, TRIES, open_binary
+from data_prep.shards import TOKENIZER, CacheConfig, LocalFiles, all_shards
+from sharebert_recipe import BadInput
+
+_STAGE_THREADS = 4
+_COPY_BYTES = 8 << 20
+
+
+class CachedFiles:
+    """Files of a dataset, read through a cache that all processes of this node share.
+
+    Args:
+        location: folder or URL of the dataset.
+        manifest: of the dataset.
+        config: see `CacheConfig`.
+
+    Raises BadInput: a shard larger than the cache, a file that cannot be fetched or arrives damaged every time.
+    """
+
+    def __init__(self, location: str, manifest: Mapping[str, Any], config: CacheConfig) -> None:
+        self._location, self._max_bytes = location.rstrip("/"), config.max_bytes
+        self._root = Path(config.folder)
+        self.folder = self._root / manifest["fingerprint"][:16]
+        self._expected = {shard["name"]: (shard["sha256"], shard["bytes"]) for shard in all_shards(manifest)}
+        self._expected[TOKENIZER] = (manifest["tokenizer_sha256"], 0)
+        largest = max(size for _, size in self._expected.values())
+        if config.max_bytes is not None and config.max_bytes < largest:
+            raise BadInput(f"cache.max_bytes: {config.max_bytes} is less than one shard ({largest} bytes)")
+        # A deleted file takes room until it is unmapped: hold no more of them open than the cache may hold.
+        room = (config.max_bytes or largest * LocalFiles.open_shards) // max(largest, 1)
+        self.open_shards = max(1, min(LocalFiles.open_shards, room))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.open(TOKENIZER).close()
+        if config.stage:
+            with ThreadPoolExecutor(_STAGE_THREADS) as pool:
+                list(pool.map(lambda name: self.open(name).close(), self._expected))
+
+    def open(self, name: str) -> BinaryIO:
+        """Open the copy of a file, which is fetched first where there is none."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        with _locked(path.with_name(f".{path.name}.lock")):
+            while True:
+                try:
+                    file = path.open("rb")
+                    os.utime(path)
+                    return file
+                except FileNotFoundError:  # not yet fetched, or dropped by another process since
+                    self._fetch(name, path)
+
+    def _fetch(self, name: str, path: Path) -> None:
+        digest, size = self._expected[name]
+        temporary = path.with_name(f".{path.name}.part")
+        for attempt in range(TRIES):
+            self._make_room(size)
+            try:
+                found = _copy(f"{self._location}/{name}", temporary)
+                if found == digest:
+                    temporary.replace(path)
+                    return
+            except OSError as error:
+                raise BadInput(f"{self._location}/{name}: cannot be copied to {path} ({error.strerror})") from error
+            finally:
+                temporary.unlink(missing_ok=True)
+            time.sleep(FIRST_WAIT_S * 2**attempt)
+        raise BadInput(f"{self._location}/{name}: damaged (its checksum is not the manifest's), {TRIES} times")
+
+    def _make_room(self, size: int) -> None:
+        if self._max_bytes is None:
+            return
+        with _locked(self._root / ".lock"):
+            shards = [(path, path.stat()) for path in self._root.glob("*/*/shard-*.tar")]
+            total = sum(state.st_size for _, state in shards)
+            for path, state in sorted(shards, key=lambda item: item[1].st_mtime_ns):
+                if total + size <= self._max_bytes:
+                    break
+                path.unlink(missing_ok=True)
+                total -= state.st_size
+
+
+def _copy(source: str, target: Path) -> str:
+    """Copy a file; returns the SHA-256 of what came."""
+    digest = hashlib.sha256()
+    with open_binary(source) as incoming, target.open("wb") as out:
+        while data := incoming.read(_COPY_BYTES):
+            digest.update(data)
+            out.write(data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes of this node respect; it goes with the process that holds it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,107 @@
+"""A planned run of a recipe: inputs, parts, vocabulary, and the folder where its work lies until it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from data_prep.clean import Cleaner, normalise
+from data_prep.documents import Batch, read_part
+from data_prep.evaluation import evaluation_ngrams
+from data_prep.parts import save_array
+from data_prep.recipe import PrepRecipe
+from data_prep.sources import Input, Part, find_inputs, plan_parts
+from data_prep.tokenizer import UNTRAINED, Vocabulary, load, train
+from sharebert_recipe import BadInput, plain, write_atomically
+
+WORK = ".work"
+"""Folder inside the output; gone when the dataset is whole."""
+
+EVALUATION = "evaluation.npy"
+"""In the work folder: hashes of the n-grams of the evaluation sets."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker knows. Pickled once for each of them."""
+
+    recipe: PrepRecipe
+    work: Path
+    inputs: list[Input]
+    parts: list[Part]
+    vocab: Vocabulary = UNTRAINED
+
+    def documents(self, number: int, counts: Counter[str]) -> Iterator[Batch]:
+        """The documents of a part, read and cleaned by the rules that look at one document."""
+        grams = np.load(self.work / EVALUATION, mmap_mode="r") if self.recipe.clean.evaluation.paths else None
+        cleaner = Cleaner(self.recipe.clean, grams)
+        for batch in self.normalised(number, counts):
+            yield cleaner(batch, counts)
+
+    def normalised(self, number: int, counts: Counter[str]) -> Iterator[Batch]:
+        """The documents of a part, read, with their Unicode normalised; all of them."""
+        for batch in read_part(self.parts[number], self.inputs, self.recipe.source, counts):
+            yield normalise(batch, self.recipe.clean)
+
+
+def plan(recipe: PrepRecipe) -> Job:
+    """Find the inputs, divide them into parts, get the vocabulary. Raises BadInput."""
+    inputs = find_inputs(recipe.source)
+    parts = plan_parts(inputs, recipe.source)
+    given = given_vocabulary(recipe)
+    grams = evaluation_ngrams(recipe.clean.evaluation) if recipe.clean.evaluation.paths else np.zeros(0, np.uint64)
+    identity = [content_config(recipe), [asdict(item) for item in inputs], given, version("sharebert")]
+    identity.append(hashlib.sha256(grams.tobytes()).hexdigest())
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    work = Path(recipe.output) / WORK / name
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"output: {recipe.output}: {error.strerror}") from error
+    # Machines that begin at the same time all do what follows, and get the same: it does not matter who is last.
+    if len(grams):
+        temporary = work / f".{EVALUATION}.{uuid4().hex}"
+        save_array(temporary, grams)
+        temporary.replace(work / EVALUATION)
+    file = work / "tokenizer.json"
+    if not file.exists():
+        write_atomically(file, given or train(lambda: _sample(Job(recipe, work, inputs, parts)), recipe.tokenizer))
+    return Job(recipe, work, inputs, parts, Vocabulary.parse(file.read_text(encoding="utf-8")))
+
+
+def given_vocabulary(recipe: PrepRecipe) -> str | None:
+    """The existing tokenizer that the recipe names, if it does. Raises BadInput."""
+    path = recipe.tokenizer.path
+    return load(path, recipe.tokenizer.lowercase) if path else None
+
+
+def content_config(recipe: PrepRecipe) -> dict[str, Any]:
+    """The recipe without places on this machine and the number of workers, which do not show in the dataset."""
+    config = plain(recipe)
+    for key in ("output", "workers"):
+        del config[key]
+    for key in ("paths", "hub"):
+        del config["source"][key]
+    del config["tokenizer"]["path"]
+    config["clean"]["evaluation"]["paths"] = [Path(path).name for path in recipe.clean.evaluation.paths]
+    return config
+
+
+def _sample(job: Job) -> Iterator[str]:
+    """Text to train a vocabulary on, evenly from all parts."""
+    share = job.recipe.tokenizer.train.sample_bytes // len(job.parts)
+    for number in range(len(job.parts)):
+        counts: Counter[str] = Counter()
+        for batch in job.documents(number, counts):
+            yield from batch.texts
+            if counts["bytes_in"] >= share:
+                break

@@ -1,0 +1,99 @@
+"""The last step: shards to their place, report, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_prep import shards
+from data_prep.dedup import rules
+from data_prep.job import WORK, Job, content_config, given_vocabulary
+from data_prep.parts import part_folder, part_stats
+from data_prep.recipe import PrepRecipe
+from data_prep.report import MARKDOWN, PAGE, Report
+from data_prep.sources import Input, find_inputs
+from data_prep.stages import layout, shards_of
+from sharebert_recipe import BadInput, write_atomically
+
+
+def merge(job: Job, output: Path) -> None:
+    """Make a dataset of the finished parts. Killed halfway, it can be run again: the manifest comes last."""
+    plan = layout(job)
+    splits: dict[str, Any] = {split: {"rows": 0, "tokens": 0, "documents": 0, "shards": []} for split in shards.SPLITS}
+    padding = 0
+    for number, (name, _) in enumerate(shards_of(plan)):
+        stats = part_stats(job.work, "pack", number)
+        padding += stats["padding"]
+        shard, split = stats["shard"], splits[name]
+        split["rows"] += shard["rows"]
+        split["tokens"] += stats["tokens"]
+        split["documents"] += stats["documents"]
+        split["shards"].append(shard)
+        _move(part_folder(job.work, "pack", number) / shard["name"], output / shard["name"])
+    for name, split in splits.items():  # what an earlier recipe, stopped in its merge, may have left
+        for path in (output / name).glob("*"):
+            if f"{name}/{path.name}" not in {shard["name"] for shard in split["shards"]}:
+                path.unlink()
+    staged = job.work / "merge"  # written here and moved: a kill leaves no temporary file in the dataset
+    staged.mkdir(exist_ok=True)
+    write_atomically(staged / shards.TOKENIZER, job.vocab.json)
+    manifest = {
+        "seq_len": job.recipe.seq_len,
+        "dtype": job.vocab.dtype.name,
+        "segments_dtype": plan.segments_dtype,
+        "vocab_size": job.vocab.size,
+        "tokenizer_sha256": shards.file_sha256(staged / shards.TOKENIZER),
+        "special_ids": job.vocab.special_ids,
+        "config": content_config(job.recipe),
+        "sources": _sources(job.inputs),
+        "splits": splits,
+        "versions": {name: version(name) for name in ("sharebert", "tokenizers")},
+    }
+    counts: Counter[str] = Counter()
+    for stage in ("scan", "encode") if rules(job.recipe.clean) else ("encode",):
+        for number in range(len(job.parts)):
+            counts.update(part_stats(job.work, stage, number))
+    report = Report(counts, splits, padding, job.recipe.seq_len)
+    write_atomically(staged / MARKDOWN, report.markdown())
+    write_atomically(staged / PAGE, report.page())
+    shards.write_manifest(staged, manifest)
+    for name in (shards.TOKENIZER, MARKDOWN, PAGE, shards.MANIFEST):
+        _move(staged / name, output / name)
+    shutil.rmtree(output / WORK, ignore_errors=True)
+
+
+def check_same(recipe: PrepRecipe, output: Path) -> None:
+    """Raise BadInput where the dataset at `output` was made from another config, input or tokenizer."""
+    manifest = shards.open_dataset(output).manifest
+    ours = {"config": content_config(recipe), "sources": _sources(find_inputs(recipe.source))}
+    given = given_vocabulary(recipe)
+    if given is not None:
+        ours["tokenizer_sha256"] = hashlib.sha256(given.encode()).hexdigest()
+    for key, value in ours.items():
+        if manifest[key] != value:
+            raise BadInput(
+                f"output: {output} holds a dataset of another {key.split('_')[0]} "
+                f"({_difference(manifest[key], value)}); choose another folder, or delete this one"
+            )
+
+
+def _sources(inputs: list[Input]) -> list[dict[str, Any]]:
+    return [{"name": item.name, "bytes": item.bytes} for item in inputs]
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    if source.exists():  # else an earlier merge of this job has moved it
+        source.replace(target)
+
+
+def _difference(theirs: Any, ours: Any, where: str = "") -> str:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(key) != ours.get(key):
+                return _difference(theirs.get(key), ours.get(key), f"{where}.{key}".lstrip("."))
+    return f"{where} is {theirs!r} there and {ours!r} here" if where else "not the same"

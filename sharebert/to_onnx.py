@@ -1,0 +1,71 @@
+"""A model as an ONNX file, from its dense form, for ONNX Runtime and whatever else reads ONNX."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .config import ShareBertError
+from .dense import DenseBert, dense_tensors
+from .heads import ShareBertForMaskedLM
+
+OPSET = 20
+"""The first that has Gelu as an operator of its own."""
+
+ONE_FILE_BYTES = 1_900_000_000
+"""Protocol buffers end at 2 GiB: above this, the weights go into a second file, `OUT.data`."""
+
+
+def write_onnx(out: Path, model: ShareBertForMaskedLM) -> None:
+    """Write the dense form of `model` to the ONNX file `out`, with dynamic batch and length.
+
+    Inputs, int64 [batch, length]: input_ids, attention_mask, token_type_ids. Outputs: last_hidden_state
+    [batch, length, H], pooler_output [batch, H] (the tanh of the compact form's) and, with an MLM head, logits
+    [batch, length, V].
+
+    Raises ShareBertError: an MLM head without a dense form, or the packages `onnx` and `onnxscript` are missing.
+    """
+    try:
+        import onnxscript  # noqa: F401 (torch.onnx imports it, and says less)
+    except ImportError as error:
+        raise ShareBertError("an ONNX export needs two more packages: pip install onnx onnxscript") from error
+    with torch.device("meta"):
+        dense = DenseBert(model.config)
+    dense.load_state_dict(dict(dense_tensors(model)), assign=True)
+    tokens = torch.zeros(2, min(8, model.config.max_position_embeddings), dtype=torch.int64)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)
+    outputs = ["last_hidden_state", "pooler_output", "logits"][: 2 if dense.cls is None else 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own internals
+        program = torch.onnx.export(
+            _Tuple(dense).eval(),
+            (tokens, torch.ones_like(tokens), torch.zeros_like(tokens)),
+            input_names=["input_ids", "attention_mask", "token_type_ids"],
+            output_names=outputs,
+            dynamic_shapes=[{0: batch, 1: length}] * 3,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    size = sum(parameter.nbytes for parameter in dense.parameters())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        program.save(Path(folder) / out.name, external_data=size > ONE_FILE_BYTES)
+        for path in sorted(Path(folder).iterdir(), reverse=True):  # OUT.data before the OUT that refers to it
+            path.replace(out.parent / path.name)
+
+
+class _Tuple(nn.Module):
+    """A model whose output has no None, which the exporter does not know."""
+
+    def __init__(self, dense: DenseBert) -> None:
+        super().__init__()
+        self.dense = dense
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t for t in self.dense(input_ids, attention_mask, token_type_ids) if t is not None)

@@ -1,0 +1,207 @@
+"""Inputs and datasets at URLs: real servers on loopback, with faults; caches that stay in bounds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faulty_server import FaultyServer, serve
+from made_texts import made_texts, recipe, write_jsonl
+
+from data_prep import files
+from data_prep.files import open_binary
+from data_prep.pipeline import prepare
+from data_prep.shards import CacheConfig, open_dataset
+from sharebert_recipe import BadInput
+
+TEXTS = made_texts(300, seed=8)
+FAULTS = ["error", "cut"]
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("data_prep.cache.FIRST_WAIT_S", 0.001)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with inputs and with a dataset of many shards made of them."""
+    folder = tmp_path_factory.mktemp("remote")
+    write_jsonl(folder / "corpus.jsonl", TEXTS)
+    pq.write_table(pa.table({"text": TEXTS}), folder / "corpus.parquet", row_group_size=50)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.shuffle._FEW_SHARDS", 40)
+        patch.setattr("data_prep.shuffle._SMALL_SHARD_BYTES", 4000)
+        prepare(recipe(folder / "dataset", folder / "corpus.jsonl", validation=0.05))
+    return folder
+
+
+@pytest.fixture
+def server(local: Path) -> Iterator[FaultyServer]:
+    with serve(local) as state:
+        yield state
+
+
+@pytest.fixture(scope="module")
+def s3(local: Path) -> Iterator[str]:
+    """A bucket of an S3 server with everything in the local folder; its URL."""
+    from moto.server import ThreadedMotoServer
+
+    settings = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for key, value in settings.items():
+            patch.setenv(key, value)
+        fs = fsspec.filesystem("s3")
+        fs.mkdir("corpora")
+        fs.put(str(local), "corpora/all", recursive=True)
+        yield "s3://corpora/all"
+        server.stop()
+
+
+def everything(path: str | Path, cache: CacheConfig | None = None) -> dict[str, list[list[list[int]]]]:
+    dataset = open_dataset(path, cache)
+    rows = {name: dataset.split(name).read(np.arange(dataset.split(name).rows)) for name in ("train", "validation")}
+    return {name: [array.tolist() for array in arrays] for name, arrays in rows.items()}
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.parquet"])
+def test_inputs_over_http_with_faults_make_the_same_dataset(
+    local: Path, server: FaultyServer, tmp_path: Path, name: str
+) -> None:
+    here = prepare(recipe(tmp_path / "here", local / name))
+    server.fault = lambda path, asked: FAULTS[asked % 2] if asked % 3 else None
+    there = prepare(recipe(tmp_path / "there", f"{server.url}/{name}"))
+    assert (there / "manifest.json").read_text() == (here / "manifest.json").read_text()
+
+
+def test_inputs_and_datasets_on_s3(local: Path, s3: str, tmp_path: Path) -> None:
+    here = prepare(recipe(tmp_path / "here", local / "corpus.jsonl"))
+    for name, pattern in (("one", f"{s3}/corpus.jsonl"), ("glob", f"{s3}/corpus.json*")):
+        there = prepare(recipe(tmp_path / name, pattern))
+        assert (there / "manifest.json").read_text() == (here / "manifest.json").read_text()
+    cache = CacheConfig(folder=str(tmp_path / "cache"))
+    assert everything(f"{s3}/dataset", cache) == everything(local / "dataset")
+    open_dataset(f"{s3}/dataset", cache).verify()
+    with pytest.raises(BadInput, match=r"s3://corpora/all/none\.txt: no such file"):
+        prepare(recipe(tmp_path / "none", f"{s3}/none.txt"))
+
+
+def test_a_server_that_stays_down_is_one_clear_line(server: FaultyServer, tmp_path: Path) -> None:
+    server.fault = lambda path, asked: "error"
+    with pytest.raises(BadInput, match=rf"{server.url}/corpus\.jsonl: 6 tries failed"):
+        prepare(recipe(tmp_path / "d", f"{server.url}/corpus.jsonl"))
+    with pytest.raises(BadInput, match=r"no such file|cannot be read"):
+        prepare(recipe(tmp_path / "e", f"{server.url}/none.jsonl"))
+
+
+def test_a_dataset_over_http_with_faults(local: Path, server: FaultyServer, tmp_path: Path) -> None:
+    server.fault = lambda path, asked: [*FAULTS, "flip", None][asked % 4] if "shard" in path else None
+    cache = CacheConfig(folder=str(tmp_path / "cache"))
+    assert everything(f"{server.url}/dataset", cache) == everything(local / "dataset")
+    served = sum(server.served.values())
+    assert everything(f"{server.url}/dataset", cache) == everything(local / "dataset")
+    assert sum(server.served.values()) - served < 100_000  # the manifest alone
+    dataset = open_dataset(f"{server.url}/dataset", cache)
+    assert dataset.tokenizer_path.read_bytes() == (local / "dataset" / "tokenizer.json").read_bytes()
+
+
+def test_a_shard_that_is_damaged_at_its_source(server: FaultyServer, tmp_path: Path) -> None:
+    server.fault = lambda path, asked: "flip" if path.endswith("train/shard-000001.tar") else None
+    dataset = open_dataset(f"{server.url}/dataset", CacheConfig(folder=str(tmp_path / "cache")))
+    with pytest.raises(BadInput, match=r"train/shard-000001\.tar: damaged \(its checksum .*, 6 times"):
+        dataset.verify()
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_url_needs_a_cache_large_enough(server: FaultyServer, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="read through a cache on local disk"):
+        open_dataset(f"{server.url}/dataset")
+    with pytest.raises(BadInput, match=r"cache\.max_bytes: 100 is less than one shard"):
+        open_dataset(f"{server.url}/dataset", CacheConfig(folder=str(tmp_path), max_bytes=100))
+    with pytest.raises(BadInput, match=r"nothing/manifest\.json: "):
+        open_dataset(f"{server.url}/nothing", CacheConfig(folder=str(tmp_path)))
+
+
+def epoch_in_windows(url: str, cache: CacheConfig, window_shards: int, seed: int) -> None:
+    """Read every row once: shards in random order, rows shuffled within windows of some shards."""
+    split = open_dataset(url, cache).split("train")
+    first, rng = np.cumsum([0, *split.shard_rows]), np.random.default_rng(seed)
+    order = rng.permutation(len(split.shard_rows))
+    for start in range(0, len(order), window_shards):
+        window = order[start : start + window_shards]
+        rows = rng.permutation(np.concatenate([np.arange(first[s], first[s + 1]) for s in window]))
+        for batch in np.array_split(rows, max(1, len(rows) // 8)):
+            split.read(batch)
+
+
+def test_an_epoch_through_a_small_cache_reads_each_byte_once(local: Path, server: FaultyServer, tmp_path: Path) -> None:
+    shards = [s for split in open_dataset(local / "dataset").manifest["splits"].values() for s in split["shards"]]
+    total = sum(shard["bytes"] for shard in shards)
+    largest = max(shard["bytes"] for shard in shards)
+    assert len(shards) > 25
+    cache = CacheConfig(folder=str(tmp_path / "cache"), max_bytes=total // 10)
+    assert total // 10 > 2 * largest
+    for epoch in range(2):
+        server.served.clear()
+        epoch_in_windows(f"{server.url}/dataset", cache, window_shards=2, seed=epoch)
+        read = sum(count for path, count in server.served.items() if "train/" in path)
+        used = sum(s["bytes"] for s in shards if s["name"].startswith("train"))
+        assert read <= 1.1 * used
+        kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("shard-*.tar"))
+        assert kept <= total // 10
+
+
+def _read_rows(url: str, folder: str, seed: int) -> int:
+    split = open_dataset(url, CacheConfig(folder=folder)).split("train")
+    rows = np.random.default_rng(seed).permutation(split.rows)
+    return sum(int(split.read(batch)[0].sum()) for batch in np.array_split(rows, 20))
+
+
+def test_processes_of_a_node_share_one_copy(local: Path, server: FaultyServer, tmp_path: Path) -> None:
+    url, folder = f"{server.url}/dataset", str(tmp_path / "cache")
+    expected = int(open_dataset(local / "dataset").split("train").read(np.arange(_rows(local)))[0].sum())
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        found = pool.starmap(_read_rows, [(url, folder, seed) for seed in range(3)])
+    assert found == [expected] * 3
+    for path, count in server.served.items():
+        if "train/" in path:
+            assert count == (local / path.lstrip("/")).stat().st_size
+
+
+def _rows(local: Path) -> int:
+    return open_dataset(local / "dataset").split("train").rows
+
+
+def test_staging_copies_everything_before_the_first_row(local: Path, server: FaultyServer, tmp_path: Path) -> None:
+    for source in (f"{server.url}/dataset", str(local / "dataset")):  # a shared file system too is worth copying from
+        cache = CacheConfig(folder=str(tmp_path / f"cache{len(source)}"), stage=True)
+        dataset = open_dataset(source, cache)
+        server.fault = lambda path, asked: "error"
+        rows = dataset.split("train").read(np.arange(_rows(local)))[0]
+        np.testing.assert_array_equal(
+            rows, open_dataset(local / "dataset").split("train").read(np.arange(len(rows)))[0]
+        )
+        assert str(dataset.path).startswith(cache.folder)
+
+
+def test_ranges_are_retried_one_by_one(local: Path, server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "RANGE_BYTES", 5000)
+    server.fault = lambda path, asked: "cut" if asked % 2 else None
+    data = (local / "corpus.jsonl").read_bytes()
+    with open_binary(f"{server.url}/corpus.jsonl") as file:
+        assert file.read() == data
+        file.seek(-100, os.SEEK_END)
+        assert file.read(1000) == data[-100:]
+    assert sum(server.served.values()) < 1.6 * len(data) + 10_000  # not the whole file again for each fault
