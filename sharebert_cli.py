@@ -21,8 +21,7 @@ FINISHED, FAILED, BAD_INPUT = 0, 1, 2
 def prep(given: argparse.Namespace) -> int:
     from data_prep.pipeline import PrepRecipe, prepare
 
-    dataset = prepare(load(PrepRecipe, given.config, given.overrides))
-    print(dataset)
+    print(prepare(load(PrepRecipe, given.config, given.overrides), task=given.task))
     return FINISHED
 
 
@@ -63,6 +62,14 @@ def fill(given: argparse.Namespace) -> int:
     return FINISHED
 
 
+def _task(text: str) -> tuple[int, int]:
+    """`I/N` as numbers."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"'{text}': written I/N, with I from 0 to N-1")
+    return int(number), int(count)
+
+
 def _with_config(parser: argparse.ArgumentParser, schema: str) -> None:
     """Let a verb take `CONFIG [key=value ...]`; its `--help` ends with the keys of `schema`, "module:class"."""
     parser.add_argument("config", help="path of a recipe, or the name of one that ships with the project")
@@ -83,7 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=run)
         return sub
 
-    _with_config(verb("prep", prep, "Make a dataset from text."), "data_prep.pipeline:PrepRecipe")
+    sub = verb("prep", prep, "Make a dataset from text.")
+    _with_config(sub, "data_prep.recipe:PrepRecipe")
+    sub.add_argument(
+        "--task",
+        type=_task,
+        metavar="I/N",
+        help="do the I-th of N shares of the work (I from 0); a last run without --task finishes the dataset",
+    )
     _with_config(verb("train", train, "Train, or go on, on one process."), "pretrain.train:TrainRecipe")
     sub = verb("plan", plan, "What a training will cost: parameters, memory, FLOPs, hours.")
     _with_config(sub, "pretrain.train:TrainRecipe")

@@ -117,10 +117,11 @@ class _Reader:
                     return
                 cut = self._cut(data)
                 self.counts["splits"] += 1
-                yield offset, data[:cut]
+                carry, data = data[cut:], data[:cut]
+                yield offset, data
                 if nominal >= piece.stop and not self.item.compression:
                     return
-                offset, carry = offset + cut, data[cut:]
+                offset += cut
 
     def _blocks(self, piece: Piece) -> Iterator[tuple[int, bytes]]:
         """Whole lines or paragraphs, a few megabytes at a time: (offset, bytes)."""

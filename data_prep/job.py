@@ -29,6 +29,8 @@ WORK = ".work"
 EVALUATION = "evaluation.npy"
 """In the work folder: hashes of the n-grams of the evaluation sets."""
 
+_SAMPLE_CHARS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Job:
@@ -102,6 +104,8 @@ def _sample(job: Job) -> Iterator[str]:
     for number in range(len(job.parts)):
         counts: Counter[str] = Counter()
         for batch in job.documents(number, counts):
-            yield from batch.texts
+            for text in batch.texts:
+                # The trainer holds what it is given many times over: a document of 64 MB would cost it 5 GB.
+                yield from (text[i : i + _SAMPLE_CHARS] for i in range(0, len(text), _SAMPLE_CHARS))
             if counts["bytes_in"] >= share:
                 break

@@ -38,9 +38,11 @@ def ngram_hashes(
 
     Returns: hashes of all texts, one after the other; offsets [texts + 1] of each one's first.
     """
-    data = [text.lower().encode() for text in texts]
+    data = [_lower(text) for text in texts]
     ends = np.cumsum([len(piece) + 1 for piece in data], dtype=np.int64)
-    words, starts = _word_hashes(b" ".join(data).translate(_TABLE))
+    joined = b" ".join(data)
+    del data
+    words, starts = _word_hashes(joined)
     counts = np.diff(np.searchsorted(starts, ends), prepend=0)
     first = np.cumsum(counts) - counts
     sums = np.zeros(max(len(words) - n + 1, 0), np.uint64)
@@ -58,6 +60,14 @@ def ngram_hashes(
         grams[short] = 1
         offsets = np.concatenate([[0], np.cumsum(grams)])
     return hashes, offsets
+
+
+def _lower(text: str) -> bytes:
+    """The words of a text in lower case, in UTF-8, with a space for every byte of a separator."""
+    if len(text) <= _CHUNK_BYTES:
+        return text.lower().encode().translate(_TABLE)
+    pieces = (text[i : i + _CHUNK_BYTES] for i in range(0, len(text), _CHUNK_BYTES))
+    return b"".join(piece.lower().encode().translate(_TABLE) for piece in pieces)
 
 
 def _word_hashes(data: bytes) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

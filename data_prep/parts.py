@@ -129,6 +129,7 @@ _worker: tuple[Any, Path]
 def _start_worker(job: Any, work: Path) -> None:
     global _worker
     _worker = job, work
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a worker for every core already
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

@@ -249,9 +249,13 @@ def write_json(path: Path, values: Mapping[str, object]) -> None:
 
 
 def _replaceable(out: Path) -> bool:
-    if not out.is_dir():
+    """An empty folder, or an export in either form."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return out.is_dir()
+    try:
+        return json.loads((out / CONFIG).read_text(encoding="utf-8"))["model_type"] in ("sharebert", "megatron-bert")
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return not any(out.iterdir()) or ((out / CONFIG).is_file() and any(out.glob("model*.safetensors")))
 
 
 def _architecture(config: ShareBertConfig, settings: Mapping[str, Any]) -> str:

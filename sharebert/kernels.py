@@ -163,8 +163,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since a decoder's gradient is as large as the decoder; autograd refuses a second backward. Cast
-        # only here, where a loss scale is already in `grad_loss`: before, half precision could lose small values.
+        # In place, since a decoder's gradient is as large as the decoder; autograd refuses a second backward. The
+        # cast comes last, so that a loss scale in `grad_loss` acts before values are rounded to half precision.
         gradients = [
             None if saved is None else saved.mul_(grad_loss).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

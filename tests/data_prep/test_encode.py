@@ -33,6 +33,9 @@ def with_added_tokens(text: str) -> str:
 
 
 UNCASED, CASED = trained(), trained(lowercase=False)
+BPE = tokenizer.train(
+    lambda: TRAINING, tokenizer.TokenizerConfig(train=tokenizer.TrainConfig(type="bpe", vocab_size=600))
+)
 FILES = {"uncased": UNCASED, "cased": CASED, "added tokens": with_added_tokens(UNCASED)}
 ENCODERS = {name: (encode.fast_encoder(text), encode.reference_encoder(text)) for name, text in FILES.items()}
 
@@ -102,11 +105,21 @@ def test_a_wrong_encoder_stops_the_part(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_tokenizer_that_the_fast_library_does_not_know_goes_to_the_reference() -> None:
-    bpe = tokenizer.train(
-        lambda: TRAINING,
-        tokenizer.TokenizerConfig(train=tokenizer.TrainConfig(type="bpe", vocab_size=600)),
-    )
-    assert encode.fast_encoder(bpe) is None
+    assert encode.fast_encoder(BPE) is None
     text = random.Random(0).choice(TRAINING)
-    ids, offsets = encode.CheckedEncoder(bpe, "auto")([text, text])
-    assert Tokenizer.from_str(bpe).decode(ids[: offsets[1]].tolist()) == text
+    ids, offsets = encode.CheckedEncoder(BPE, "auto")([text, text])
+    assert Tokenizer.from_str(BPE).decode(ids[: offsets[1]].tolist()) == text
+
+
+@pytest.mark.parametrize("kind", ["uncased", "cased", "added tokens", "bpe"])
+@settings(max_examples=100, deadline=None)
+@given(text=st.lists(PIECES, max_size=12).map(" ".join), data=st.data())
+def test_the_reference_gives_the_same_ids_piece_by_piece(kind: str, text: str, data: st.DataObject) -> None:
+    file = BPE if kind == "bpe" else FILES[kind]
+    text = text.encode(errors="replace").decode()
+    whole = Tokenizer.from_str(file).encode(text, add_special_tokens=False).ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_PIECE_CHARS", data.draw(st.integers(4, 40)))
+        ids, offsets = encode.reference_encoder(file)([text, "", text])
+    assert ids.tolist() == whole * 2
+    assert offsets.tolist() == [0, len(whole), len(whole), 2 * len(whole)]

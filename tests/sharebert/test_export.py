@@ -75,11 +75,13 @@ def test_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home/letter.txt").write_text("dear")
-    for path in (tmp_path / "home", tmp_path / "home/letter.txt"):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
+    for path in (tmp_path / "home", tmp_path / "home/letter.txt", tmp_path / "bert"):
         with pytest.raises(ShareBertError, match="exists and is no export"):
             export(second, path)
     assert (tmp_path / "home/letter.txt").read_text() == "dear"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "export", "home"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "empty", "export", "home"]
 
 
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:
