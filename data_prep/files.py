@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
-import fsspec
 from pydantic.dataclasses import dataclass
 
 from sharebert_recipe import BadInput
@@ -41,7 +40,7 @@ def is_url(path: str) -> bool:
 
 def find(pattern: str) -> list[FoundFile]:
     """The files of a path, a folder (all below it), a glob or a URL of these, sorted by name; hidden ones left out."""
-    fs, path = fsspec.core.url_to_fs(pattern)
+    fs, path = _file_system(pattern)
     path = path.rstrip("/")
     magic = [i for i, piece in enumerate(path.split("/")) if set(piece) & set("*?[")]
     if magic:
@@ -96,7 +95,7 @@ class _RemoteFile(io.RawIOBase):
     """A remote file as a seekable stream of ranges."""
 
     def __init__(self, location: str) -> None:
-        self._fs, self._path = fsspec.core.url_to_fs(location)
+        self._fs, self._path = _file_system(location)
         self._location, self._position = location, 0
         self._size = _size(retry(lambda: self._fs.info(self._path), location))
 
@@ -127,6 +126,13 @@ class _RemoteFile(io.RawIOBase):
         if len(data) != stop - start:
             raise OSError(f"asked for bytes {start} to {stop}, got {len(data)} bytes")
         return data
+
+
+def _file_system(location: str) -> tuple[Any, str]:
+    import fsspec  # 50 ms that a worker on local files does without
+
+    fs, path = fsspec.core.url_to_fs(location)
+    return fs, path
 
 
 def _size(info: dict[str, Any]) -> int:

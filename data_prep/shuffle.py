@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class RunWriter:
         documents, tokens = np.concatenate(self._documents), np.concatenate(self._tokens)
         documents = documents[np.argsort(documents["order"], kind="stable")]
         order = ranges(documents["start"], documents["length"])
-        save_array(self._folder / f"run-{self._runs:04d}.tokens.npy", tokens[order])
+        (self._folder / f"run-{self._runs:04d}.tokens.bin").write_bytes(tokens[order].data)
         documents["start"] = np.cumsum(documents["length"]) - documents["length"]
         save_array(self._folder / f"run-{self._runs:04d}.documents.npy", documents)
         self._tokens, self._documents, self._held = [], [], 0
@@ -148,28 +149,35 @@ class ShardText:
     lengths: NDArray[np.int64]
 
 
-def gather(runs: Sequence[Path], split: str, bins: tuple[int, int], validation_below: int) -> ShardText:
-    """Read one shard's documents from all runs."""
-    pieces, found, held = [], [], 0
+def gather(
+    runs: Sequence[Path], split: str, bins: tuple[int, int], validation_below: int, dtype: np.dtype[Any]
+) -> ShardText:
+    """Read one shard's documents from all runs. Raises BadInput where a run is not what was written."""
+    found, spans, held = [], [], 0
     for path in runs:
-        documents = np.load(path, mmap_mode="r")
-        order = documents["order"]
-        first, last = (bisect_left(order, edge << _BIN_SHIFT) for edge in bins)
+        documents = _mapped(path)
+        first, last = (bisect_left(documents["order"], edge << _BIN_SHIFT) for edge in bins)
         chosen = np.array(documents[first:last])
         chosen = chosen[(chosen["split"] < validation_below) == (split == "validation")]
-        if not len(chosen):
-            continue
-        tokens = np.load(_tokens_of(path), mmap_mode="r")
-        stops = chosen["start"] + chosen["length"]
-        breaks = np.flatnonzero(chosen["start"][1:] != stops[:-1]) + 1
-        for a, b in zip([0, *breaks], [*breaks, len(chosen)], strict=True):
-            pieces.append(tokens[chosen["start"][a] : stops[b - 1]])
-        chosen["start"] = held + np.cumsum(chosen["length"]) - chosen["length"]
-        held += int(chosen["length"].sum())
-        found.append(chosen)
+        if len(chosen):
+            stops = chosen["start"] + chosen["length"]
+            breaks = np.flatnonzero(chosen["start"][1:] != stops[:-1]) + 1
+            spans.append((path, chosen["start"][[0, *breaks]], stops[[*(breaks - 1), -1]]))
+            chosen["start"] = held + np.cumsum(chosen["length"]) - chosen["length"]
+            held += int(chosen["length"].sum())
+            found.append(chosen)
+    tokens, at = np.empty(held, dtype), 0
+    for path, starts, stops in spans:
+        with _tokens_of(path).open("rb") as file:  # read, not mapped: mapped pages count as memory of the process
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                file.seek(start * dtype.itemsize)
+                count = stop - start
+                if file.readinto(tokens[at : at + count].view(np.uint8).data) != count * dtype.itemsize:
+                    raise BadInput(f"{_tokens_of(path)}: cut short; delete the folder {path.parents[3]} and run again")
+                at += count
     documents = np.concatenate(found)
     documents = documents[np.argsort(documents["order"], kind="stable")]
-    return ShardText(np.concatenate(pieces), documents["start"], documents["length"].astype(np.int64))
+    return ShardText(tokens, documents["start"], documents["length"].astype(np.int64))
 
 
 def list_runs(folders: Sequence[Path]) -> list[Path]:
@@ -194,12 +202,17 @@ def _documents(runs: Sequence[Path]) -> Iterator[NDArray[Any]]:
         yield np.load(path)
 
 
+@lru_cache(maxsize=256)  # a file each, of the 1,024 that a process may have open
+def _mapped(path: Path) -> NDArray[Any]:
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
 def _bin(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     return (keys >> np.uint64(_BIN_SHIFT)).astype(np.int64)
 
 
 def _tokens_of(run: Path) -> Path:
-    return run.with_name(run.name.replace(".documents.", ".tokens."))
+    return run.with_name(run.name.replace(".documents.npy", ".tokens.bin"))
 
 
 def _threshold(runs: Sequence[Path], tokens_by_bin: NDArray[Any], wanted: float) -> int:

@@ -83,7 +83,7 @@ def pack_shard(job: Job, number: int, folder: Path) -> dict[str, Any]:
     """Gather, pack and write one shard; those of both splits are numbered one after the other."""
     plan = layout(job)
     split, index = shards_of(plan)[number]
-    text = shuffle.gather(_runs(job), split, plan.shards[split][index], plan.validation_below)
+    text = shuffle.gather(_runs(job), split, plan.shards[split][index], plan.validation_below, job.vocab.dtype)
     blocks = pack(
         text, job.recipe.seq_len, job.vocab.special_ids, plan.segments_dtype, job.recipe.shards.rows_per_block
     )

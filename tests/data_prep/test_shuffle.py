@@ -35,7 +35,7 @@ def write(folder: Path, parts: list[Documents], seed: int = 0) -> list[Path]:
 def gathered(runs: list[Path], layout: shuffle.Layout, split: str) -> list[Documents]:
     shards = []
     for bins in layout.shards[split]:
-        text = shuffle.gather(runs, split, bins, layout.validation_below)
+        text = shuffle.gather(runs, split, bins, layout.validation_below, np.dtype("uint16"))
         documents = [text.tokens[s : s + n].tolist() for s, n in zip(text.starts, text.lengths, strict=True)]
         assert all(document[-1] == SEP for document in documents)
         shards.append([document[:-1] for document in documents])
