@@ -56,17 +56,13 @@ def table() -> None:
     datasets = open_datasets(data)
     model = read_export(ROOT / OUT / "export")
 
-    def forward(batch) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN001
+    def forward(batch) -> tuple[torch.Tensor, torch.Tensor]:
         mask = batch.segments if batch.padded else None
-        output = model(
-            batch.tokens, mask, positions=batch.positions, labels=batch.labels, weights=batch.weights
-        )
+        output = model(batch.tokens, mask, positions=batch.positions, labels=batch.labels, weights=batch.weights)
         return output.loss_sum, output.correct
 
     typed: Forward = forward
-    blind = validate(
-        typed, datasets, recipe.validate, mask_rate=data.mask_rate, whole_word=data.whole_word, hide="all"
-    )
+    blind = validate(typed, datasets, recipe.validate, mask_rate=data.mask_rate, whole_word=data.whole_word, hide="all")
     after = valid[-1]["valid_loss"]
     entropy = unigram_entropy(datasets[0])
     print("\nvalidation loss in nats, every chosen position masked")
