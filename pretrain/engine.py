@@ -189,16 +189,30 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def optimizer_step(engine: Any, clip: float) -> None:
+def optimizer_step(engine: Any, clip: float) -> bool:
     """End a micro-batch: `engine.step`, which acts after the last one of an optimizer step.
 
-    At stage 0 DeepSpeed clips, too, but keeps the norm to itself; here it is computed once, for both.
+    Returns whether that step was skipped, on all ranks alike, because the gradient is not finite: weights
+    and moments are as before. ZeRO 1, 2 and 3 do so by themselves. At stage 0 DeepSpeed clips, but keeps
+    the norm to itself and never looks at it; here it is computed once, for both.
     """
+    skipped_before = engine.skipped_steps
     if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
         if engine.torch_autocast_z0_gradscaler:
             engine.torch_autocast_z0_gradscaler.unscale_(engine.optimizer)
-        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or math.inf)
+        if not torch.isfinite(norm):
+            norm.fill_(math.inf)
+            engine.zero_grad()  # Adam leaves parameters without a gradient alone
+            engine.skipped_steps += 1
+        engine._global_grad_norm = norm
     engine.step()
+    return bool(engine.skipped_steps > skipped_before)
+
+
+def scale_can_fall(engine: Any) -> bool:
+    """Whether a skipped step may be fp16's search for a loss scale, and no fault."""
+    return loss_scale(engine) > 1.0
 
 
 def gradient_norm(engine: Any) -> float:
@@ -208,6 +222,9 @@ def gradient_norm(engine: Any) -> float:
 
 def loss_scale(engine: Any) -> float:
     """fp16's loss scale; 1 in other precisions."""
+    torch_scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    if torch_scaler:
+        return float(torch_scaler.get_scale())
     return float(getattr(engine.optimizer, "cur_scale", getattr(engine.optimizer, "loss_scale", 1.0)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from typing import Any
@@ -32,22 +33,27 @@ class Meter:
         self._world, self._seq_len, self._global_batch = world, seq_len, data.global_batch
         self._flops = flops_per_token(model, seq_len, data.mask_rate, micro_rows * seq_len)
         self._peak = recipe.peak_flops or peak_flops_of(world.device)
+        self._step_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Begin a new interval."""
         self._sums.zero_()
         self._steps, self._waited_s, self._skipped_s = 0, 0.0, 0.0
         self._started = self._paused_from = time.perf_counter()
 
     def add(self, loss_sum: torch.Tensor, correct: torch.Tensor) -> None:
         """Count one micro-batch: fp32 scalars."""
-        self._sums[0] += loss_sum.detach()
-        self._sums[1] += correct
+        self._step_sums[0] += loss_sum.detach()
+        self._step_sums[1] += correct
 
-    def end_step(self, batch: StepBatch) -> None:
-        """Count one optimizer step."""
-        self._sums[2] += batch.masked
+    def end_step(self, batch: StepBatch, *, skipped: bool) -> None:
+        """Count one optimizer step. The loss of a skipped one is no number to average, and is left out."""
+        if not skipped:
+            self._sums[:2] += self._step_sums
+            self._sums[2] += batch.masked
+        self._step_sums.zero_()
         self._steps += 1
         self._waited_s += batch.wait_s
         self._paused_from = time.perf_counter()
@@ -57,7 +63,7 @@ class Meter:
         self._skipped_s += time.perf_counter() - self._paused_from
 
     def read(self, step: int, engine: Any, batch: StepBatch) -> dict[str, Any]:
-        """The interval's line of the log, and a new interval. A collective."""
+        """The interval's line of the log, and a new interval. A collective. What is not known is None."""
         dist.all_reduce(self._sums)
         loss_sum, correct, masked = self._sums.tolist()
         seconds = time.perf_counter() - self._started - self._skipped_s
@@ -67,10 +73,10 @@ class Meter:
             "epoch": batch.epoch,
             "rows": batch.rows_consumed,
             "tokens": batch.rows_consumed * self._seq_len,
-            "loss": loss_sum / masked,
-            "accuracy": correct / masked,
+            "loss": loss_sum / masked if masked else None,
+            "accuracy": correct / masked if masked else None,
             "lr": current_learning_rate(engine),
-            "grad_norm": gradient_norm(engine),
+            "grad_norm": norm if math.isfinite(norm := gradient_norm(engine)) else None,
             "loss_scale": loss_scale(engine),
             "skipped": engine.skipped_steps,
             "tokens_per_s": tokens_per_s,
@@ -79,7 +85,7 @@ class Meter:
             "step_s": seconds / self._steps,
             "memory_bytes": _peak_memory_bytes(self._world.device),
         }
-        self._reset()
+        self.reset()
         return line
 
 

@@ -1,11 +1,19 @@
-"""What a run shows: TensorBoard, `log.jsonl`, and a progress bar on a terminal or steady lines in a log."""
+"""What a run shows: TensorBoard, `log.jsonl`, and a progress bar on a terminal or steady lines in a log.
+
+A full disk or a failing write costs no line and never ends the run: lines wait in memory until they can be
+written.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import sys
 import time
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -28,6 +36,8 @@ TAGS = {
     "data_wait_s": "speed/data_wait",
     "step_s": "speed/step_s",
     "skipped": "health/skipped",
+    "loss_deviations": "health/loss_deviations",
+    "slowest_rank_factor": "health/slowest_rank_factor",
     "memory_bytes": "health/memory_bytes",
     "valid_loss": "valid/loss",
     "valid_accuracy": "valid/accuracy",
@@ -53,14 +63,9 @@ class Monitor:
         self._enabled = enabled
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._log: IO[str] = run.log.open("a", encoding="utf-8")
-        purge = resumed_from + 1 if resumed_from else None
-        self._board: SummaryWriter = SummaryWriter(str(run.tensorboard), purge_step=purge)
-        if not resumed_from:
-            self._board.add_text("config", f"```yaml\n{config_yaml}\n```", 0)
-        self._steps = steps
+        self._run, self._steps = run, steps
+        self._log = _LogFile(run.log)
+        self._board = _Board(run.tensorboard, resumed_from, config_yaml)
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -82,16 +87,18 @@ class Monitor:
         if not self._enabled:
             return
         values = {key: value for key, value in values.items() if value is not None} | {"time": time.time()}
-        self._log.write(json.dumps(values) + "\n")
-        self._log.flush()
-        for key, tag in TAGS.items():
-            if key in values:
-                self._board.add_scalar(tag, values[key], values["step"])
-        self._board.flush()
+        for output in (self._log, self._board):
+            output.waiting.append(values)
+            try:
+                output.write()
+            except OSError as error:
+                self._run.say(
+                    f"{output.path}: {error.strerror or error}; {len(output.waiting)} lines wait to be written"
+                )
         self._show(values)
 
     def close(self) -> None:
-        """Write out everything."""
+        """Close the files; what could not be written is gone."""
         if self._enabled:
             if self._bar is not None:
                 self._bar.stop()
@@ -104,10 +111,8 @@ class Monitor:
             text = f"valid loss {values['valid_loss']:.4f}  accuracy {values['valid_accuracy']:.3f}"
             self._print(f"step {step}/{self._steps}  {text}")
             return
-        text = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-            f"grad norm {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tokens/s"
-        )
+        loss, norm = values.get("loss", float("nan")), values.get("grad_norm", float("inf"))
+        text = f"loss {loss:.4f}  lr {values['lr']:.2e}  grad norm {norm:.2f}  {values['tokens_per_s']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=step, line=text)
         else:
@@ -118,3 +123,63 @@ class Monitor:
             self._bar.console.print(text, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+class _LogFile:
+    """`log.jsonl`. A line is in it whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: list[dict[str, Any]] = []
+        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def write(self) -> None:
+        """Write the lines that wait. Raises OSError where the disk does not take them."""
+        while self.waiting:
+            line = (json.dumps(self.waiting[0]) + "\n").encode()
+            size = os.fstat(self._handle).st_size
+            if os.write(self._handle, line) < len(line):
+                os.ftruncate(self._handle, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            del self.waiting[0]
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+class _Board:
+    """TensorBoard's event files. One that failed is left as it is, and another one goes on from the same step."""
+
+    def __init__(self, path: Path, resumed_from: int, config_yaml: str) -> None:
+        self.path = path
+        self.waiting: list[dict[str, Any]] = []
+        self._writer: SummaryWriter | None = None
+        self._config_yaml = "" if resumed_from else config_yaml
+        self._purge_step = resumed_from + 1 if resumed_from else None
+
+    def write(self) -> None:
+        """Write the points of the lines that wait. Raises OSError where the disk does not take them."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self.path), purge_step=self._purge_step)
+                if self._config_yaml:
+                    self._writer.add_text("config", f"```yaml\n{self._config_yaml}\n```", 0)
+            for values in self.waiting:
+                for key, tag in TAGS.items():
+                    if key in values:
+                        self._writer.add_scalar(tag, values[key], values["step"])
+            self._writer.flush()
+        except OSError:
+            self._purge_step = self.waiting[0]["step"]
+            self.close()
+            self._writer = None
+            raise
+        self._config_yaml = ""
+        self.waiting.clear()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()

@@ -1,7 +1,7 @@
 """The run directory: what lies where, who may use it, and `state.json`.
 
 RUN/config.yaml  RUN/tokenizer.json  RUN/environment.json  RUN/state.json  RUN/log.jsonl
-RUN/tensorboard/  RUN/checkpoints/
+RUN/tensorboard/  RUN/checkpoints/  RUN/heartbeats/  RUN/bad_rows.jsonl
 """
 
 from __future__ import annotations
@@ -56,6 +56,16 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     @property
+    def bad_rows(self) -> Path:
+        """Rows that were given up; the run passes over them."""
+        return self.path / "bad_rows.jsonl"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Where each rank says how far it is."""
+        return self.path / "heartbeats"
+
+    @property
     def stop_file(self) -> Path:
         """A file of this name asks for a stop."""
         return self.path / "stop"
@@ -106,7 +116,10 @@ class RunFolder:
         now |= {"state": state, "reason": reason, "updated": time.time()}
         if step is not None:
             now["step"] = step
-        write_atomically(self.path / "state.json", json.dumps(now, indent=1) + "\n")
+        try:
+            write_atomically(self.path / "state.json", json.dumps(now, indent=1) + "\n")
+        except OSError as error:  # a full disk does not end a training
+            self.say(f"state.json could not be written ({error.strerror})")
 
     def start(self, *, step: int, steps: int, tokenizer: Path, facts: dict[str, Any]) -> None:
         """Note a launch that goes on from `step`: its tokenizer, environment and state; drop an old stop request."""
@@ -115,7 +128,7 @@ class RunFolder:
         shutil.copyfile(tokenizer, temporary)
         temporary.replace(self.tokenizer)
         self._record_environment(facts)
-        self._cut_log(step)
+        self.cut_log(step)
         before = self.read_state()
         restarts = before["restarts"] + 1 if before else 0
         job = os.environ.get("SLURM_JOB_ID")
@@ -141,7 +154,7 @@ class RunFolder:
         )
         write_atomically(path, json.dumps(starts, indent=1) + "\n")
 
-    def _cut_log(self, step: int) -> None:
+    def cut_log(self, step: int) -> None:
         """Drop the lines of `log.jsonl` after `step`: a run that goes on from there will write them again."""
         if not self.log.exists():
             return

@@ -13,6 +13,7 @@ from pretrain.checkpoint import Checkpoint, Checkpointer, CheckpointRecipe
 from pretrain.data import Loader
 from pretrain.distributed import World
 from pretrain.engine import load_scaler_state, scaler_state
+from pretrain.generators import generators, set_generators
 from pretrain.run_folder import RunFolder
 from sharebert import ShareBertConfig
 from sharebert_recipe import BadInput
@@ -80,7 +81,7 @@ class Saver:
             "skipped": self.engine.skipped_steps,
         }
         owned = slices.owned(self.engine, self.world)
-        self.files.save(step, owned, slices.shapes(self.engine), _generators(), training)
+        self.files.save(step, owned, slices.shapes(self.engine), generators(), training)
 
     def finish(self) -> None:
         """Wait until the last save is whole on disk."""
@@ -97,7 +98,7 @@ class Saver:
         self.engine.skipped_steps = saved["skipped"]
         self.engine.global_steps = found.step
         if found.ranks == self.world.ranks:
-            _set_generators(checkpoint.load_generators(found, self.world.rank))
+            set_generators(checkpoint.load_generators(found, self.world.rank))
         else:
             torch.manual_seed(distributed.seed_of(seed, found.step, self.world.rank))
             if self.world.is_main:
@@ -117,17 +118,3 @@ def _refuse_difference(found: Checkpoint, key: str, saved: Any, ours: Any) -> No
             f"{found.folder}: made with {key} {saved!r}, this recipe has {ours!r}; "
             "restore the setting, or give the new run a directory of its own"
         )
-
-
-def _generators() -> dict[str, torch.Tensor]:
-    """States of the generators that dropout draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_generators(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -36,7 +36,7 @@ def owned(engine: Any, world: World) -> list[Slice]:
     Under ZeRO 1 and 2 a rank may own nothing of a parameter; its slice is then left out.
     """
     stage = engine.zero_optimization_stage()
-    _create_moments(engine)
+    create_moments(engine)
     if stage == 0:
         return [
             _narrow(whole, share_of(whole.length, world.rank, world.ranks))
@@ -49,7 +49,7 @@ def owned(engine: Any, world: World) -> list[Slice]:
 def loaded(engine: Any, world: World) -> list[Slice]:
     """The slices that this rank fills on a load: those it owns, and at stage 0, where all hold all, the whole."""
     if engine.zero_optimization_stage() == 0:
-        _create_moments(engine)
+        create_moments(engine)
         return list(_stage_0(engine))
     return owned(engine, world)
 
@@ -74,14 +74,14 @@ def shapes(engine: Any) -> dict[str, list[int]]:
 
 def adam_steps(engine: Any) -> int:
     """How many steps Adam has made: optimizer steps less those skipped."""
-    _create_moments(engine)
+    create_moments(engine)
     states = [state for state in engine.basic_optimizer.state.values() if "step" in state]
     return max(int(state["step"]) for state in states)
 
 
 def set_adam_steps(engine: Any, steps: int) -> None:
     """Let Adam's bias correction go on from `steps`."""
-    _create_moments(engine)
+    create_moments(engine)
     for state in engine.basic_optimizer.state.values():
         state["step"].fill_(steps)
 
@@ -93,7 +93,7 @@ def _masters(engine: Any) -> list[torch.Tensor]:
     return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
 
 
-def _create_moments(engine: Any) -> None:
+def create_moments(engine: Any) -> None:
     """Adam makes its moments at its first step; a load and a save before it need them."""
     for master in _masters(engine):
         state = engine.basic_optimizer.state[master]

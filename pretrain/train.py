@@ -22,6 +22,7 @@ from pretrain.batches import MicroBatch
 from pretrain.checkpoint import CheckpointRecipe
 from pretrain.data import DataRecipe, Loader, StepBatch, micro_shape, open_datasets
 from pretrain.distributed import World
+from pretrain.dry_run import dry_run
 from pretrain.engine import (
     OptimizerRecipe,
     Precision,
@@ -31,8 +32,10 @@ from pretrain.engine import (
     deepspeed_config,
     learning_rate,
     optimizer_step,
+    scale_can_fall,
     set_learning_rate,
 )
+from pretrain.faults import BadRowsFile, FaultsRecipe, SkippedSteps, SpikeDetector, TooManyFaults, give_up_rows
 from pretrain.meter import Meter
 from pretrain.model import ModelChoice, build_model, choose_model
 from pretrain.monitor import Monitor, MonitorRecipe
@@ -40,6 +43,7 @@ from pretrain.run_folder import RunFolder
 from pretrain.saving import Saver, find_checkpoint, identity
 from pretrain.stop import StopRequest
 from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate, validate
+from pretrain.watchdog import Watchdog
 from sharebert_recipe import STRICT, BadInput, save, to_yaml
 
 FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -77,6 +81,8 @@ class TrainRecipe:
     """When held-out rows are scored."""
     monitor: MonitorRecipe = field(default_factory=MonitorRecipe)
     """What is logged."""
+    faults: FaultsRecipe = field(default_factory=FaultsRecipe)
+    """What is done about steps that are not finite, spikes, ranks that hang, and memory."""
     collective_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """A collective that some rank does not join for so long ends the launch."""
 
@@ -136,8 +142,11 @@ class Trainer:
         self.recipe, self.run, self.world, self.stop = recipe, run, world, stop
         self.datasets = datasets
         self.loader = Loader(datasets, recipe.data, recipe.seed, world.rank, world.ranks)
-        ours = identity(choice.config, datasets[0])
-        found = find_checkpoint(run, world, ours, self.loader)
+        self.bad_rows = BadRowsFile(run.bad_rows, world)
+        self.skips = SkippedSteps(recipe.faults, self.report)
+        self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
+        self.ours = identity(choice.config, datasets[0])
+        found = find_checkpoint(run, world, self.ours, self.loader)
         torch.manual_seed(distributed.seed_of(recipe.seed, 0, world.rank))
         model = build_model(choice, recipe.seed)
         micro_batches, micro_rows = micro_shape(recipe.data, world.ranks)
@@ -150,8 +159,10 @@ class Trainer:
             parameters=sum(p.numel() for p in model.parameters()),
         )
         self.engine = build_engine(model, config, recipe.optimizer)
-        self.saver = Saver(recipe.checkpoint, run, world, self.engine, self.loader, ours)
+        self.saver = Saver(recipe.checkpoint, run, world, self.engine, self.loader, self.ours)
         self.first_step = self.saver.load(found, recipe.seed) if found else 0
+        if recipe.faults.dry_run and self.first_step < recipe.steps:
+            dry_run(self.engine, self.loader, self.forward, recipe.optimizer.clip)
         self.meter = Meter(world, choice.config, datasets[0].seq_len, recipe.data, micro_rows, recipe.monitor)
         if world.is_main:
             run.start(
@@ -161,55 +172,62 @@ class Trainer:
                 facts={"ranks": world.ranks, "device": str(world.device), "deepspeed": config},
             )
             save(recipe, run.config)
-        self.monitor = Monitor(
-            run,
-            enabled=world.is_main,
-            steps=recipe.steps,
-            resumed_from=self.first_step,
-            config_yaml=to_yaml(recipe),
-        )
+        self.monitor = self.monitor_from(self.first_step)
+        self.watchdog = Watchdog(run, world, recipe.faults.hang_s)
 
     def loop(self) -> int:
         """All optimizer steps that are left; an exit code."""
-        step = self.first_step
+        step, steps = self.first_step, self.recipe.steps
         validate_every = self.recipe.validate.every
         if step == 0 and validate_every:
             self.score_held_out(step)
-        stopping = False
-        while step < self.recipe.steps and not stopping:
+        stopping = save_due = False
+        while step < steps and not stopping:
+            self.bad_rows.pass_over(self.loader, self.recipe.data.global_batch)
             batch = next(self.loader)
             step += 1
             stopping = self.step(step, batch)
-            if step % self.recipe.monitor.every == 0 or step == self.recipe.steps:
-                self.monitor.line(self.meter.read(step, self.engine, batch))
-            if validate_every and (step % validate_every == 0 or step == self.recipe.steps):
+            if self.skips.too_many:
+                step, save_due = self.go_back(step), False
+                continue
+            if step % self.recipe.monitor.every == 0 or step == steps:
+                self.log(self.meter.read(step, self.engine, batch))
+            if validate_every and (step % validate_every == 0 or step == steps):
                 self.score_held_out(step)
-            if step % self.recipe.checkpoint.every == 0 or step == self.recipe.steps or stopping:
-                self.saver.save(step)
-        self.saver.finish()
-        self.loader.close()
-        finished = step == self.recipe.steps
-        self.monitor.close()
+            save_due = save_due or step % self.recipe.checkpoint.every == 0
+            # While steps are skipped the state may be what makes them fail: it is no good one to go back to.
+            if (save_due and not self.skips.in_a_row) or step == steps or stopping:
+                self.save(step)
+                save_due = False
+        self.close()
+        finished = step == steps
         if self.world.is_main:
             self.run.write_state("finished" if finished else "stopped", step=step, reason=self.stop.reason)
         return FINISHED if finished else STOPPED
 
     def step(self, step: int, batch: StepBatch) -> bool:
         """One optimizer step on this rank's share of a global batch. Returns whether any rank was asked to stop."""
+        self.watchdog.at(f"step {step}, all-reduce of the token count")
         set_learning_rate(
             self.engine, learning_rate(step, self.recipe.steps, self.recipe.optimizer.lr, self.recipe.schedule)
         )
         agreed = torch.tensor([batch.masked, self.stop.asked], dtype=torch.float32, device=self.world.device)
         dist.all_reduce(agreed)
         masked, stops = agreed
+        skipped = False
         for micro in batch.micro_batches:
+            self.watchdog.at(f"step {step}, forward")
             loss_sum, correct = self.forward(micro)
             # DeepSpeed averages gradients over the ranks; times ranks, over the masked tokens of all of
             # them, that average is the gradient of the global mean.
+            self.watchdog.at(f"step {step}, backward")
             self.engine.backward(loss_sum * (self.world.ranks / masked), scale_wrt_gas=False)
-            optimizer_step(self.engine, self.recipe.optimizer.clip)
+            skipped = optimizer_step(self.engine, self.recipe.optimizer.clip)
             self.meter.add(loss_sum, correct)
-        self.meter.end_step(batch)
+        self.meter.end_step(batch, skipped=skipped)
+        rows = range(batch.rows_consumed - self.recipe.data.global_batch, batch.rows_consumed)
+        self.skips.count(step, rows, skipped and not scale_can_fall(self.engine))
+        self.watchdog.at(f"step {step} done, next rows")
         return bool(stops.item())
 
     def forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,6 +244,7 @@ class Trainer:
 
     def score_held_out(self, step: int) -> None:
         """Validate, and log it."""
+        self.watchdog.at(f"validation after step {step}")
         self.engine.eval()
         loss, accuracy = validate(
             self.forward,
@@ -239,3 +258,68 @@ class Trainer:
         self.engine.train()
         self.monitor.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
         self.meter.skip_time()
+
+    def go_back(self, step: int) -> int:
+        """Return to the newest whole checkpoint, and give up the rows that made steps fail. Returns its step.
+
+        Raises TooManyFaults where there is no checkpoint yet, or going back to it did not help before.
+        """
+        self.saver.finish()
+        found = find_checkpoint(self.run, self.world, self.ours, self.loader)
+        back_to = found.step if found else 0
+        consumed = int(found.training["loader"]["rows_consumed"]) if found else 0
+        given_up = give_up_rows(
+            self.skips, self.bad_rows, self.recipe.faults, step=step, back_to=back_to, consumed=consumed
+        )
+        self.bad_rows.add(given_up)
+        text = f"rows {given_up.first} to {given_up.end - 1} are passed over from now on"
+        if found is None:
+            raise TooManyFaults(
+                f"step {step}: {self.skips.in_a_row} steps in a row were not finite, and there is no "
+                f"checkpoint to go back to; started again, {text}"
+            )
+        self.report(
+            f"step {step}: {self.skips.in_a_row} steps in a row were not finite; going back to step {back_to}; {text}"
+        )
+        self.saver.load(found, self.recipe.seed)
+        self.skips.forget()
+        self.meter.reset()
+        self.monitor.close()
+        if self.world.is_main:
+            self.run.cut_log(back_to)
+        self.monitor = self.monitor_from(back_to)
+        return back_to
+
+    def monitor_from(self, step: int) -> Monitor:
+        """What shows the run from `step` on."""
+        return Monitor(
+            self.run,
+            enabled=self.world.is_main,
+            steps=self.recipe.steps,
+            resumed_from=step,
+            config_yaml=to_yaml(self.recipe),
+        )
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Log an interval."""
+        if line["loss"] is not None:
+            line["loss_deviations"] = self.spikes.look(line["step"], line["loss"])
+        self.monitor.line(line)
+
+    def save(self, step: int) -> None:
+        """Start to save; waits for a save before it that is still being written."""
+        with self.watchdog.patient(f"checkpoint of step {step}", self.recipe.checkpoint.write_timeout_s):
+            self.saver.save(step)
+
+    def close(self) -> None:
+        """Wait for the last save, and end what runs beside the training."""
+        with self.watchdog.patient("the last checkpoint", self.recipe.checkpoint.write_timeout_s):
+            self.saver.finish()
+        self.watchdog.close()
+        self.loader.close()
+        self.monitor.close()
+
+    def report(self, text: str) -> None:
+        """A line for people, once for all ranks."""
+        if self.world.is_main:
+            self.run.say(text)
