@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLAYS := $(VENV)/.plays
 
-.PHONY: install demo demo-quick test lint clean
+.PHONY: install demo demo-quick test test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -27,7 +27,10 @@ demo-quick: $(PLAYS)
 	$(BIN)/python benchmarks/demo.py --quick
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not slurm'
+
+test-slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
