@@ -21,10 +21,10 @@ $(PLAYS): $(VENV)/.installed
 	@touch $@
 
 demo: $(PLAYS)
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 demo-quick: $(PLAYS)
-	$(BIN)/python benchmarks/demo.py --quick
+	$(BIN)/python -m benchmarks.demo --quick
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not slurm'
