@@ -1,6 +1,6 @@
 """Text to packed ids on disk: this project beside other pipelines, the cost of each filter, and how it scales.
 
-    python benchmarks/data_prep.py --text CORPUS.jsonl [--tokenizer tokenizer.json] [--rounds 3]
+    python benchmarks/data_prep.py --text CORPUS.jsonl [--tokenizer tokenizer.json] [--rounds 3] [--only scaling]
 
 Each measurement is a process of its own; the clock runs from the call to the finished files, imports excluded,
 workers included. In each round all pipelines take their turn, so that what else the machine does meets them
@@ -30,8 +30,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# This script bears the name of the package that it measures, and its folder comes first on the path.
-sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
+# This script bears the name of a package that it imports: its folder comes last on the path.
+sys.path.sort(key=lambda folder: Path(folder or ".").resolve() == Path(__file__).resolve().parent)
 
 SEQ_LEN = 128
 MB = 1_000_000
@@ -263,6 +263,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mb", type=int, default=100, help="size for sharebert prep")
     parser.add_argument("--peer-mb", type=int, default=20, help="size for the peers, which are slower")
+    parser.add_argument("--only", choices=["pipelines", "scaling", "filters"], help="one of the three tables")
     parser.add_argument("--one", choices=PIPELINES, help=argparse.SUPPRESS)
     given, overrides = parser.parse_known_args()
     if given.one:
@@ -276,9 +277,12 @@ def main() -> None:
             for size in sorted({given.mb, given.mb // 4, given.peer_mb})
         }
         tokenizer = given.tokenizer or find_tokenizer(folder, corpora[given.peer_mb])
-        print_pipelines(given.rounds, corpora[given.mb], corpora[given.peer_mb], tokenizer)
-        print_scaling(given.rounds, corpora[given.mb // 4], corpora[given.mb], tokenizer)
-        print_filters(given.rounds, corpora[given.mb // 4], tokenizer)
+        if given.only in (None, "pipelines"):
+            print_pipelines(given.rounds, corpora[given.mb], corpora[given.peer_mb], tokenizer)
+        if given.only in (None, "scaling"):
+            print_scaling(given.rounds, corpora[given.mb // 4], corpora[given.mb], tokenizer)
+        if given.only in (None, "filters"):
+            print_filters(given.rounds, corpora[given.mb // 4], tokenizer)
 
 
 def print_pipelines(rounds: int, large: Path, small: Path, tokenizer: Path) -> None:

@@ -44,6 +44,10 @@ class CachedFiles:
         room = (config.max_bytes or largest * LocalFiles.open_shards) // max(largest, 1)
         self.open_shards = max(1, min(LocalFiles.open_shards, room))
         self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self._root.glob("*/*/.*.part"):  # of a process that was killed, or one that is at work
+            with _locked(part.with_suffix(".lock"), wait=False) as free:
+                if free:
+                    part.unlink(missing_ok=True)
         self.open(TOKENIZER).close()
         if config.stage:
             with ThreadPoolExecutor(_STAGE_THREADS) as pool:
@@ -66,11 +70,12 @@ class CachedFiles:
         digest, size = self._expected[name]
         temporary = path.with_name(f".{path.name}.part")
         for attempt in range(TRIES):
-            self._make_room(size)
             try:
+                self._reserve(temporary, size)
                 found = _copy(f"{self._location}/{name}", temporary)
                 if found == digest:
-                    temporary.replace(path)
+                    with _locked(self._root / ".lock"):
+                        temporary.replace(path)
                     return
             except OSError as error:
                 raise BadInput(f"{self._location}/{name}: cannot be copied to {path} ({error.strerror})") from error
@@ -79,32 +84,53 @@ class CachedFiles:
             time.sleep(FIRST_WAIT_S * 2**attempt)
         raise BadInput(f"{self._location}/{name}: damaged (its checksum is not the manifest's), {TRIES} times")
 
-    def _make_room(self, size: int) -> None:
-        if self._max_bytes is None:
-            return
+    def _reserve(self, temporary: Path, size: int) -> None:
+        """Take room for a file before it is fetched, so that what other processes are fetching counts too."""
         with _locked(self._root / ".lock"):
-            shards = [(path, path.stat()) for path in self._root.glob("*/*/shard-*.tar")]
-            total = sum(state.st_size for _, state in shards)
-            for path, state in sorted(shards, key=lambda item: item[1].st_mtime_ns):
-                if total + size <= self._max_bytes:
-                    break
-                path.unlink(missing_ok=True)
-                total -= state.st_size
+            if self._max_bytes is not None:
+                self._make_room(size)
+            with temporary.open("wb") as file:
+                file.truncate(size)
+
+    def _make_room(self, size: int) -> None:
+        """Delete the shards not opened for longest. The lock is held: no other comes, goes or becomes whole."""
+        held, total = [], 0
+        for path in (*self._root.glob("*/*/shard-*.tar"), *self._root.glob("*/*/.shard-*.tar.part")):
+            try:
+                state = path.stat()
+            except FileNotFoundError:  # given up since
+                continue
+            total += state.st_size
+            if not path.name.startswith("."):
+                held.append((state.st_mtime_ns, state.st_size, path))
+        for _, freed, path in sorted(held):
+            if total + size <= (self._max_bytes or 0):
+                break
+            path.unlink(missing_ok=True)
+            total -= freed
 
 
 def _copy(source: str, target: Path) -> str:
-    """Copy a file; returns the SHA-256 of what came."""
+    """Copy a file over `target`, which exists; returns the SHA-256 of what came."""
     digest = hashlib.sha256()
-    with open_binary(source) as incoming, target.open("wb") as out:
+    with open_binary(source) as incoming, target.open("r+b") as out:
         while data := incoming.read(_COPY_BYTES):
             digest.update(data)
             out.write(data)
+        out.truncate()
     return digest.hexdigest()
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes of this node respect; it goes with the process that holds it."""
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that other processes of this node respect; it goes with the process that holds it.
+
+    Gives whether it is held: without `wait`, another process may hold it.
+    """
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -17,7 +17,9 @@ import numpy as np
 from data_prep.clean import Cleaner, normalise
 from data_prep.documents import Batch, read_part
 from data_prep.evaluation import evaluation_ngrams
+from data_prep.files import is_url
 from data_prep.parts import save_array
+from data_prep.progress import say
 from data_prep.recipe import PrepRecipe
 from data_prep.sources import Input, Part, find_inputs, plan_parts
 from data_prep.tokenizer import UNTRAINED, Vocabulary, load, train
@@ -57,6 +59,11 @@ class Job:
 
 def plan(recipe: PrepRecipe) -> Job:
     """Find the inputs, divide them into parts, get the vocabulary. Raises BadInput."""
+    if is_url(recipe.output):
+        raise BadInput(
+            f"output: {recipe.output}: a dataset is made on a local or shared disk; give a folder there, and copy it "
+            "to the URL when it is whole"
+        )
     inputs = find_inputs(recipe.source)
     parts = plan_parts(inputs, recipe.source)
     given = given_vocabulary(recipe)
@@ -76,6 +83,8 @@ def plan(recipe: PrepRecipe) -> Job:
         temporary.replace(work / EVALUATION)
     file = work / "tokenizer.json"
     if not file.exists():
+        if given is None:
+            say(f"learning a vocabulary of {recipe.tokenizer.train.vocab_size} words")
         write_atomically(file, given or train(lambda: _sample(Job(recipe, work, inputs, parts)), recipe.tokenizer))
     return Job(recipe, work, inputs, parts, Vocabulary.parse(file.read_text(encoding="utf-8")))
 

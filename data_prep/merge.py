@@ -13,6 +13,7 @@ from data_prep import shards
 from data_prep.dedup import rules
 from data_prep.job import WORK, Job, content_config, given_vocabulary
 from data_prep.parts import part_folder, part_stats
+from data_prep.progress import say
 from data_prep.recipe import PrepRecipe
 from data_prep.report import MARKDOWN, PAGE, Report
 from data_prep.sources import Input, find_inputs
@@ -64,6 +65,7 @@ def merge(job: Job, output: Path) -> None:
     for name in (shards.TOKENIZER, MARKDOWN, PAGE, shards.MANIFEST):
         _move(staged / name, output / name)
     shutil.rmtree(output / WORK, ignore_errors=True)
+    say(f"done\n{report.text()}\n\n  with histograms: {output / PAGE}")
 
 
 def check_same(recipe: PrepRecipe, output: Path) -> None:

@@ -41,7 +41,6 @@ class Stage:
 
     name: str
     parts: int
-    text_bytes: int
     work: Callable[[Any, int, Path], dict[str, Any]]
 
 
@@ -93,8 +92,7 @@ class LocalCores:
         Raises what a part raised; BadInput where a worker was killed.
         """
         (self._work / stage.name).mkdir(parents=True, exist_ok=True)
-        share = stage.text_bytes * len(numbers) // max(stage.parts, 1)
-        with StageProgress(stage.name, len(numbers), share) as progress:
+        with StageProgress(stage.name, len(numbers)) as progress:
             try:
                 for stats in self._results(stage, numbers):
                     progress.advance(stats.get("bytes", 0), stats.get("tokens", 0))

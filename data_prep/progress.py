@@ -1,9 +1,11 @@
-"""How far it is: a live bar on a terminal, else a line a minute."""
+"""How far it is: a live bar on a terminal, else a line a minute for a log file."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -12,19 +14,23 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 LINE_EVERY_S = 60.0
 
 
+def say(line: str) -> None:
+    """One line for whoever watches, beside what the command prints as its result."""
+    print(f"prep: {line}", file=sys.stderr, flush=True)
+
+
 class StageProgress:
-    """Progress of one stage; a context manager.
+    """Progress of one stage; a context manager. Parts are about equal, so their number tells the time left.
 
     Args:
         stage: its name.
         parts: how many there are to do.
-        text_bytes: how much text they hold, as far as known.
     """
 
-    def __init__(self, stage: str, parts: int, text_bytes: int) -> None:
-        self._stage, self._parts, self._text_bytes = stage, parts, max(text_bytes, 1)
+    def __init__(self, stage: str, parts: int) -> None:
+        self._stage, self._parts = stage, parts
         self._done = self._bytes = self._tokens = 0
-        self._started = self._said = time.monotonic()
+        self._started = time.monotonic()
         console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -36,11 +42,15 @@ class StageProgress:
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task(stage, total=self._text_bytes, rate="")
+            self._task = self._bar.add_task(stage, total=parts, rate="")
+        self._ended = threading.Event()
+        self._lines = threading.Thread(target=self._say_every_minute, daemon=True)
 
     def __enter__(self) -> StageProgress:
         if self._bar:
             self._bar.start()
+        else:
+            self._lines.start()
         return self
 
     def __exit__(
@@ -48,26 +58,33 @@ class StageProgress:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None:
-            print(f"prep: {self._stage}: {self._rate()} · done", file=sys.stderr, flush=True)
+            return
+        self._ended.set()
+        self._lines.join()
+        if kind is None:
+            say(f"{self._stage}: {self._rate()} · done")
 
-    def advance(self, text_bytes: int, tokens: int) -> None:
-        """One more part is done."""
+    def advance(self, size_bytes: int, tokens: int) -> None:
+        """One more part is done, of so much text (or, of a shard, so many bytes)."""
         self._done += 1
-        self._bytes += text_bytes
+        self._bytes += size_bytes
         self._tokens += tokens
         if self._bar:
-            self._bar.update(self._task, completed=min(self._bytes, self._text_bytes), rate=self._rate())
-        elif time.monotonic() - self._said >= LINE_EVERY_S:
-            self._say()
+            self._bar.update(self._task, completed=self._done, rate=self._rate())
 
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
+        megabytes = f" · {self._bytes / seconds / 1e6:.1f} MB/s" if self._bytes else ""
         tokens = f" · {self._tokens / seconds / 1e6:.1f} M tokens/s" if self._tokens else ""
-        return f"{self._done}/{self._parts} parts · {self._bytes / seconds / 1e6:.1f} MB/s{tokens}"
+        return f"{self._done}/{self._parts} parts{megabytes}{tokens}"
 
-    def _say(self) -> None:
-        self._said = time.monotonic()
-        seconds = self._said - self._started
-        left = seconds * (self._text_bytes / self._bytes - 1) if self._bytes else 0
-        print(f"prep: {self._stage}: {self._rate()} · {max(left, 0):.0f} s left", file=sys.stderr, flush=True)
+    def _say_every_minute(self) -> None:
+        """On a thread of its own: a part may take longer than a minute."""
+        while not self._ended.wait(LINE_EVERY_S):
+            seconds = time.monotonic() - self._started
+            left = f" · {_duration(seconds * (self._parts / self._done - 1))} left" if self._done else ""
+            say(f"{self._stage}: {self._rate()}{left}")
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -62,8 +62,16 @@ class Report:
             "Dataset": self._dataset(splits, padding, seq_len),
         }
 
+    def text(self) -> str:
+        """The same for the terminal."""
+        lines = []
+        for title, table in self.sections.items():
+            if table:
+                lines += ["", title] + [f"  {name:<46} {value:>20}" for name, value in table]
+        return "\n".join(lines)
+
     def markdown(self) -> str:
-        """The text of `report.md`, which the terminal shows too."""
+        """The text of `report.md`."""
         lines = ["# Dataset report"]
         for title, table in self.sections.items():
             if table:

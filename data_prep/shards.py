@@ -30,6 +30,7 @@ from sharebert_recipe import STRICT, BadInput, write_atomically
 __all__ = [
     "CacheConfig",
     "Dataset",
+    "LocalFiles",
     "Split",
     "file_sha256",
     "fingerprint",
@@ -191,7 +192,7 @@ class Files(Protocol):
 class LocalFiles:
     """Files of a dataset that are read where they are."""
 
-    open_shards = 64  # far below the 65,530 memory maps and the 1,024 files that a process may have
+    open_shards = 256  # below the 1,024 files that a process may have open; a map keeps its file open
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -25,12 +25,11 @@ from sharebert_recipe import write_atomically
 
 def stages(job: Job) -> Iterator[Stage]:
     """The stages in order; each is asked for when those before it are complete."""
-    input_bytes = sum(item.bytes for item in job.inputs)
     if dedup.rules(job.recipe.clean):
-        yield Stage("scan", len(job.parts), input_bytes, scan)
-        yield Stage("dedup", key_ranges(job), 0, find_duplicates)
-    yield Stage("encode", len(job.parts), input_bytes, encode)
-    yield Stage("pack", len(shards_of(layout(job))), 0, pack_shard)
+        yield Stage("scan", len(job.parts), scan)
+        yield Stage("dedup", key_ranges(job), find_duplicates)
+    yield Stage("encode", len(job.parts), encode)
+    yield Stage("pack", len(shards_of(layout(job))), pack_shard)
 
 
 def scan(job: Job, number: int, folder: Path) -> dict[str, Any]:
@@ -98,6 +97,7 @@ def pack_shard(job: Job, number: int, folder: Path) -> dict[str, Any]:
         "tokens": tokens - documents,
         "padding": padding,
         "shard": entry,
+        "bytes": entry["bytes"],
     }
 
 

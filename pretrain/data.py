@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from data_prep.shards import Dataset, open_dataset
+from data_prep.shards import CacheConfig, Dataset, LocalFiles, open_dataset
 from pretrain.batches import Batcher, MicroBatch
 from pretrain.mixture import Mixture
 from pretrain.order import Order
@@ -27,13 +27,16 @@ from sharebert_recipe import STRICT, BadInput
 TOKENS_AT_ONCE = 131_072
 """Steps are made together up to about this many tokens a rank: the fixed costs of NumPy calls are shared."""
 
+MOST_WINDOW_SHARDS = LocalFiles.open_shards // 2
+"""Two windows are read where one ends and the next begins; more shards than a reader keeps open would be slow."""
+
 
 @dataclass(config=STRICT, kw_only=True)
 class WeightedDataset:
     """A dataset of a mixture."""
 
     path: str
-    """Folder of a dataset made by `sharebert prep`."""
+    """Folder of a dataset made by `sharebert prep`; with `cache`, also a URL that fsspec knows."""
     weight: PositiveFloat = 1.0
     """Its share of the rows, in any unit; kept to 1/65,536 of the whole."""
 
@@ -56,8 +59,10 @@ class DataRecipe:
     """Share of a row's tokens to predict."""
     whole_word: bool = False
     """Choose whole words. The tokenizer must mark the pieces that continue a word, as WordPiece does."""
-    window_shards: PositiveInt = 16
+    window_shards: Annotated[int, Field(ge=1, le=MOST_WINDOW_SHARDS)] = 16
     """Rows are shuffled inside windows of this many shards, which are read at the same time."""
+    cache: CacheConfig | None = None
+    """Read through copies on this node's own disk. A dataset at a URL needs it; a slow shared disk gains by it."""
     prefetch: PositiveInt = 8
     """Steps made ready ahead of the one that trains, at least."""
 
@@ -82,9 +87,9 @@ def open_datasets(recipe: DataRecipe) -> list[Dataset]:
     """Open the datasets of a recipe.
 
     Raises:
-        BadInput: a dataset is damaged or missing, or two differ in seq_len or tokenizer.
+        BadInput: a dataset is damaged or missing, two differ in seq_len or tokenizer, or the cache is too small.
     """
-    datasets = [open_dataset(entry.path) for entry in recipe.dataset]
+    datasets = [open_dataset(entry.path, recipe.cache) for entry in recipe.dataset]
     for entry, dataset in zip(recipe.dataset, datasets, strict=True):
         for key in ("seq_len", "tokenizer_sha256"):
             ours, first = dataset.manifest[key], datasets[0].manifest[key]
@@ -93,7 +98,23 @@ def open_datasets(recipe: DataRecipe) -> list[Dataset]:
                     f"data.dataset: {entry.path} has {key} {ours}, {recipe.dataset[0].path} has {first}: "
                     "datasets of a mixture are prepared with one seq_len and one tokenizer"
                 )
+    _refuse_too_small_a_cache(datasets, recipe)
     return datasets
+
+
+def _refuse_too_small_a_cache(datasets: Sequence[Dataset], recipe: DataRecipe) -> None:
+    """Where one window ends and the next begins, rows of both are read: less room would fetch shards twice."""
+    if recipe.cache is None or recipe.cache.max_bytes is None:
+        return
+    needed = 0
+    for dataset in datasets:
+        sizes = sorted((shard["bytes"] for shard in dataset.manifest["splits"]["train"]["shards"]), reverse=True)
+        needed += sum(sizes[: 2 * recipe.window_shards])
+    if recipe.cache.max_bytes < needed:
+        raise BadInput(
+            f"data.cache.max_bytes: {recipe.cache.max_bytes} is less than the {needed} bytes of two windows of "
+            f"{recipe.window_shards} shards, which are read at the same time; raise it or lower data.window_shards"
+        )
 
 
 def micro_shape(recipe: DataRecipe, ranks: int) -> tuple[int, int]:

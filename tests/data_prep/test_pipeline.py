@@ -190,6 +190,8 @@ def test_nothing_to_do_anything_with(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"output: .*file/d: Not a directory"):
         prepare(recipe(tmp_path / "file" / "d", tmp_path / "one.txt"))
+    with pytest.raises(BadInput, match=r"output: s3://b/d: a dataset is made on a local or shared disk"):
+        prepare(recipe(Path("x"), tmp_path / "one.txt", output="s3://b/d"))
     with pytest.raises(BadInput, match="source: give either paths or hub"):
         load(PrepRecipe, None, ["output=x", "source.text_key=y"])
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -19,7 +21,8 @@ from data_prep import files
 from data_prep.files import open_binary
 from data_prep.pipeline import prepare
 from data_prep.shards import CacheConfig, open_dataset
-from sharebert_recipe import BadInput
+from pretrain.data import DataRecipe, Loader, open_datasets
+from sharebert_recipe import BadInput, parse
 
 TEXTS = made_texts(300, seed=8)
 FAULTS = ["error", "cut"]
@@ -38,8 +41,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "corpus.jsonl", TEXTS)
     pq.write_table(pa.table({"text": TEXTS}), folder / "corpus.parquet", row_group_size=50)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.shuffle._FEW_SHARDS", 40)
-        patch.setattr("data_prep.shuffle._SMALL_SHARD_BYTES", 4000)
+        patch.setattr("data_prep.shuffle._FEW_SHARDS", 80)
+        patch.setattr("data_prep.shuffle._SMALL_SHARD_BYTES", 2000)
         prepare(recipe(folder / "dataset", folder / "corpus.jsonl", validation=0.05))
     return folder
 
@@ -134,33 +137,63 @@ def test_a_url_needs_a_cache_large_enough(server: FaultyServer, tmp_path: Path) 
         open_dataset(f"{server.url}/nothing", CacheConfig(folder=str(tmp_path)))
 
 
-def epoch_in_windows(url: str, cache: CacheConfig, window_shards: int, seed: int) -> None:
-    """Read every row once: shards in random order, rows shuffled within windows of some shards."""
-    split = open_dataset(url, cache).split("train")
-    first, rng = np.cumsum([0, *split.shard_rows]), np.random.default_rng(seed)
-    order = rng.permutation(len(split.shard_rows))
-    for start in range(0, len(order), window_shards):
-        window = order[start : start + window_shards]
-        rows = rng.permutation(np.concatenate([np.arange(first[s], first[s + 1]) for s in window]))
-        for batch in np.array_split(rows, max(1, len(rows) // 8)):
-            split.read(batch)
+def bytes_kept(folder: Path) -> int:
+    """Bytes of the shards in a cache, those on their way included."""
+    sizes = {}
+    with (folder / ".lock").open("w") as lock:  # nothing comes or goes meanwhile, but a part may become whole
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in folder.glob("*/*/*shard-*.tar*"):
+            if not path.name.endswith(".lock"):
+                with suppress(FileNotFoundError):
+                    sizes[path.name.strip(".").removesuffix(".part")] = path.stat().st_size
+    return sum(sizes.values())
 
 
 def test_an_epoch_through_a_small_cache_reads_each_byte_once(local: Path, server: FaultyServer, tmp_path: Path) -> None:
-    shards = [s for split in open_dataset(local / "dataset").manifest["splits"].values() for s in split["shards"]]
+    """Four ranks of a node train in step, each with a reader of its own, over a cache of a tenth of the dataset."""
+    url, folder = f"{server.url}/dataset", tmp_path / "cache"
+    shards = open_dataset(local / "dataset").manifest["splits"]["train"]["shards"]
     total = sum(shard["bytes"] for shard in shards)
-    largest = max(shard["bytes"] for shard in shards)
-    assert len(shards) > 25
-    cache = CacheConfig(folder=str(tmp_path / "cache"), max_bytes=total // 10)
-    assert total // 10 > 2 * largest
-    for epoch in range(2):
+    assert len(shards) > 50
+    data = {"dataset": url, "global_batch": 4, "micro_batch": 1, "window_shards": 2, "prefetch": 1}
+    settings = parse(DataRecipe, data | {"cache": {"folder": str(folder), "max_bytes": total // 10}}, "test")
+    ranks = [Loader(open_datasets(settings), settings, seed=3, rank=rank, ranks=4) for rank in range(4)]
+    rows = sum(shard["rows"] for shard in shards)
+    largest_kept = 0
+    for epoch in (1, 2):
         server.served.clear()
-        epoch_in_windows(f"{server.url}/dataset", cache, window_shards=2, seed=epoch)
+        consumed = (epoch - 1) * rows
+        while consumed < epoch * rows - 4 * 4:  # less what is read ahead
+            consumed = max(next(rank).rows_consumed for rank in ranks)
+            largest_kept = max(largest_kept, bytes_kept(folder))
         read = sum(count for path, count in server.served.items() if "train/" in path)
-        used = sum(s["bytes"] for s in shards if s["name"].startswith("train"))
-        assert read <= 1.1 * used
-        kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("shard-*.tar"))
-        assert kept <= total // 10
+        assert 0.8 * total < read <= 1.1 * total
+    for rank in ranks:
+        rank.close()
+    assert 0.5 * total / 10 < largest_kept <= total // 10
+
+
+def test_a_cache_without_room_for_two_windows_is_refused(local: Path, tmp_path: Path) -> None:
+    shards = open_dataset(local / "dataset").manifest["splits"]["train"]["shards"]
+    needed = sum(sorted((shard["bytes"] for shard in shards), reverse=True)[:6])
+    data = {"dataset": str(local / "dataset"), "global_batch": 8, "micro_batch": 8, "window_shards": 3}
+    cache = {"folder": str(tmp_path / "cache"), "max_bytes": needed}
+    open_datasets(parse(DataRecipe, data | {"cache": cache}, "test"))
+    message = rf"data\.cache\.max_bytes: {needed - 1} is less than the {needed} bytes of two windows of 3 shards"
+    with pytest.raises(BadInput, match=message):
+        open_datasets(parse(DataRecipe, data | {"cache": cache | {"max_bytes": needed - 1}}, "test"))
+
+
+def test_what_killed_processes_left_in_a_cache_is_removed(server: FaultyServer, tmp_path: Path) -> None:
+    cache = CacheConfig(folder=str(tmp_path / "cache"))
+    folder = open_dataset(f"{server.url}/dataset", cache).path / "train"
+    for name in (".shard-000001.tar.part", ".shard-000002.tar.part"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(bytes(1000))
+    with (folder / ".shard-000002.tar.lock").open("w") as lock:  # another process fetches this one
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        open_dataset(f"{server.url}/dataset", cache)
+        assert [path.name for path in folder.glob(".*.part")] == [".shard-000002.tar.part"]
 
 
 def _read_rows(url: str, folder: str, seed: int) -> int:
