@@ -16,9 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-# A script beside this one bears the name of a package that is imported here: this folder comes last on the path.
-sys.path.sort(key=lambda folder: Path(folder or ".").resolve() == Path(__file__).resolve().parent)
-
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/demo")
 LINE = "To be, or not to be, that is the [MASK]."
