@@ -7,6 +7,7 @@ wrongly is one line and exit code 2; `--debug` shows the traceback.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -51,6 +52,18 @@ def import_authors(given: argparse.Namespace) -> int:
 
     import_authors(given.folder, given.out)
     print(given.out)
+    return FINISHED
+
+
+def evaluate(given: argparse.Namespace) -> int:
+    from scoring.recipe import EvaluateRecipe
+    from scoring.score import evaluate
+
+    overrides = [item for item in given.models if "=" in item]
+    for key, value in (("task", given.task), ("data.path", given.data)):
+        overrides += [] if value is None else [f"{key}={json.dumps(value)}"]
+    models = [item for item in given.models if "=" not in item]
+    print(evaluate(load(EvaluateRecipe, given.recipe, overrides), models, save=given.save))
     return FINISHED
 
 
@@ -110,6 +123,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("import-authors", import_authors, "Turn a checkpoint folder of ShareBERT's authors into an export.")
     sub.add_argument("folder", type=Path, help="folder with config.json and pytorch_model.bin or one .safetensors")
     sub.add_argument("out", type=Path, help="directory of the export")
+    sub = verb("evaluate", evaluate, "Fine-tune on a task of GLUE, or one of your own, and score.")
+    sub.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL|key=value",
+        help="an export, the folder of any Hugging Face encoder, random:FOLDER (the same architecture from new "
+        "weights), majority, tfidf; and keys that win over the recipe",
+    )
+    sub.add_argument("--task", help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or a name for your own")
+    sub.add_argument("--data", help="folder with {train,dev,test}.{tsv,csv,parquet,jsonl}; default: the hub")
+    sub.add_argument("--recipe", help="path or shipped name of a recipe")
+    sub.add_argument("--save", type=Path, metavar="OUT", help="keep the best fine-tuned classifier as an export")
+    sub.set_defaults(schema="scoring.recipe:EvaluateRecipe")
     sub = verb("fill", fill, "Fill [MASK] in a text.")
     sub.add_argument("text", help="a text with [MASK]")
     sub.add_argument("export", type=Path, help="directory of an export")

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Fine-tuning and scoring on GLUE-style tasks."""

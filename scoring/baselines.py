@@ -1,0 +1,116 @@
+"""What needs no encoder: the majority class, and TF-IDF with a linear model, both of scikit-learn."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scoring.data import TaskData, Texts
+
+MAJORITY, TFIDF = "majority", "tfidf"
+STRENGTHS = (1.0, 10.0)
+"""Of the linear model's regularisation; the better one by 3-fold cross-validation on train is taken."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A model that was fitted."""
+
+    model: Any
+    parameters: int
+    """Learned numbers."""
+
+    @property
+    def nbytes(self) -> int:
+        """Pickled, vocabulary included; nothing here reads a pickle."""
+        return len(pickle.dumps(self.model)) if self.parameters else 0
+
+    def predict(self, texts: Texts) -> NDArray[Any]:
+        """[N] numbers of labels, or values for regression."""
+        values: NDArray[Any] = self.model.predict(texts)
+        return values
+
+
+def fit_majority(data: TaskData) -> Baseline:
+    """The label that is most frequent in train; for regression the mean."""
+    from sklearn.dummy import DummyClassifier, DummyRegressor
+
+    kind = DummyRegressor() if data.task.regression else DummyClassifier(strategy="most_frequent")
+    return Baseline(_WithoutTexts(kind.fit(_nothing(len(data.train)), data.train.labels)), 0)
+
+
+def fit_tfidf(data: TaskData) -> Baseline:
+    """Logistic regression (ridge regression) on TF-IDF of words and pairs of words.
+
+    A pair of texts is the weights of the first, of the second, and of both multiplied.
+    """
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.model_selection import GridSearchCV
+
+    features = PairFeatures()
+    train = features.fit(data.train.texts)
+    if data.task.regression:
+        linear, grid = Ridge(), {"alpha": list(STRENGTHS)}
+    else:
+        linear, grid = LogisticRegression(max_iter=1000), {"C": list(STRENGTHS)}
+    rarest = len(data.train) if data.task.regression else min(Counter(data.train.labels.tolist()).values())
+    if rarest >= 3:
+        linear = GridSearchCV(linear, grid, cv=3).fit(train, data.train.labels).best_estimator_
+    else:
+        linear.fit(train, data.train.labels)
+    parameters = int(np.size(linear.coef_) + np.size(linear.intercept_) + features.words)
+    return Baseline(_Pipeline(features, linear), parameters)
+
+
+class PairFeatures:
+    """TF-IDF of one text, or of a pair."""
+
+    def __init__(self) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self._tfidf = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")
+
+    @property
+    def words(self) -> int:
+        """Words and pairs of words, each with a learned weight."""
+        return len(self._tfidf.vocabulary_)
+
+    def fit(self, texts: Texts) -> Any:
+        """Learn the vocabulary; the sparse features [N, words of one or three blocks] of `texts`."""
+        self._tfidf.fit([text for row in texts for text in row])
+        return self(texts)
+
+    def __call__(self, texts: Texts) -> Any:
+        from scipy.sparse import hstack
+
+        blocks = [self._tfidf.transform(column) for column in zip(*texts, strict=True)]
+        return hstack([*blocks, blocks[0].multiply(blocks[1])]).tocsr() if len(blocks) == 2 else blocks[0]
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    features: PairFeatures
+    linear: Any
+
+    def predict(self, texts: Texts) -> NDArray[Any]:
+        values: NDArray[Any] = self.linear.predict(self.features(texts))
+        return values
+
+
+@dataclass(frozen=True)
+class _WithoutTexts:
+    constant: Any
+
+    def predict(self, texts: Texts) -> NDArray[Any]:
+        values: NDArray[Any] = self.constant.predict(_nothing(len(texts)))
+        return values
+
+
+def _nothing(rows: int) -> NDArray[Any]:
+    """Features without content."""
+    return np.zeros((rows, 1))

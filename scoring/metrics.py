@@ -1,0 +1,64 @@
+"""GLUE's metrics, from scikit-learn and SciPy. Each takes `predicted` and `true`, [N], and 1 is perfect."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from math import isnan
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[Any]
+"""[N]: numbers of labels, or float64 for regression."""
+
+
+def accuracy(predicted: Values, true: Values) -> float:
+    """The share that is right."""
+    return float(np.mean(predicted == true))
+
+
+def f1(predicted: Values, true: Values) -> float:
+    """F1 of label 1; 0 where neither side has one."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(true, predicted, pos_label=1, average="binary", zero_division=0))
+
+
+def matthews(predicted: Values, true: Values) -> float:
+    """Matthews' correlation; 0 for a constant prediction."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(true, predicted))
+
+
+def pearson(predicted: Values, true: Values) -> float:
+    """Pearson's correlation; 0 for a constant prediction, which has none."""
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predicted, true)
+
+
+def spearman(predicted: Values, true: Values) -> float:
+    """Spearman's correlation; 0 for a constant prediction, which has none."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predicted, true)
+
+
+METRICS: dict[str, Callable[[Values, Values], float]] = {
+    function.__name__: function for function in (accuracy, f1, matthews, pearson, spearman)
+}
+
+
+def measure(names: Sequence[str], predicted: Values, true: Values) -> dict[str, float]:
+    """The metrics of `names` by name."""
+    return {name: METRICS[name](predicted, true) for name in names}
+
+
+def _correlation(function: Callable[..., Any], predicted: Values, true: Values) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SciPy warns of constant input, and returns NaN
+        value = float(function(predicted, true).statistic)
+    return 0.0 if isnan(value) else value

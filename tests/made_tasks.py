@@ -1,0 +1,44 @@
+"""Made-up labelled rows for tests of scoring, in the words of `tiny_models.tiny_tokenizer`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from tiny_models import tiny_model, tiny_tokenizer
+
+from sharebert.export import write_export
+
+
+def rows(count: int, seed: int) -> list[tuple[str, int]]:
+    """Texts of 3 to 9 words, and whether more of them are from w0 … w9 (1) than from w10 … w19 (0)."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        label = draw.randint(0, 1)
+        words = [f"w{draw.randint(0, 9) + (10 if draw.random() < 0.1 else 0) + 10 * (1 - label)}" for _ in range(3)]
+        made.append((" ".join([*words, *(f"w{draw.randint(30, 99)}" for _ in range(draw.randint(0, 6)))]), label))
+    return made
+
+
+def write_tsv(path: Path, header: Sequence[str], values: Sequence[Sequence[object]]) -> Path:
+    """A tsv file as GLUE's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in [header, *values] if row), encoding="utf-8")
+    return path
+
+
+def sst2(folder: Path, train: int = 320, dev: int = 80) -> Path:
+    """A folder with SST-2's two files."""
+    for split, count, seed in (("train", train, 0), ("dev", dev, 1)):
+        write_tsv(folder / f"{split}.tsv", ("sentence", "label"), rows(count, seed))
+    return folder
+
+
+def tiny_export(out: Path, **changes: object) -> Path:
+    """An export of `tiny_model`, with its tokenizer."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model = tiny_model(init="variance", **changes)
+    write_export(out, model.config, model.state_dict(), tokenizer=tiny_tokenizer(out.parent))
+    return out
