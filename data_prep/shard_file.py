@@ -11,8 +11,8 @@ import io
 import json
 import mmap
 import os
+import secrets
 import tarfile
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,9 +47,9 @@ def write_shard(folder: Path, name: str, blocks: Iterable[tuple[Array, Array]]) 
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = []
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             out = _HashingFile(file)
             for number, (tokens, segments) in enumerate(blocks):
                 key, rows = f"{number:06d}", len(tokens)
@@ -60,10 +60,9 @@ def write_shard(folder: Path, name: str, blocks: Iterable[tuple[Array, Array]]) 
             out.write(bytes(2 * _TAR_BLOCK))
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     rows = sum(entry["rows"] for entry in entries)
     return {"name": name, "bytes": out.size, "sha256": out.hash.hexdigest(), "rows": rows, "blocks": entries}
@@ -94,7 +93,7 @@ class MappedShard:
                 offset = block[f"{kind}_offset"]
                 if self._map[max(0, offset - len(header)) : offset] != header:
                     raise BadInput(f"{name}: damaged (header of block {number}, {kind}); copy it again")
-        self._seq_len = seq_len
+        self._name, self._seq_len = name, seq_len
         self._first_row = np.cumsum([0] + [block["rows"] for block in blocks])
         self._arrays = [
             (_windows(self._map, seq_len, dtype), np.array([b[f"{kind}_offset"] for b in blocks]) // dtype.itemsize)
@@ -102,7 +101,12 @@ class MappedShard:
         ]
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Copies of rows [n] of this shard: tokens and segments, both [n, seq_len]."""
+        """Copies of rows [n] of this shard: tokens and segments, both [n, seq_len].
+
+        Raises BadInput where the file was cut since: what lies behind its end reads as zeros, or ends the process.
+        """
+        if self._map.size() < len(self._map):
+            raise BadInput(f"{self._name}: cut to {self._map.size()} of {len(self._map)} bytes; copy it again")
         block = np.searchsorted(self._first_row, rows, side="right") - 1
         within = (rows - self._first_row[block]) * self._seq_len
         tokens, segments = (windows[offsets[block] + within] for windows, offsets in self._arrays)

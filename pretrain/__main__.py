@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from pretrain.stop import StopRequest, stop_with_the_launcher
 from sharebert_recipe import BadInput, load
 
 
@@ -16,24 +17,35 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
 
     Under torchrun a stop is 0 as well: any other code makes it start the workers again.
     """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    stop = StopRequest()  # before the imports, which take seconds
+    if under_torchrun:
+        stop_with_the_launcher()
     from pretrain import distributed
     from pretrain.train import BAD_INPUT, FAILED, FINISHED, STOPPED, TrainRecipe, train
 
+    joined = False
     try:
         recipe = load(TrainRecipe, config, overrides)
-        code = train(recipe, distributed.join(recipe.collective_timeout_s))
+        world = distributed.join(recipe.collective_timeout_s)
+        joined = True
+        code = train(recipe, world, stop)
     except BadInput as error:
         if debug:
             traceback.print_exc()
-        if int(os.environ.get("RANK", 0)) == 0:
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr)
+        elif joined and not isinstance(error, distributed.Refused):  # this rank alone knows of it
+            print(f"error on rank {rank}: {error}", file=sys.stderr)
         return BAD_INPUT
     except Exception:
         traceback.print_exc()
         return FAILED
     finally:
         distributed.leave()
-    return FINISHED if code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code
+        stop.close()
+    return FINISHED if code == STOPPED and under_torchrun else code
 
 
 if __name__ == "__main__":

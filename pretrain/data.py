@@ -65,6 +65,9 @@ class DataRecipe:
     """Read through copies on this node's own disk. A dataset at a URL needs it; a slow shared disk gains by it."""
     prefetch: PositiveInt = 8
     """Steps made ready ahead of the one that trains, at least."""
+    may_change: bool = False
+    """Go on also where datasets, weights or `window_shards` are not those of the checkpoint (shards were added, say):
+    the run takes up the new order at the position that it has reached."""
 
 
 @dataclasses.dataclass
@@ -158,7 +161,7 @@ class Loader:
             raise BadInput(f"seed: {seed} is not in 0 … 2^64-1")
         self._count, self._micro_rows = micro_shape(recipe, ranks)
         self._seed, self._rank, self._ranks = seed, rank, ranks
-        self._global_batch = recipe.global_batch
+        self._global_batch, self._may_change = recipe.global_batch, recipe.may_change
         self._batcher = Batcher(datasets, "train", mask_rate=recipe.mask_rate, whole_word=recipe.whole_word, seed=seed)
         for entry, split in zip(recipe.dataset, self._batcher.splits, strict=True):
             if split.rows == 0:
@@ -201,14 +204,19 @@ class Loader:
         """Go on where `state` was taken.
 
         Raises:
-            BadInput: it was taken over other data, or another order or seed.
+            BadInput: it was taken with another seed, or over other data or in another order, and that may not change.
         """
-        for name, ours in (("fingerprint", self._fingerprint), ("seed", self._seed)):
-            if state[name] != ours:
-                raise BadInput(
-                    f"the checkpoint was written with data {name} {state[name]}, this run has {ours}: "
-                    "restore the setting, or start a new run"
-                )
+        if state["seed"] != self._seed:
+            raise BadInput(
+                f"the checkpoint was written with data seed {state['seed']}, this run has {self._seed}: "
+                "restore the setting, or start a new run"
+            )
+        if state["fingerprint"] != self._fingerprint and not self._may_change:
+            raise BadInput(
+                f"the checkpoint was written with data fingerprint {state['fingerprint']}, this run has "
+                f"{self._fingerprint}: restore the setting, or start a new run; data.may_change=true goes on with "
+                "the changed data"
+            )
         self._pending.clear()
         self._ready.clear()
         self._consumed = self._submitted = int(state["rows_consumed"])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-import sharebert_recipe
+from sharebert_recipe import BadInput
+
+
+class Refused(BadInput):
+    """Bad input that every rank knows of."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,34 @@ def all_agree(good: bool) -> bool:
 
 
 def first_refusal(message: str | None) -> None:
-    """Raise BadInput on every rank if some rank has a `message`: that of the lowest such rank."""
+    """Raise Refused, a BadInput, on every rank if some rank has a `message`: that of the lowest such rank."""
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     for text in messages:
         if text is not None:
-            raise sharebert_recipe.BadInput(text)
+            raise Refused(text)
+
+
+def hosts() -> list[str]:
+    """The name of each rank's machine, on every rank."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, platform.node())
+    return names
+
+
+def sum_soon(*numbers: int) -> Callable[[], list[int]]:
+    """Start to sum each of `numbers` over all ranks; what comes back waits for the sums.
+
+    They go from host to host, so that neither the device nor a read from it waits.
+    """
+    total = torch.tensor(numbers, dtype=torch.int64)
+    work = dist.all_reduce(total, async_op=True)
+
+    def wait() -> list[int]:
+        work.wait()
+        return [int(number) for number in total.tolist()]
+
+    return wait
 
 
 def seed_of(*parts: int | str) -> int:

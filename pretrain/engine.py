@@ -180,6 +180,9 @@ def build_engine(model: torch.nn.Module, config: dict[str, Any], optimizer: Opti
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
     with contextlib.redirect_stdout(None) if stage == 3 else contextlib.nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    if getattr(getattr(engine.optimizer, "loss_scaler", None), "dynamic", False):
+        # At the lowest scale DeepSpeed would raise; to us such a step is one that is not finite, and is skipped.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 
@@ -242,7 +245,7 @@ def scaler_state(engine: Any) -> dict[str, Any]:
     if torch_scaler:
         return dict(torch_scaler.state_dict())
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return {key: getattr(scaler, key) for key in SCALER_KEYS if hasattr(scaler, key)}
+    return {key: getattr(scaler, key) for key in SCALER_KEYS} if getattr(scaler, "dynamic", False) else {}
 
 
 def load_scaler_state(engine: Any, state: dict[str, Any]) -> None:
@@ -250,6 +253,7 @@ def load_scaler_state(engine: Any, state: dict[str, Any]) -> None:
     torch_scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
     if torch_scaler and "scale" in state:
         torch_scaler.load_state_dict(state)
-    for key in SCALER_KEYS:
-        if key in state:
-            setattr(engine.optimizer.loss_scaler, key, state[key])
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if getattr(scaler, "dynamic", False) and "cur_scale" in state:
+        for key in SCALER_KEYS:
+            setattr(scaler, key, state[key])

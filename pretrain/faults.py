@@ -1,31 +1,31 @@
-"""Faults of the training itself: steps that are not finite, rows to pass over, and spikes of the loss.
+"""Faults of the training itself: steps that are not finite, spikes of the loss, ranks that are slow.
 
 A step whose gradient is not finite is skipped: its rows and its learning rate are used up, weights and
 moments stay. After too many in a row the run goes back to its newest checkpoint and passes over the rows
 of the skipped steps; where that does not help, over all rows since the checkpoint, as PaLM's authors did
-(Chowdhery et al. 2022, section 5.1). A run that still comes back to the same checkpoint is ended.
+(Chowdhery et al. 2022, section 5.1). A run that still comes back to the same checkpoint is ended. Spikes and
+slow ranks are only reported.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, field
-from dataclasses import dataclass as plain_dataclass
-from pathlib import Path
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pretrain import distributed
-from pretrain.data import Loader
-from pretrain.distributed import World
-from sharebert_recipe import STRICT, write_atomically
+from pretrain.bad_rows import BadRows, BadRowsFile
+from pretrain.checkpoint import Checkpoint
+from sharebert_recipe import STRICT
 
 SPIKE_MEMORY_LINES = 50
 """Lines over which the running mean and deviation of the loss forget; half as many come before a first report."""
+
+SLOW_LINES = 3
+"""Lines in a row over which a rank must be slow to be named: a machine may be busy for a moment."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -43,7 +43,8 @@ class FaultsRecipe:
     """A rank that makes no progress for so long ends the launch, with the stacks of all ranks in the log; 0 never
     does. Keep it below `collective_timeout_s`, and above the longest step."""
     slow_factor: Annotated[float, Field(ge=0)] = 1.5
-    """A rank whose own work (data and forward passes) takes so many times the median is named; 0 names none."""
+    """A rank whose own work (waiting for rows, and forward passes) takes so many times the median is named; 0 names
+    none."""
     dry_run: bool = True
     """Try the largest micro-batch once before the first step, so that running out of memory shows at the start."""
 
@@ -52,79 +53,25 @@ class TooManyFaults(RuntimeError):
     """The run cannot go on by itself; the message says what was tried."""
 
 
-@plain_dataclass(frozen=True)
-class BadRows:
-    """Positions `first` to `end` - 1 of the order of rows, given up at `step` for the checkpoint of `back_to`."""
-
-    first: int
-    end: int
-    step: int
-    back_to: int
-
-
-@plain_dataclass
-class BadRowsFile:
-    """`RUN/bad_rows.jsonl`: what was given up, and is passed over by this launch and all later ones."""
-
-    path: Path
-    world: World
-    entries: list[BadRows] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Read by rank 0 for all; a collective. Raises BadInput, on every rank, where it is not what was written."""
-        text, refusal = "", None
-        if self.world.is_main and self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
-        try:
-            fields = list(BadRows.__dataclass_fields__)
-            lines = [json.loads(line) for line in distributed.same_everywhere(text).splitlines()]
-            self.entries = [BadRows(**{name: int(line[name]) for name in fields}) for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            refusal = f"{self.path}: not a list of rows to pass over ({error}); remove the line that is damaged"
-        distributed.first_refusal(refusal)
-
-    def add(self, entry: BadRows) -> None:
-        """Remember `entry`, on disk before anything else happens. Every rank calls this with the same one."""
-        self.entries.append(entry)
-        if self.world.is_main:
-            write_atomically(self.path, "".join(json.dumps(asdict(e)) + "\n" for e in self.entries))
-
-    def returns_to(self, step: int) -> int:
-        """How often the run went back to the checkpoint of `step`."""
-        return sum(entry.back_to == step for entry in self.entries)
-
-    def pass_over(self, loader: Loader, global_batch: int) -> None:
-        """Let `loader` go on behind the bad rows where its next global batch would hold some."""
-        state = loader.state()
-        start = int(state["rows_consumed"])
-        while behind := [e.end for e in self.entries if e.first < start + global_batch and start < e.end]:
-            start = max(behind)
-        if start != state["rows_consumed"]:
-            loader.load_state(state | {"rows_consumed": start})
-
-
 class SkippedSteps:
-    """Steps skipped one after another."""
+    """Steps skipped one after another, and what follows from too many of them."""
 
-    def __init__(self, recipe: FaultsRecipe, report: Callable[[str], None]) -> None:
-        self._most, self._report = recipe.max_skipped, report
-        self.forget()
+    def __init__(self, recipe: FaultsRecipe, bad_rows: BadRowsFile, report: Callable[[str], None]) -> None:
+        self._recipe, self._bad_rows, self._report = recipe, bad_rows, report
+        self._forget()
 
-    def forget(self) -> None:
-        """Start counting anew."""
-        self.in_a_row = 0
-        self.first_row = 0
-        self.end_row = 0
+    def _forget(self) -> None:
+        self.in_a_row, self._first_row, self._end_row = 0, 0, 0
 
     def count(self, step: int, rows: range, skipped: bool) -> None:
         """Note how `step` on the positions `rows` went."""
         if not skipped:
-            self.forget()
+            self._forget()
             return
         if not self.in_a_row:
-            self.first_row = rows.start
+            self._first_row = rows.start
         self.in_a_row += 1
-        self.end_row = rows.stop
+        self._end_row = rows.stop
         self._report(
             f"step {step}: the gradient is not finite; skipped, {self.in_a_row} in a row "
             f"(rows {rows.start} to {rows.stop - 1} of the order)"
@@ -133,23 +80,29 @@ class SkippedSteps:
     @property
     def too_many(self) -> bool:
         """Whether going on like this makes no sense."""
-        return self.in_a_row >= self._most
+        return self.in_a_row >= self._recipe.max_skipped
 
+    def give_up_rows(self, step: int, found: Checkpoint | None) -> None:
+        """Let the run pass over rows from now on, on going back at `step` to `found`; and count anew.
 
-def give_up_rows(
-    skips: SkippedSteps, bad_rows: BadRowsFile, recipe: FaultsRecipe, *, step: int, back_to: int, consumed: int
-) -> BadRows:
-    """The rows to pass over on going back at `step` to the checkpoint of `back_to`, made with `consumed` rows.
-
-    Raises TooManyFaults where the run went back there often enough.
-    """
-    returns = bad_rows.returns_to(back_to)
-    if returns >= recipe.max_returns:
-        raise TooManyFaults(
-            f"step {step}: {skips.in_a_row} steps in a row were not finite, and going back to step {back_to} "
-            f"{returns} times did not help (rows tried: {bad_rows.path}); lower optimizer.lr, or look at these rows"
-        )
-    return BadRows(skips.first_row if returns == 0 else consumed, skips.end_row, step, back_to)
+        Raises TooManyFaults where there is nothing to go back to, or the run went back there often enough.
+        """
+        skipped = f"step {step}: {self.in_a_row} steps in a row were not finite"
+        back_to = found.step if found else 0
+        returns = self._bad_rows.returns_to(back_to)
+        if returns >= self._recipe.max_returns:
+            raise TooManyFaults(
+                f"{skipped}, and going back to step {back_to} {returns} times did not help "
+                f"(rows tried: {self._bad_rows.path}); lower optimizer.lr, or look at these rows"
+            )
+        first_since = int(found.training["loader"]["rows_consumed"]) if found else 0
+        given_up = BadRows(self._first_row if returns == 0 else first_since, self._end_row, step, back_to)
+        self._bad_rows.add(given_up)
+        passed_over = f"rows {given_up.first} to {given_up.end - 1} of the order are passed over"
+        if found is None:
+            raise TooManyFaults(f"{skipped}, and there is no checkpoint to go back to; started again, {passed_over}")
+        self._report(f"{skipped}; going back to step {back_to}; {passed_over}")
+        self._forget()
 
 
 class SpikeDetector:
@@ -172,3 +125,27 @@ class SpikeDetector:
         before, self._mean = self._mean, self._mean + weight * (loss - self._mean)
         self._variance += weight * ((loss - before) * (loss - self._mean) - self._variance)
         return above
+
+
+class SlowRanks:
+    """Names a rank whose own work takes much longer than that of the others: all of them wait for it."""
+
+    def __init__(self, factor: float, hosts: Sequence[str], report: Callable[[str], None]) -> None:
+        self._limit, self._hosts, self._report = factor, hosts, report
+        self._rank, self._lines = -1, 0
+
+    def look(self, step: int, own_work_s: Sequence[float]) -> float | None:
+        """How many times the median the slowest rank took for its own work; None for a rank alone."""
+        if len(own_work_s) == 1:
+            return None
+        slowest = max(range(len(own_work_s)), key=own_work_s.__getitem__)
+        factor = own_work_s[slowest] / max(statistics.median_low(own_work_s), 1e-9)
+        slow = 0 < self._limit < factor
+        self._lines = self._lines + 1 if slow and slowest == self._rank else int(slow)
+        self._rank = slowest
+        if self._lines == SLOW_LINES:
+            self._report(
+                f"step {step}: rank {slowest} on {self._hosts[slowest]} is slow: rows and forward passes take it "
+                f"{factor:.1f} times the median of all ranks, which wait for it"
+            )
+        return factor

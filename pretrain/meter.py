@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,18 +37,36 @@ class Meter:
         self._peak = recipe.peak_flops or peak_flops_of(world.device)
         self._step_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.own_work_s: list[float] = []
+        """Each rank's own work in the last interval: waiting for rows, and forward passes (which under ZeRO 3
+        wait for other ranks' weights, and tell little)."""
         self.reset()
 
     def reset(self) -> None:
         """Begin a new interval."""
         self._sums.zero_()
-        self._steps, self._waited_s, self._skipped_s = 0, 0.0, 0.0
+        self._steps, self._waited_s, self._skipped_s, self._forward_s = 0, 0.0, 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._started = self._paused_from = time.perf_counter()
 
     def add(self, loss_sum: torch.Tensor, correct: torch.Tensor) -> None:
         """Count one micro-batch: fp32 scalars."""
         self._step_sums[0] += loss_sum.detach()
         self._step_sums[1] += correct
+
+    @contextmanager
+    def own_work(self) -> Iterator[None]:
+        """Time what this rank does by itself, by the device's clock."""
+        if self._world.device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._forward_s += time.perf_counter() - started
 
     def end_step(self, batch: StepBatch, *, skipped: bool) -> None:
         """Count one optimizer step. The loss of a skipped one is no number to average, and is left out."""
@@ -64,8 +84,11 @@ class Meter:
 
     def read(self, step: int, engine: Any, batch: StepBatch) -> dict[str, Any]:
         """The interval's line of the log, and a new interval. A collective. What is not known is None."""
-        dist.all_reduce(self._sums)
-        loss_sum, correct, masked = self._sums.tolist()
+        ranks = torch.zeros(self._world.ranks, dtype=torch.float64, device=self._world.device)
+        sums = torch.cat([self._sums, ranks])
+        sums[3 + self._world.rank] = self._own_s()
+        dist.all_reduce(sums)
+        loss_sum, correct, masked, *self.own_work_s = sums.tolist()
         seconds = time.perf_counter() - self._started - self._skipped_s
         tokens_per_s = self._steps * self._global_batch * self._seq_len / seconds
         line = {
@@ -87,6 +110,12 @@ class Meter:
         }
         self.reset()
         return line
+
+    def _own_s(self) -> float:
+        if self._events:
+            self._events[-1][1].synchronize()
+        forward_s = sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        return self._waited_s + self._forward_s + forward_s
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

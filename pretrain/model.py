@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data_prep.shards import Dataset, file_sha256
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert_recipe import BadInput, nearest
 
@@ -63,6 +64,18 @@ def choose_model(settings: Mapping[str, Any], vocab_size: int, seq_len: int) -> 
             f"and the dataset's rows have {seq_len} tokens"
         )
     return ModelChoice(config, init, init_from)
+
+
+def refuse_other_tokenizer(choice: ModelChoice, dataset: Dataset) -> None:
+    """Raise BadInput where the export to go on from was trained with another tokenizer than the dataset's."""
+    theirs = choice.init_from / "tokenizer.json" if choice.init_from else None
+    if theirs is not None and theirs.is_file():  # an export need not have one
+        found, ours = file_sha256(theirs), dataset.manifest["tokenizer_sha256"]
+        if found != ours:
+            raise BadInput(
+                f"model.init_from: {theirs} has sha256 {found}, the tokenizer of {dataset.path} has {ours}: "
+                "prepare the dataset with the export's tokenizer"
+            )
 
 
 def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:

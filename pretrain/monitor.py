@@ -58,14 +58,13 @@ class MonitorRecipe:
 class Monitor:
     """Rank 0's view of the run; on other ranks it does nothing."""
 
-    def __init__(self, run: RunFolder, *, enabled: bool, steps: int, resumed_from: int, config_yaml: str) -> None:
-        """`resumed_from` is the step of the loaded checkpoint: later points of an earlier launch are dropped."""
+    def __init__(self, run: RunFolder, *, enabled: bool, steps: int, step: int, config_yaml: str) -> None:
+        """`step` is that of the loaded checkpoint: later points of an earlier launch are dropped."""
         self._enabled = enabled
         if not enabled:
             return
         self._run, self._steps = run, steps
-        self._log = _LogFile(run.log)
-        self._board = _Board(run.tensorboard, resumed_from, config_yaml)
+        self._open(step, config_yaml)
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -80,7 +79,19 @@ class Monitor:
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._bar_task = self._bar.add_task("training", total=steps, completed=resumed_from, line="")
+            self._bar_task = self._bar.add_task("training", total=steps, completed=step, line="")
+
+    def _open(self, step: int, config_yaml: str) -> None:
+        self._log = _LogFile(self._run.log)
+        self._board = _Board(self._run.tensorboard, step, config_yaml)
+
+    def go_back(self, step: int) -> None:
+        """Drop what was logged after `step`, and go on from there."""
+        if self._enabled:
+            self._board.close()
+            self._log.close()
+            self._run.cut_log(step)
+            self._open(step, "")
 
     def line(self, values: dict[str, Any]) -> None:
         """Log one line; `values` has the keys of NAMES of a line of `log.jsonl`, with `step`."""
@@ -122,7 +133,8 @@ class Monitor:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a full disk, where the job's log lies on one
+                print(text, file=sys.stderr, flush=True)
 
 
 class _LogFile:

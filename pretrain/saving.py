@@ -7,25 +7,16 @@ from typing import Any
 
 import torch
 
-from data_prep.shards import Dataset
 from pretrain import checkpoint, distributed, slices
-from pretrain.checkpoint import Checkpoint, Checkpointer, CheckpointRecipe
+from pretrain.changed_world import refuse_differences
+from pretrain.checkpoint import Checkpoint
+from pretrain.checkpointer import Checkpointer, CheckpointRecipe
 from pretrain.data import Loader
 from pretrain.distributed import World
 from pretrain.engine import load_scaler_state, scaler_state
 from pretrain.generators import generators, set_generators
 from pretrain.run_folder import RunFolder
-from sharebert import ShareBertConfig
 from sharebert_recipe import BadInput
-
-
-def identity(model: ShareBertConfig, dataset: Dataset) -> dict[str, Any]:
-    """What may not change within a run, beside order and seed, which the loader's state carries."""
-    return {
-        "model": model.to_dict(),
-        "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
-        "vocab_size": dataset.vocab_size,
-    }
 
 
 def find_checkpoint(run: RunFolder, world: World, ours: dict[str, Any], loader: Loader) -> Checkpoint | None:
@@ -39,12 +30,19 @@ def find_checkpoint(run: RunFolder, world: World, ours: dict[str, Any], loader: 
     if name:
         try:
             found = checkpoint.read_manifest(run.checkpoints / name)
-            for key, value in ours.items():
-                _refuse_difference(found, key, found.training[key], value)
+            refuse_differences(found, ours)
             loader.load_state(found.training["loader"])
         except BadInput as error:
             refusal = str(error)
     distributed.first_refusal(refusal)
+    if found is not None and world.is_main:
+        before, now = (state["fingerprint"] for state in (found.training["loader"], loader.state()))
+        if before != now:
+            run.say(
+                f"the data changed: {before} before step {found.step}, {now} from now on, from row "
+                f"{found.training['loader']['rows_consumed']} of the new order; rows may come twice or not at all "
+                "in this epoch"
+            )
     return found
 
 
@@ -83,10 +81,9 @@ class Saver:
         owned = slices.owned(self.engine, self.world)
         self.files.save(step, owned, slices.shapes(self.engine), generators(), training)
 
-    def finish(self) -> None:
-        """Wait until the last save is whole on disk."""
-        self.files.finish()
-        torch.distributed.barrier()
+    def finish(self) -> bool:
+        """Wait until the last save is on disk or given up; whether it is whole. A collective."""
+        return distributed.all_agree(self.files.finish())
 
     def load(self, found: Checkpoint, seed: int) -> int:
         """Take weights, moments and generators of a checkpoint. Returns its step. A collective."""
@@ -107,14 +104,3 @@ class Saver:
                     f"(seed {seed}, step {found.step}, rank)"
                 )
         return found.step
-
-
-def _refuse_difference(found: Checkpoint, key: str, saved: Any, ours: Any) -> None:
-    if isinstance(saved, dict) and isinstance(ours, dict):
-        for inner in sorted(saved.keys() | ours.keys()):
-            _refuse_difference(found, f"{key}.{inner}", saved.get(inner), ours.get(inner))
-    elif saved != ours:
-        raise BadInput(
-            f"{found.folder}: made with {key} {saved!r}, this recipe has {ours!r}; "
-            "restore the setting, or give the new run a directory of its own"
-        )

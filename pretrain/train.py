@@ -12,14 +12,15 @@ from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_prep.shards import Dataset
 from pretrain import distributed
+from pretrain.bad_rows import BadRowsFile
 from pretrain.batches import MicroBatch
-from pretrain.checkpoint import CheckpointRecipe
+from pretrain.changed_world import identity, report_changes
+from pretrain.checkpointer import CheckpointRecipe
 from pretrain.data import DataRecipe, Loader, StepBatch, micro_shape, open_datasets
 from pretrain.distributed import World
 from pretrain.dry_run import dry_run
@@ -35,16 +36,17 @@ from pretrain.engine import (
     scale_can_fall,
     set_learning_rate,
 )
-from pretrain.faults import BadRowsFile, FaultsRecipe, SkippedSteps, SpikeDetector, TooManyFaults, give_up_rows
+from pretrain.environment import environment
+from pretrain.faults import FaultsRecipe, SkippedSteps, SlowRanks, SpikeDetector
 from pretrain.meter import Meter
-from pretrain.model import ModelChoice, build_model, choose_model
+from pretrain.model import ModelChoice, build_model, choose_model, refuse_other_tokenizer
 from pretrain.monitor import Monitor, MonitorRecipe
 from pretrain.run_folder import RunFolder
-from pretrain.saving import Saver, find_checkpoint, identity
+from pretrain.saving import Saver, find_checkpoint
 from pretrain.stop import StopRequest
 from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate, validate
 from pretrain.watchdog import Watchdog
-from sharebert_recipe import STRICT, BadInput, save, to_yaml
+from sharebert_recipe import STRICT, BadInput, plain, to_yaml
 
 FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 """Exit codes of a launch."""
@@ -82,29 +84,30 @@ class TrainRecipe:
     monitor: MonitorRecipe = field(default_factory=MonitorRecipe)
     """What is logged."""
     faults: FaultsRecipe = field(default_factory=FaultsRecipe)
-    """What is done about steps that are not finite, spikes, ranks that hang, and memory."""
+    """What is done about steps that are not finite, spikes, ranks that hang or are slow, and memory."""
     collective_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """A collective that some rank does not join for so long ends the launch."""
 
 
-def train(recipe: TrainRecipe, world: World) -> int:
+def train(recipe: TrainRecipe, world: World, stop: StopRequest) -> int:
     """Run, or go on with, the training of `recipe` on this process's share. Every rank calls this.
 
     Returns FINISHED, or STOPPED where a stop was asked for and the state saved.
-    Raises BadInput where something given is wrong, on every rank alike.
+    Raises BadInput where something given is wrong: Refused, on every rank, where all of them know.
     """
     run = RunFolder(recipe.run)
-    stop = StopRequest(run.stop_file if world.is_main else None)
+    if world.is_main:
+        stop.watch(run.stop_file)
     try:
         datasets, choice = _accept(recipe, run, world)
-        try:
-            return Trainer(recipe, run, world, stop, datasets, choice).loop()
-        except Exception:
-            if world.is_main:
-                run.write_state("failed", reason=traceback.format_exc().strip().splitlines()[-1])
-            raise
+        trainer = Trainer(recipe, run, world, stop, datasets, choice)
+        with trainer.watchdog:
+            return trainer.loop()
+    except Exception as error:
+        reason = traceback.format_exc().strip().splitlines()[-1]
+        run.fail(reason, crash=not isinstance(error, BadInput))
+        raise
     finally:
-        stop.restore()
         run.release()
 
 
@@ -117,6 +120,7 @@ def _accept(recipe: TrainRecipe, run: RunFolder, world: World) -> tuple[list[Dat
         micro_shape(recipe.data, world.ranks)
         refuse_nothing_to_validate(datasets, recipe.validate)
         choice = choose_model(recipe.model, datasets[0].vocab_size, datasets[0].seq_len)
+        refuse_other_tokenizer(choice, datasets[0])
         if world.is_main:
             run.occupy()
         accepted = datasets, choice
@@ -142,15 +146,17 @@ class Trainer:
         self.recipe, self.run, self.world, self.stop = recipe, run, world, stop
         self.datasets = datasets
         self.loader = Loader(datasets, recipe.data, recipe.seed, world.rank, world.ranks)
-        self.bad_rows = BadRowsFile(run.bad_rows, world)
-        self.skips = SkippedSteps(recipe.faults, self.report)
+        self.bad_rows = BadRowsFile(run.bad_rows, world, self.report)
+        self.skips = SkippedSteps(recipe.faults, self.bad_rows, self.report)
         self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
+        self.hosts = distributed.hosts()
+        self.slow_ranks = SlowRanks(recipe.faults.slow_factor, self.hosts, self.report)
         self.ours = identity(choice.config, datasets[0])
         found = find_checkpoint(run, world, self.ours, self.loader)
         torch.manual_seed(distributed.seed_of(recipe.seed, 0, world.rank))
         model = build_model(choice, recipe.seed)
         micro_batches, micro_rows = micro_shape(recipe.data, world.ranks)
-        config = deepspeed_config(
+        self.deepspeed_keys = deepspeed_config(
             zero=recipe.zero,
             precision=recipe.precision,
             clip=recipe.optimizer.clip,
@@ -158,22 +164,29 @@ class Trainer:
             micro_batches=micro_batches,
             parameters=sum(p.numel() for p in model.parameters()),
         )
-        self.engine = build_engine(model, config, recipe.optimizer)
+        self.engine = build_engine(model, self.deepspeed_keys, recipe.optimizer)
         self.saver = Saver(recipe.checkpoint, run, world, self.engine, self.loader, self.ours)
         self.first_step = self.saver.load(found, recipe.seed) if found else 0
         if recipe.faults.dry_run and self.first_step < recipe.steps:
             dry_run(self.engine, self.loader, self.forward, recipe.optimizer.clip)
         self.meter = Meter(world, choice.config, datasets[0].seq_len, recipe.data, micro_rows, recipe.monitor)
         if world.is_main:
-            run.start(
-                step=self.first_step,
-                steps=recipe.steps,
-                tokenizer=datasets[0].tokenizer_path,
-                facts={"ranks": world.ranks, "device": str(world.device), "deepspeed": config},
-            )
-            save(recipe, run.config)
-        self.monitor = self.monitor_from(self.first_step)
+            self.start_run()
+        self.monitor = Monitor(
+            run, enabled=world.is_main, steps=recipe.steps, step=self.first_step, config_yaml=to_yaml(recipe)
+        )
         self.watchdog = Watchdog(run, world, recipe.faults.hang_s)
+
+    def start_run(self) -> None:
+        """Note this launch in the run directory."""
+        report_changes(self.run.config, plain(self.recipe), self.report)
+        self.run.start(
+            step=self.first_step,
+            steps=self.recipe.steps,
+            tokenizer=self.datasets[0].tokenizer_path,
+            recipe_yaml=to_yaml(self.recipe),
+            environment=environment(self.world.device, self.hosts) | {"deepspeed": self.deepspeed_keys},
+        )
 
     def loop(self) -> int:
         """All optimizer steps that are left; an exit code."""
@@ -191,7 +204,7 @@ class Trainer:
                 step, save_due = self.go_back(step), False
                 continue
             if step % self.recipe.monitor.every == 0 or step == steps:
-                self.log(self.meter.read(step, self.engine, batch))
+                self.log(step, batch)
             if validate_every and (step % validate_every == 0 or step == steps):
                 self.score_held_out(step)
             save_due = save_due or step % self.recipe.checkpoint.every == 0
@@ -199,28 +212,23 @@ class Trainer:
             if (save_due and not self.skips.in_a_row) or step == steps or stopping:
                 self.save(step)
                 save_due = False
-        self.close()
-        finished = step == steps
-        if self.world.is_main:
-            self.run.write_state("finished" if finished else "stopped", step=step, reason=self.stop.reason)
-        return FINISHED if finished else STOPPED
+        return self.end(step)
 
     def step(self, step: int, batch: StepBatch) -> bool:
         """One optimizer step on this rank's share of a global batch. Returns whether any rank was asked to stop."""
-        self.watchdog.at(f"step {step}, all-reduce of the token count")
         set_learning_rate(
             self.engine, learning_rate(step, self.recipe.steps, self.recipe.optimizer.lr, self.recipe.schedule)
         )
-        agreed = torch.tensor([batch.masked, self.stop.asked], dtype=torch.float32, device=self.world.device)
-        dist.all_reduce(agreed)
-        masked, stops = agreed
+        sums = distributed.sum_soon(batch.masked, int(self.stop.asked))
         skipped = False
         for micro in batch.micro_batches:
             self.watchdog.at(f"step {step}, forward")
-            loss_sum, correct = self.forward(micro)
+            with self.meter.own_work():
+                loss_sum, correct = self.forward(micro)
+            self.watchdog.at(f"step {step}, backward")
+            masked, stops = sums()
             # DeepSpeed averages gradients over the ranks; times ranks, over the masked tokens of all of
             # them, that average is the gradient of the global mean.
-            self.watchdog.at(f"step {step}, backward")
             self.engine.backward(loss_sum * (self.world.ranks / masked), scale_wrt_gas=False)
             skipped = optimizer_step(self.engine, self.recipe.optimizer.clip)
             self.meter.add(loss_sum, correct)
@@ -228,7 +236,7 @@ class Trainer:
         rows = range(batch.rows_consumed - self.recipe.data.global_batch, batch.rows_consumed)
         self.skips.count(step, rows, skipped and not scale_can_fall(self.engine))
         self.watchdog.at(f"step {step} done, next rows")
-        return bool(stops.item())
+        return stops > 0
 
     def forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses and number of right words over the masked tokens of a micro-batch, fp32 scalars."""
@@ -241,6 +249,16 @@ class Trainer:
             weights=micro.weights,
         )
         return output.loss_sum, output.correct
+
+    def log(self, step: int, batch: StepBatch) -> None:
+        """Log the interval that ends with `step`."""
+        line = self.meter.read(step, self.engine, batch)
+        if line["loss"] is not None:
+            line["loss_deviations"] = self.spikes.look(step, line["loss"])
+        line["slowest_rank_factor"] = self.slow_ranks.look(step, self.meter.own_work_s)
+        self.monitor.line(line)
+        if self.world.is_main:
+            self.run.note_progress(step)
 
     def score_held_out(self, step: int) -> None:
         """Validate, and log it."""
@@ -259,65 +277,39 @@ class Trainer:
         self.monitor.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
         self.meter.skip_time()
 
-    def go_back(self, step: int) -> int:
-        """Return to the newest whole checkpoint, and give up the rows that made steps fail. Returns its step.
-
-        Raises TooManyFaults where there is no checkpoint yet, or going back to it did not help before.
-        """
-        self.saver.finish()
-        found = find_checkpoint(self.run, self.world, self.ours, self.loader)
-        back_to = found.step if found else 0
-        consumed = int(found.training["loader"]["rows_consumed"]) if found else 0
-        given_up = give_up_rows(
-            self.skips, self.bad_rows, self.recipe.faults, step=step, back_to=back_to, consumed=consumed
-        )
-        self.bad_rows.add(given_up)
-        text = f"rows {given_up.first} to {given_up.end - 1} are passed over from now on"
-        if found is None:
-            raise TooManyFaults(
-                f"step {step}: {self.skips.in_a_row} steps in a row were not finite, and there is no "
-                f"checkpoint to go back to; started again, {text}"
-            )
-        self.report(
-            f"step {step}: {self.skips.in_a_row} steps in a row were not finite; going back to step {back_to}; {text}"
-        )
-        self.saver.load(found, self.recipe.seed)
-        self.skips.forget()
-        self.meter.reset()
-        self.monitor.close()
-        if self.world.is_main:
-            self.run.cut_log(back_to)
-        self.monitor = self.monitor_from(back_to)
-        return back_to
-
-    def monitor_from(self, step: int) -> Monitor:
-        """What shows the run from `step` on."""
-        return Monitor(
-            self.run,
-            enabled=self.world.is_main,
-            steps=self.recipe.steps,
-            resumed_from=step,
-            config_yaml=to_yaml(self.recipe),
-        )
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Log an interval."""
-        if line["loss"] is not None:
-            line["loss_deviations"] = self.spikes.look(line["step"], line["loss"])
-        self.monitor.line(line)
-
     def save(self, step: int) -> None:
         """Start to save; waits for a save before it that is still being written."""
         with self.watchdog.patient(f"checkpoint of step {step}", self.recipe.checkpoint.write_timeout_s):
             self.saver.save(step)
 
-    def close(self) -> None:
-        """Wait for the last save, and end what runs beside the training."""
-        with self.watchdog.patient("the last checkpoint", self.recipe.checkpoint.write_timeout_s):
+    def go_back(self, step: int) -> int:
+        """Return from `step` to the newest whole checkpoint, to pass over the rows that failed. Returns its step.
+
+        Raises TooManyFaults where that makes no sense.
+        """
+        with self.watchdog.patient("going back", self.recipe.checkpoint.write_timeout_s):
             self.saver.finish()
-        self.watchdog.close()
+            found = find_checkpoint(self.run, self.world, self.ours, self.loader)
+            self.skips.give_up_rows(step, found)
+            assert found is not None
+            self.saver.load(found, self.recipe.seed)
+        self.meter.reset()
+        self.monitor.go_back(found.step)
+        return found.step
+
+    def end(self, step: int) -> int:
+        """Wait for the last save, end what runs beside the training, and say how the run stands; an exit code."""
+        with self.watchdog.patient("the last checkpoint", self.recipe.checkpoint.write_timeout_s):
+            saved = self.saver.finish() or step == self.first_step
         self.loader.close()
         self.monitor.close()
+        finished = step == self.recipe.steps
+        if finished and not saved:
+            raise OSError(f"the checkpoint of step {step}, the last one, could not be written; start the run again")
+        if self.world.is_main:
+            reason = self.stop.reason if saved else f"{self.stop.reason}; the checkpoint could not be written"
+            self.run.write_state("finished" if finished else "stopped", step=step, reason="" if finished else reason)
+        return FINISHED if finished else STOPPED
 
     def report(self, text: str) -> None:
         """A line for people, once for all ranks."""

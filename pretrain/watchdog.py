@@ -42,6 +42,16 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Stop watching."""
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
     def at(self, place: str) -> None:
         """The training moved on, and is now at `place`."""
         self._moves, self._place, self._moved = self._moves + 1, place, time.monotonic()
@@ -56,13 +66,6 @@ class Watchdog:
         finally:
             self.at(place)
             self._allowed_s = self._hang_s
-
-    def close(self) -> None:
-        """Stop watching."""
-        if self._thread is not None:
-            self._over.set()
-            self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         tick_s = self._hang_s / BEATS_PER_LIMIT
@@ -84,7 +87,7 @@ class Watchdog:
         behind = self._who_is_behind()
         self._run.say(f"rank {me}: {behind}")
         if self._world.is_main:
-            self._run.write_state("failed", reason=f"no progress for {still_s:.0f} s; {behind}")
+            self._run.fail(f"no progress for {still_s:.0f} s; {behind}", crash=True)
         time.sleep(tick_s)  # torchrun ends all ranks once one is gone: let all have their say
         os._exit(1)
 

@@ -10,8 +10,8 @@ project is not installed.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,9 +110,9 @@ def new_export(out: Path) -> Iterator[Path]:
     if out.exists() and not _replaceable(out):
         raise ShareBertError(f"{out}: exists and is no export; choose another folder, or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    folder.mkdir()  # with the mode that the umask leaves; a folder of tempfile would be for its owner alone
     try:
-        folder.chmod(0o755)  # mkdtemp's are for the owner alone
         yield folder
         old = folder.with_name(f"{folder.name}.old")
         if out.exists():

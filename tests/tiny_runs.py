@@ -13,14 +13,17 @@ from typing import Any
 MANY_RUNS = Path(__file__).parent / "pretrain" / "many_runs.py"
 
 
-def torchrun(ranks: int, *arguments: str) -> list[str]:
-    """The command that starts `ranks` workers on this machine."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*start, *arguments]
+def torchrun(ranks: int, *arguments: str, restarts: int = 0) -> list[str]:
+    """The command that starts `ranks` workers on this machine, and starts them again when one dies."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*start, f"--max-restarts={restarts}", *arguments]
 
 
-def train_many(plan: Sequence[dict[str, Any]], ranks: int, folder: Path) -> None:
-    """Run `many_runs.py` on `ranks` processes; fails the test where a run of the plan failed."""
+def train_many(plan: Sequence[dict[str, Any]], ranks: int, folder: Path) -> str:
+    """Run `many_runs.py` on `ranks` processes; what it said.
+
+    Fails the test where a run of the plan failed, or one with `error` did not fail in saying so.
+    """
     file = folder / f"plan-{ranks}.json"
     file.write_text(json.dumps(plan))
     done = subprocess.run(
@@ -33,7 +36,11 @@ def train_many(plan: Sequence[dict[str, Any]], ranks: int, folder: Path) -> None
     )
     assert done.returncode == 0, done.stderr[-4000:]
     for run, result in zip(plan, json.loads(file.with_suffix(".results.json").read_text()), strict=True):
-        assert "error" not in result, f"{run['overrides']}\n{result['error']}"
+        if "error" in run:
+            assert run["error"] in result.get("error", ""), result
+        else:
+            assert "error" not in result, f"{run['overrides']}\n{result['error']}"
+    return done.stderr
 
 
 def train_arguments(dataset: Path, run: Path, **overrides: Any) -> list[str]:

@@ -6,6 +6,10 @@ A start of DeepSpeed costs seconds; the tests share it. The argument is a JSON f
     {"overrides": [...], "copy": [RUN, STEP]}     train on from a copy of another run, cut off after STEP
     {"overrides": [...], "save_again": true}      load the newest checkpoint and save it under RUN/again at once
     {"overrides": [...], "no_masters": true}      train in bf16 without fp32 masters, at stage 0
+    {"overrides": [...], "stop_after": N}         rank 0 is asked to stop in the Nth step of the launch
+    {"overrides": [...], "bad_rows": [A, B]}      the loss of positions A to B - 1 is not a number, on the last rank
+    {"overrides": [...], "bad_steps": [A, B]}     so is that of steps A to B - 1
+    {"overrides": [...], "slow_s": S}             a forward pass of the last rank takes S seconds longer
 
 Beside it, rank 0 writes one entry a run: its exit code, or its error.
 """
@@ -13,8 +17,10 @@ Beside it, rank 0 writes one entry a run: its exit code, or its error.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -39,6 +45,48 @@ def leave_out_masters(yes: bool) -> None:
     )
 
 
+class StopAfter(StopRequest):
+    """Asked to stop from the `steps`-th look on; a training looks once a step."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    @property
+    def asked(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+class FaultyTrainer(training.Trainer):
+    """Has what a plan says go wrong on the last rank."""
+
+    plan: dict[str, Any]
+
+    def step(self, step: int, batch: training.StepBatch) -> bool:
+        first, end = self.plan.get("bad_rows", [0, 0])
+        bad = first < batch.rows_consumed and batch.rows_consumed - self.recipe.data.global_batch < end
+        first, end = self.plan.get("bad_steps", [0, 0])
+        self.bad = (bad or first <= step < end) and self.world.rank == self.world.ranks - 1
+        return super().step(step, batch)
+
+    def forward(self, micro: training.MicroBatch) -> Any:
+        loss_sum, correct = super().forward(micro)
+        if self.world.rank == self.world.ranks - 1:
+            time.sleep(self.plan.get("slow_s", 0))
+        return (loss_sum * math.nan if getattr(self, "bad", False) else loss_sum), correct
+
+
+Trainer = training.Trainer
+
+
+def train(recipe: training.TrainRecipe, world: World, run: dict[str, Any]) -> int:
+    faulty = any(key in run for key in ("bad_rows", "bad_steps", "slow_s"))
+    training.Trainer = type("Faulty", (FaultyTrainer,), {"plan": run}) if faulty else Trainer
+    stop = StopAfter(run["stop_after"]) if "stop_after" in run and world.is_main else StopRequest()
+    return training.train(recipe, world, stop)
+
+
 def copy_run(source: Path, target: Path, step: int) -> None:
     shutil.copytree(source, target)
     for folder in (target / "checkpoints").glob("step-*"):
@@ -46,11 +94,11 @@ def copy_run(source: Path, target: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def save_again(recipe: training.TrainRecipe, world: World) -> int:
+def save_again(recipe: training.TrainRecipe, world: World) -> None:
     """Load and save without a step between: what comes out is what the engine holds. Facts for the test as well."""
     run = RunFolder(recipe.run)
     accepted = training._accept(recipe, run, world)
-    trainer = training.Trainer(recipe, run, world, StopRequest(None), *accepted)
+    trainer = training.Trainer(recipe, run, world, StopRequest(), *accepted)
     if recipe.zero["stage"] == 3:
         named = dict(trainer.engine.module.named_parameters())
         for name in ("sharebert.word_embeddings.weight", "sharebert.factor_linear_all.weight"):
@@ -60,8 +108,8 @@ def save_again(recipe: training.TrainRecipe, world: World) -> int:
     trainer.saver.files.checkpoints.mkdir(exist_ok=True)
     trainer.saver.save(trainer.first_step)
     trainer.saver.finish()
-    run.release()
-    return 0
+    with trainer.watchdog:
+        run.release()
 
 
 def main() -> None:
@@ -75,7 +123,11 @@ def main() -> None:
         dist.barrier()
         leave_out_masters(run.get("no_masters", False))
         try:
-            results.append({"code": (save_again if run.get("save_again") else training.train)(recipe, world)})
+            if run.get("save_again"):
+                save_again(recipe, world)
+                results.append({"code": 0})
+            else:
+                results.append({"code": train(recipe, world, run)})
         except Exception:
             results.append({"error": traceback.format_exc()})
     if world.is_main:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from pretrain import checkpoint
-from pretrain.checkpoint import Checkpointer, CheckpointRecipe
+from pretrain.checkpointer import Checkpointer, CheckpointRecipe
 from pretrain.slices import STATES, Slice
 from sharebert_recipe import BadInput
 
@@ -45,13 +48,14 @@ def write(
 ) -> None:
     """Save one checkpoint as `ranks` ranks do, in threads."""
 
+    recipe = CheckpointRecipe(keep=keep, keep_every=keep_every, write_timeout_s=20)
+    report = (said if said is not None else []).append
+    savers = [Checkpointer(folder, recipe, rank, ranks, token=f"launch{step}", report=report) for rank in range(ranks)]
+
     def one(rank: int) -> None:
-        recipe = CheckpointRecipe(keep=keep, keep_every=keep_every, write_timeout_s=20)
-        report = (said if said is not None else []).append
-        saver = Checkpointer(folder, recipe, rank, ranks, token=f"launch{step}", report=report)
         generators = {"cpu": torch.full((5,), rank, dtype=torch.uint8)}
-        saver.save(step, slices_of(rank, ranks), SHAPES, generators, {"note": step})
-        saver.finish()
+        savers[rank].save(step, slices_of(rank, ranks), SHAPES, generators, {"note": step})
+        savers[rank].finish()
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -116,9 +120,16 @@ def damage_half_manifest(folder: Path) -> None:
     path.write_text(path.read_text()[:100])
 
 
+def damage_flip_in_manifest(folder: Path) -> None:
+    """Still JSON, and of the right form: another number."""
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"note": 20', '"note": 21'))
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
+        (damage_flip_in_manifest, "manifest.json: damaged"),
         (damage_flip, "rank-00001.safetensors: damaged"),
         (damage_cut, "rank-00002.safetensors: .* bytes, .* were written"),
         (damage_missing, "rank-00000.safetensors: missing"),
@@ -163,6 +174,104 @@ def test_a_rank_that_writes_nothing_leaves_no_checkpoint(tmp_path: Path) -> None
     assert [folder.name for folder in tmp_path.glob("*step*")] == ["step-00000010"]
     assert any("ranks [1] wrote no file" in line for line in said)
     assert "given up" in said[-1]
+
+
+class FullDisk:
+    """Writes by some ranks fail, as long as wanted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.name, self.full, self.refused = name, True, 0
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def fsync(self, handle: int) -> None:
+        if self.full and self.name in str(Path(f"/proc/self/fd/{handle}").readlink()):
+            self.refused += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._fsync(handle)
+
+
+def saver_of(folder: Path, rank: int, ranks: int, said: list[str], timeout_s: float = 20) -> Checkpointer:
+    recipe = CheckpointRecipe(write_timeout_s=timeout_s)
+    return Checkpointer(folder, recipe, rank, ranks, token="t", report=said.append)
+
+
+def test_a_write_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    disk = FullDisk(monkeypatch, "rank-00000")
+    saver = saver_of(tmp_path, 0, 1, said)
+    saver.save(10, slices_of(0, 1), SHAPES, {}, {})
+    while disk.refused < 2:
+        time.sleep(0.01)
+    assert not checkpoint.found(tmp_path)
+    disk.full = False
+    assert saver.finish()
+    assert checkpoint.newest_whole(tmp_path, pytest.fail).step == 10  # type: ignore[union-attr]
+    assert said[0] == "checkpoint of step 10: [Errno 28] No space left on device; it is tried again in 0.5 s"
+
+
+def test_a_newer_save_ends_the_trying_of_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1's disk is full: rank 0, which waits for it, learns of it and waits no longer."""
+    said: list[str] = []
+    write(tmp_path, 10, ranks=2)
+    disk = FullDisk(monkeypatch, "rank-00001")
+    savers = [saver_of(tmp_path, rank, 2, said, timeout_s=300) for rank in range(2)]
+    for rank in range(2):
+        savers[rank].save(20, slices_of(rank, 2), SHAPES, {}, {})
+    while not disk.refused:
+        time.sleep(0.01)
+    threads = [
+        threading.Thread(target=savers[rank].save, args=(30, slices_of(rank, 2), SHAPES, {}, {})) for rank in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000010"]
+    disk.full = False
+    assert all(saver.finish() for saver in savers)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000030", "step-00000010"]
+    assert not list(tmp_path.glob(".step-*"))
+    given_up = [line for line in said if "given up" in line]
+    assert len(given_up) == 2
+    assert "ranks [1] could not write" in given_up[1]
+
+
+def test_a_save_that_fails_to_the_end_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    FullDisk(monkeypatch, "rank-00000")
+    saver = saver_of(tmp_path, 0, 1, said, timeout_s=0.2)
+    saver.save(10, slices_of(0, 1), SHAPES, {}, {})
+    assert not saver.finish()
+    assert not list(tmp_path.glob("*step*"))
+
+
+def test_the_newest_whole_one_is_never_deleted(tmp_path: Path) -> None:
+    """It stays where newer ones are damaged; these go when the run has a whole one again."""
+    for step in (10, 20, 30):
+        write(tmp_path, step, ranks=1)
+    for step in (20, 30):
+        (tmp_path / checkpoint.folder_name(step) / "rank-00000.safetensors").write_bytes(b"")
+    assert checkpoint.newest_whole(tmp_path, [].append).step == 10  # type: ignore[union-attr]
+    write(tmp_path, 15, ranks=1, keep=2)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000015", "step-00000010"]
+    write(tmp_path, 20, ranks=1, keep=1)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000020"]
+
+
+def test_a_disk_that_cannot_be_read_is_a_damage_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+
+    def failing(found: checkpoint.Checkpoint) -> None:
+        if found.step == 20:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "rank-00000.safetensors")
+
+    monkeypatch.setattr(checkpoint, "verify", failing)
+    said: list[str] = []
+    assert checkpoint.newest_whole(tmp_path, said.append).step == 10  # type: ignore[union-attr]
+    assert "Input/output error: 'rank-00000.safetensors'; taking the checkpoint before it" in said[0]
 
 
 def test_leftovers_of_a_dead_launch_never_count(tmp_path: Path) -> None:
