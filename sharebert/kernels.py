@@ -1,12 +1,15 @@
 """The operations that make up a layer: one interface, and its reference in plain PyTorch.
 
-Everything in the model that is worth fusing goes through these functions. Reductions, LayerNorm statistics,
-softmax and the loss are in float32, and in float64 where the input is.
+Everything in the model that is worth fusing goes through these functions. On CUDA, where Triton is installed,
+the kernels of `kernels_triton_*.py` do the work; elsewhere, and while torch.compile traces (it fuses by itself),
+the reference. Reductions, LayerNorm statistics, softmax and the loss are in float32, and in float64 where the
+input is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,31 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time in `linear_cross_entropy`: 64 MiB in float32, 549 rows of a 30,528-word vocabulary."""
+
+
+class TritonKernels(NamedTuple):
+    """What the `kernels_triton_*.py` offer."""
+
+    add_dropout_norm: Any
+    bias_gelu: Any
+    chunk_cross_entropy: Any
+
+
+@functools.cache
+def load_triton() -> TritonKernels | None:
+    """The Triton kernels, or None where Triton is not installed. Not before they are needed: they take a second."""
+    try:
+        from .kernels_triton_gelu import BiasGelu
+        from .kernels_triton_loss import chunk_cross_entropy
+        from .kernels_triton_norm import AddDropoutNorm
+    except ImportError:
+        return None
+    return TritonKernels(AddDropoutNorm.apply, BiasGelu.apply, chunk_cross_entropy)
+
+
+def triton_for(x: Tensor) -> TritonKernels | None:
+    """The Triton kernels where they serve for `x`, and None where the reference does."""
+    return load_triton() if x.is_cuda and not torch.compiler.is_compiling() else None
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -48,6 +76,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x·W + b) with the exact (erf) GELU; shapes as in `linear`."""
+    if fused := triton_for(x):
+        product = x.flatten(0, -2) @ weight
+        return fused.bias_gelu(product, bias).view(*x.shape[:-1], weight.shape[1])  # type: ignore[no-any-return]
     return F.gelu(linear(x, weight, bias))
 
 
@@ -64,6 +95,9 @@ def add_dropout_norm(
         eps: LayerNorm's.
         dropout: probability with which values of `branch` are dropped; 0 outside training.
     """
+    if fused := triton_for(stream):
+        summed, normed = fused.add_dropout_norm(stream, branch, weight, bias, eps, dropout, compute_dtype(stream))
+        return stream if summed is None else summed, normed
     if branch is not None:
         stream = stream + (F.dropout(branch, dropout) if dropout else branch)
     normed = F.layer_norm(stream, weight.shape, weight, bias, eps)
@@ -106,6 +140,36 @@ def linear_cross_entropy(
     return loss_sum, correct
 
 
+def chunk_cross_entropy(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two sums of `linear_cross_entropy` over a chunk of rows, and the gradient of the first.
+
+    Args:
+        logits: [n, V], without the bias; the gradient may be written over them.
+        bias: [V] or None.
+        labels: [n], int64.
+        weights: [n].
+        with_gradient: where it is false, what is returned third means nothing.
+
+    Returns:
+        Two scalars in float32 (float64), and [n, V] in the dtype of `logits`.
+    """
+    dtype = logits.dtype
+    logits = logits.to(accumulation_dtype(dtype))
+    target, row_weights = labels.unsqueeze(1), weights.to(logits.dtype).unsqueeze(1)
+    if bias is not None:
+        logits += bias
+    log_z = logits.logsumexp(1, keepdim=True)
+    loss_sum = ((log_z - logits.gather(1, target)) * row_weights).sum()
+    correct = ((logits.argmax(1, keepdim=True) == target) * row_weights).sum()
+    if with_gradient:
+        logits.sub_(log_z).exp_()
+        logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
+        logits *= row_weights
+    return loss_sum, correct, logits.to(dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients in the forward pass, while a chunk's logits are there, for a loss gradient of 1.
 
@@ -125,31 +189,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sums = accumulation_dtype(dtype)
         x, w = hidden.to(dtype), weight.to(dtype)
-        row_weights = weights.to(sums).unsqueeze(1)
         grad_hidden, grad_weight, grad_bias = (
             torch.zeros_like(given, dtype=sums) if with_gradient and given is not None and needed else None
             for given, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         loss_sum, correct = torch.zeros(2, dtype=sums, device=hidden.device).unbind()
 
+        fused = triton_for(x)
+        one_chunk = fused.chunk_cross_entropy if fused else chunk_cross_entropy
         rows_at_once = max(1, CHUNK_LOGITS // len(weight))
         for first in range(0, len(hidden), rows_at_once):
             rows = slice(first, first + rows_at_once)
-            target = labels[rows].unsqueeze(1)
-            logits = (x[rows] @ w.t()).to(sums)
-            if bias is not None:
-                logits += bias
-            log_z = logits.logsumexp(1, keepdim=True)
-            loss_sum += ((log_z - logits.gather(1, target)) * row_weights[rows]).sum()
-            correct += ((logits.argmax(1, keepdim=True) == target) * row_weights[rows]).sum()
-            if not with_gradient:
-                continue
-            grad_logits = logits.sub_(log_z).exp_()
-            grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
-            grad_logits *= row_weights[rows]
+            logits = x[rows] @ w.t()
+            loss, hits, grad_logits = one_chunk(logits, bias, labels[rows], weights[rows], with_gradient)
+            loss_sum += loss
+            correct += hits
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(dtype)
+                grad_bias += grad_logits.sum(0, dtype=sums)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ w
             if grad_weight is not None:
