@@ -56,6 +56,9 @@ class DataRecipe:
     """Share of a row's tokens to predict."""
     whole_word: bool = False
     """Choose whole words. The tokenizer must mark the pieces that continue a word, as WordPiece does."""
+    within_documents: bool = False
+    """Let a token attend to its own document alone, and not to the others of its row. On CUDA this needs
+    `model.attention_probs_dropout_prob: 0`."""
     window_shards: PositiveInt = 16
     """Rows are shuffled inside windows of this many shards, which are read at the same time."""
     prefetch: PositiveInt = 8

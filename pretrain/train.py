@@ -117,6 +117,12 @@ def _accept(recipe: TrainRecipe, run: RunFolder, world: World) -> tuple[list[Dat
         micro_shape(recipe.data, world.ranks)
         refuse_nothing_to_validate(datasets, recipe.validate)
         choice = choose_model(recipe.model, datasets[0].vocab_size, datasets[0].seq_len)
+        dropout = choice.config.attention_probs_dropout_prob
+        if recipe.data.within_documents and dropout and world.device.type == "cuda":
+            raise BadInput(
+                f"model.attention_probs_dropout_prob: {dropout:g}, but on CUDA data.within_documents has no dropout "
+                "on attention probabilities: set it to 0"
+            )
         if world.is_main:
             run.occupy()
         accepted = datasets, choice
@@ -233,9 +239,11 @@ class Trainer:
     def forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses and number of right words over the masked tokens of a micro-batch, fp32 scalars."""
         micro = micro.to(self.world.device)
+        within = self.recipe.data.within_documents
         output = self.engine(
             micro.tokens,
-            attention_mask=micro.segments if micro.padded else None,
+            attention_mask=micro.segments if micro.padded and not within else None,
+            segments=micro.segments if within else None,
             positions=micro.positions,
             labels=micro.labels,
             weights=micro.weights,

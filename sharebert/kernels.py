@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .config import ShareBertError
+
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time in `linear_cross_entropy`: 64 MiB in float32, 549 rows of a 30,528-word vocabulary."""
 
@@ -104,15 +106,44 @@ def add_dropout_norm(
     return stream, normed.to(compute_dtype(normed))
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+def flex_serves(x: Tensor) -> bool:
+    """Whether FlexAttention keeps documents apart on the device of `x`: on CUDA. Elsewhere SDPA does, with a mask."""
+    return x.is_cuda
+
+
+def document_mask(segments: Tensor) -> Any:
+    """What `attention` takes as a mask to keep the documents of rows apart.
+
+    Args:
+        segments: [B, T], the number of each position's document. Padding is a document like the others.
+    """
+    if flex_serves(segments):
+        from .kernels_flex import document_mask as flex_mask
+
+        return flex_mask(segments)
+    return segments[:, None, :, None] == segments[:, None, None, :]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, dropout: float) -> Tensor:
     """softmax(query·keyᵀ·scale)·value with dropout on the probabilities; all [B, heads, T, d].
 
     Args:
         mask: booleans that broadcast to [B, heads, T, T], true where a query (row) sees a key (column);
-            None where every query sees every key.
+            None where every query sees every key; or from `document_mask`.
         scale: the factor on scores.
         dropout: probability with which an attention probability is dropped; 0 outside training.
+
+    Raises ShareBertError for dropout within documents on CUDA: FlexAttention has none.
     """
+    if mask is not None and not isinstance(mask, Tensor):
+        if dropout:
+            raise ShareBertError(
+                f"attention_probs_dropout_prob: {dropout:g}, but attention within documents has no dropout on "
+                "probabilities on CUDA: set it to 0 (hidden_dropout_prob may stay)"
+            )
+        from .kernels_flex import attention_within
+
+        return attention_within(query, key, value, mask, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
