@@ -217,9 +217,10 @@ class Trainer:
         set_learning_rate(
             self.engine, learning_rate(step, self.recipe.steps, self.recipe.optimizer.lr, self.recipe.schedule)
         )
-        agreed = torch.tensor([batch.masked, self.stop.asked], dtype=torch.float32, device=self.world.device)
+        # Of what the host knows, and so over gloo: a read of a device's tensor would wait for all that it has to do.
+        agreed = torch.tensor([batch.masked, self.stop.asked], dtype=torch.float64)
         dist.all_reduce(agreed)
-        masked, stops = agreed
+        masked, stops = agreed.tolist()
         skipped = False
         for micro in batch.micro_batches:
             self.watchdog.at(f"step {step}, forward")
@@ -227,14 +228,14 @@ class Trainer:
             # DeepSpeed averages gradients over the ranks; times ranks, over the masked tokens of all of
             # them, that average is the gradient of the global mean.
             self.watchdog.at(f"step {step}, backward")
-            self.engine.backward(loss_sum * (self.world.ranks / masked), scale_wrt_gas=False)
+            self.engine.backward(loss_sum * (self.world.ranks / max(masked, 1.0)), scale_wrt_gas=False)
             skipped = optimizer_step(self.engine, self.recipe.optimizer.clip)
             self.meter.add(loss_sum, correct)
         self.meter.end_step(batch, skipped=skipped)
         rows = range(batch.rows_consumed - self.recipe.data.global_batch, batch.rows_consumed)
         self.skips.count(step, rows, skipped and not scale_can_fall(self.engine))
         self.watchdog.at(f"step {step} done, next rows")
-        return bool(stops.item())
+        return bool(stops)
 
     def forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses and number of right words over the masked tokens of a micro-batch, fp32 scalars."""
