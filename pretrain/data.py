@@ -59,6 +59,9 @@ class DataRecipe:
     """Share of a row's tokens to predict."""
     whole_word: bool = False
     """Choose whole words. The tokenizer must mark the pieces that continue a word, as WordPiece does."""
+    within_documents: bool = False
+    """Let a token attend to its own document alone, and not to the others of its row. On CUDA this needs
+    `model.attention_probs_dropout_prob: 0`."""
     window_shards: Annotated[int, Field(ge=1, le=MOST_WINDOW_SHARDS)] = 16
     """Rows are shuffled inside windows of this many shards, which are read at the same time."""
     cache: CacheConfig | None = None

@@ -22,6 +22,10 @@ from sharebert_recipe import STRICT, BadInput, nearest
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+BUCKET_ELEMENTS = 2**23
+"""Gradients that ZeRO reduces at once. The decoder's [V, H] is larger, so it is never copied into a bucket, and
+most of all the gradients, it leaves at the start of the backward pass, with the rest of it to hide behind."""
+
 
 @dataclass(config=STRICT, kw_only=True)
 class OptimizerRecipe:
@@ -114,7 +118,7 @@ def deepspeed_config(
     }
     if stage:
         config["zero_optimization"] |= {
-            "reduce_bucket_size": parameters,
+            "reduce_bucket_size": min(parameters, BUCKET_ELEMENTS),
             "allgather_bucket_size": parameters,
             "overlap_comm": torch.cuda.is_available() and stage > 1,
         }

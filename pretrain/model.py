@@ -78,6 +78,16 @@ def refuse_other_tokenizer(choice: ModelChoice, dataset: Dataset) -> None:
             )
 
 
+def refuse_dropout_within_documents(choice: ModelChoice, within_documents: bool, device: torch.device) -> None:
+    """Raise BadInput where attention within documents, which has no dropout on CUDA, is asked for with it there."""
+    dropout = choice.config.attention_probs_dropout_prob
+    if within_documents and dropout and device.type == "cuda":
+        raise BadInput(
+            f"model.attention_probs_dropout_prob: {dropout:g}, but on CUDA data.within_documents has no dropout "
+            "on attention probabilities: set it to 0"
+        )
+
+
 def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:
     """The model with its first weights, the same on every rank.
 

@@ -39,7 +39,13 @@ from pretrain.engine import (
 from pretrain.environment import environment
 from pretrain.faults import FaultsRecipe, SkippedSteps, SlowRanks, SpikeDetector
 from pretrain.meter import Meter
-from pretrain.model import ModelChoice, build_model, choose_model, refuse_other_tokenizer
+from pretrain.model import (
+    ModelChoice,
+    build_model,
+    choose_model,
+    refuse_dropout_within_documents,
+    refuse_other_tokenizer,
+)
 from pretrain.monitor import Monitor, MonitorRecipe
 from pretrain.run_folder import RunFolder
 from pretrain.saving import Saver, find_checkpoint
@@ -121,6 +127,7 @@ def _accept(recipe: TrainRecipe, run: RunFolder, world: World) -> tuple[list[Dat
         refuse_nothing_to_validate(datasets, recipe.validate)
         choice = choose_model(recipe.model, datasets[0].vocab_size, datasets[0].seq_len)
         refuse_other_tokenizer(choice, datasets[0])
+        refuse_dropout_within_documents(choice, recipe.data.within_documents, world.device)
         if world.is_main:
             run.occupy()
         accepted = datasets, choice
@@ -241,9 +248,11 @@ class Trainer:
     def forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses and number of right words over the masked tokens of a micro-batch, fp32 scalars."""
         micro = micro.to(self.world.device)
+        within = self.recipe.data.within_documents
         output = self.engine(
             micro.tokens,
-            attention_mask=micro.segments if micro.padded else None,
+            attention_mask=micro.segments if micro.padded and not within else None,
+            segments=micro.segments if within else None,
             positions=micro.positions,
             labels=micro.labels,
             weights=micro.weights,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ShareBertConfig, ShareBertError
-from .kernels import add_dropout_norm, attention, linear, linear_gelu
+from .kernels import add_dropout_norm, attention, document_mask, linear, linear_gelu
 from .virtual import Weights, blocks, generate
 
 
@@ -57,9 +57,7 @@ class Layer(nn.Module):
         self.intermediate_bias = nn.Parameter(torch.zeros(config.intermediate_size))
         self.output_bias = nn.Parameter(torch.zeros(hidden))
 
-    def forward(
-        self, stream: Tensor, branch: Tensor | None, weights: Weights, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, stream: Tensor, branch: Tensor | None, weights: Weights, mask: Any) -> tuple[Tensor, Tensor]:
         """Stream and branch [B, T, H] → the same after this layer; `mask` as in `kernels.attention`."""
         stream, x = self.attention_norm(stream, branch)
         attended = attention(
@@ -156,17 +154,17 @@ class ShareBert(nn.Module):
         return F.dropout(words + positions + types, self.config.hidden_dropout_prob, self.training)
 
 
-def visible(attention_mask: Tensor | None, segments: Tensor | None) -> Tensor | None:
-    """Which positions (last axis) each position sees, [B, 1, 1 or T, T] booleans; None where all see all.
+def visible(attention_mask: Tensor | None, segments: Tensor | None) -> Any:
+    """What `kernels.attention` takes as a mask; None where all positions see all.
 
     A position that would see nothing (in a row of padding alone) sees everything instead: its output is not
     used, but must not be NaN.
     """
-    if attention_mask is None and segments is None:
-        return None
-    mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
     if segments is not None:
-        same = segments[:, None, :, None] == segments[:, None, None, :]
-        mask = same if mask is None else mask & same
-    assert mask is not None
+        if attention_mask is not None:  # padding becomes a document of its own
+            segments = torch.where(attention_mask.bool(), segments.to(torch.int32), -1)
+        return document_mask(segments)
+    if attention_mask is None:
+        return None
+    mask = attention_mask.bool()[:, None, None, :]
     return mask | ~mask.any(-1, keepdim=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import ShareBertConfig, ShareBertError
 from .encoder import ShareBert
-from .kernels import linear_cross_entropy
+from .kernels import add_dropout_norm, linear_cross_entropy, linear_gelu
 
 
 class MlmOutput(NamedTuple):
@@ -42,7 +42,8 @@ class MlmHead(nn.Module):
 
         `embedding` is E [V, F] where the head is tied, and None where it is not.
         """
-        x = self.norm(nn.functional.gelu(self.dense(hidden)))
+        x = linear_gelu(hidden, self.dense.weight.t(), self.dense.bias)
+        _, x = add_dropout_norm(x, None, self.norm.weight, self.norm.bias, self.norm.eps, 0.0)
         matrix = embedding if self.tied else self.decoder.weight
         bias = self.bias if self.tied else None
         assert matrix is not None

@@ -1,20 +1,50 @@
 """The operations that make up a layer: one interface, and its reference in plain PyTorch.
 
-Everything in the model that is worth fusing goes through these functions. Reductions, LayerNorm statistics,
-softmax and the loss are in float32, and in float64 where the input is.
+Everything in the model that is worth fusing goes through these functions. On CUDA, where Triton is installed,
+the kernels of `kernels_triton_*.py` do the work; elsewhere, and while torch.compile traces (it fuses by itself),
+the reference. Reductions, LayerNorm statistics, softmax and the loss are in float32, and in float64 where the
+input is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .config import ShareBertError
+
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time in `linear_cross_entropy`: 64 MiB in float32, 549 rows of a 30,528-word vocabulary."""
+
+
+class TritonKernels(NamedTuple):
+    """What the `kernels_triton_*.py` offer."""
+
+    add_dropout_norm: Any
+    bias_gelu: Any
+    chunk_cross_entropy: Any
+
+
+@functools.cache
+def load_triton() -> TritonKernels | None:
+    """The Triton kernels, or None where Triton is not installed. Not before they are needed: they take a second."""
+    try:
+        from .kernels_triton_gelu import BiasGelu
+        from .kernels_triton_loss import chunk_cross_entropy
+        from .kernels_triton_norm import AddDropoutNorm
+    except ImportError:
+        return None
+    return TritonKernels(AddDropoutNorm.apply, BiasGelu.apply, chunk_cross_entropy)
+
+
+def triton_for(x: Tensor) -> TritonKernels | None:
+    """The Triton kernels where they serve for `x`, and None where the reference does."""
+    return load_triton() if x.is_cuda and not torch.compiler.is_compiling() else None
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -38,17 +68,94 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums [n] of the columns of x [m, n], in `dtype`."""
+    if x.device.type == "cpu" and x.dtype == dtype:
+        return torch.mv(x.t(), x.new_ones(len(x)))  # `sum(0)` took 8 ms for [512, 2048] in float32, this 0.1 ms
+    return x.sum(0, dtype=accumulation_dtype(x.dtype)).to(dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [..., in] · weight [in, out] + bias [out].
 
-    One `addmm` on views: neither the weight nor, in the backward pass, its gradient is copied or transposed.
+    One `addmm` on views: neither the weight nor, in the backward pass, its gradient is copied or transposed. The
+    gradients of a weight that several layers share (made by `virtual`) are summed by the products that make them.
     """
-    return torch.addmm(bias, x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[1])
+    dtype = compute_dtype(x)
+    flat, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
+    multiply = torch.addmm if torch.compiler.is_compiling() else _Linear.apply
+    y = multiply(bias, flat, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    """Where the weight's node has `shared_gradients`, adds to them and hands no gradient of the weight on.
+
+    Autograd would make each layer's gradient of a weight in memory of its own, and then add them up: two more
+    passes over it for every use.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = bias.dtype
+        return torch.addmm(bias.to(x.dtype), x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_bias, for_x, for_weight = ctx.needs_input_grad
+        grad_x = gradient @ weight.t() if for_x else None
+        grad_bias = column_sums(gradient, ctx.bias_dtype) if for_bias else None
+        if not for_weight:
+            return grad_bias, grad_x, None
+        shared = getattr(weight.grad_fn, "shared_gradients", None)
+        if shared is None:
+            return grad_bias, grad_x, x.t() @ gradient
+        place = weight.output_nr
+        if shared[place] is None:
+            shared[place] = x.t() @ gradient
+        else:
+            shared[place].addmm_(x.t(), gradient)
+        return grad_bias, grad_x, None
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x·W + b) with the exact (erf) GELU; shapes as in `linear`."""
+    if fused := triton_for(x):
+        product = x.flatten(0, -2) @ weight
+        return fused.bias_gelu(product, bias).view(*x.shape[:-1], weight.shape[1])  # type: ignore[no-any-return]
     return F.gelu(linear(x, weight, bias))
+
+
+def dropped(x: Tensor, dropout: float) -> Tensor:
+    """Dropout with probability `dropout` above 0, on a CPU to 16 bits of it."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, dropout)
+    return _CpuDropout.apply(x, dropout)  # type: ignore[no-any-return]
+
+
+class _CpuDropout(torch.autograd.Function):
+    """Four elements share a 64-bit random number: 1.5 ms for [512, 2048], where `F.dropout` takes 12.5 ms.
+
+    The mask takes a byte an element, and not the four of `F.dropout` on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropout: float) -> Tensor:
+        drops = max(1, min(2**16 - 1, round(dropout * 2**16)))
+        random = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = random.view(torch.int16)[: x.numel()].view(x.shape) >= drops - 2**15
+        ctx.save_for_backward(kept)
+        ctx.scale = 2**16 / (2**16 - drops)
+        return (x * kept).mul_(ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return (gradient * kept).mul_(ctx.scale), None
 
 
 def add_dropout_norm(
@@ -64,21 +171,59 @@ def add_dropout_norm(
         eps: LayerNorm's.
         dropout: probability with which values of `branch` are dropped; 0 outside training.
     """
+    if fused := triton_for(stream):
+        summed, normed = fused.add_dropout_norm(stream, branch, weight, bias, eps, dropout, compute_dtype(stream))
+        return stream if summed is None else summed, normed
     if branch is not None:
-        stream = stream + (F.dropout(branch, dropout) if dropout else branch)
+        stream = stream + (dropped(branch, dropout) if dropout else branch)
     normed = F.layer_norm(stream, weight.shape, weight, bias, eps)
     return stream, normed.to(compute_dtype(normed))
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+def flex_serves(x: Tensor) -> bool:
+    """Whether FlexAttention keeps documents apart on the device of `x`: on CUDA. Elsewhere SDPA does, with a mask."""
+    return x.is_cuda
+
+
+def document_mask(segments: Tensor) -> Any:
+    """What `attention` takes as a mask to keep the documents of rows apart.
+
+    Args:
+        segments: [B, T], the number of each position's document. Padding is a document like the others.
+    """
+    if flex_serves(segments):
+        from .kernels_flex import document_mask as flex_mask
+
+        return flex_mask(segments)
+    return segments[:, None, :, None] == segments[:, None, None, :]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, dropout: float) -> Tensor:
     """softmax(query·keyᵀ·scale)·value with dropout on the probabilities; all [B, heads, T, d].
 
     Args:
         mask: booleans that broadcast to [B, heads, T, T], true where a query (row) sees a key (column);
-            None where every query sees every key.
+            None where every query sees every key; or from `document_mask`.
         scale: the factor on scores.
         dropout: probability with which an attention probability is dropped; 0 outside training.
+
+    Raises ShareBertError for dropout within documents on CUDA: FlexAttention has none.
     """
+    if mask is not None and not isinstance(mask, Tensor):
+        if dropout:
+            raise ShareBertError(
+                f"attention_probs_dropout_prob: {dropout:g}, but attention within documents has no dropout on "
+                "probabilities on CUDA: set it to 0 (hidden_dropout_prob may stay)"
+            )
+        from .kernels_flex import attention_within
+
+        return attention_within(query, key, value, mask, scale)
+    if dropout and query.device.type == "cpu":  # where SDPA has no fused kernel for it either
+        scores = (query * scale) @ key.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        probabilities = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(value.dtype)
+        return dropped(probabilities, dropout) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
@@ -106,6 +251,36 @@ def linear_cross_entropy(
     return loss_sum, correct
 
 
+def chunk_cross_entropy(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two sums of `linear_cross_entropy` over a chunk of rows, and the gradient of the first.
+
+    Args:
+        logits: [n, V], without the bias; the gradient may be written over them.
+        bias: [V] or None.
+        labels: [n], int64.
+        weights: [n].
+        with_gradient: where it is false, what is returned third means nothing.
+
+    Returns:
+        Two scalars in float32 (float64), and [n, V] in the dtype of `logits`.
+    """
+    dtype = logits.dtype
+    logits = logits.to(accumulation_dtype(dtype))
+    target, row_weights = labels.unsqueeze(1), weights.to(logits.dtype).unsqueeze(1)
+    if bias is not None:
+        logits += bias
+    log_z = logits.logsumexp(1, keepdim=True)
+    loss_sum = ((log_z - logits.gather(1, target)) * row_weights).sum()
+    correct = ((logits.argmax(1, keepdim=True) == target) * row_weights).sum()
+    if with_gradient:
+        logits.sub_(log_z).exp_()
+        logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
+        logits *= row_weights
+    return loss_sum, correct, logits.to(dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients in the forward pass, while a chunk's logits are there, for a loss gradient of 1.
 
@@ -125,34 +300,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sums = accumulation_dtype(dtype)
         x, w = hidden.to(dtype), weight.to(dtype)
-        row_weights = weights.to(sums).unsqueeze(1)
-        grad_hidden, grad_weight, grad_bias = (
-            torch.zeros_like(given, dtype=sums) if with_gradient and given is not None and needed else None
-            for given, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
-        )
+        for_hidden, for_weight, for_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
+        grad_hidden = hidden.new_empty(hidden.shape, dtype=sums) if for_hidden else None
+        grad_weight = grad_bias = None
         loss_sum, correct = torch.zeros(2, dtype=sums, device=hidden.device).unbind()
 
+        fused = triton_for(x)
+        one_chunk = fused.chunk_cross_entropy if fused else chunk_cross_entropy
         rows_at_once = max(1, CHUNK_LOGITS // len(weight))
         for first in range(0, len(hidden), rows_at_once):
             rows = slice(first, first + rows_at_once)
-            target = labels[rows].unsqueeze(1)
-            logits = (x[rows] @ w.t()).to(sums)
-            if bias is not None:
-                logits += bias
-            log_z = logits.logsumexp(1, keepdim=True)
-            loss_sum += ((log_z - logits.gather(1, target)) * row_weights[rows]).sum()
-            correct += ((logits.argmax(1, keepdim=True) == target) * row_weights[rows]).sum()
-            if not with_gradient:
-                continue
-            grad_logits = logits.sub_(log_z).exp_()
-            grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
-            grad_logits *= row_weights[rows]
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(dtype)
+            logits = x[rows] @ w.t()
+            loss, hits, grad_logits = one_chunk(logits, bias, labels[rows], weights[rows], with_gradient)
+            loss_sum += loss
+            correct += hits
+            if for_bias:
+                bias_part = column_sums(grad_logits, sums)
+                grad_bias = bias_part if grad_bias is None else grad_bias.add_(bias_part)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ w
-            if grad_weight is not None:
+            if for_weight and grad_weight is None:
+                grad_weight = (grad_logits.t() @ x[rows]).to(sums)
+            elif grad_weight is not None:
                 accumulate_product(grad_weight, grad_logits.t(), x[rows])
 
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_paths import PATHS, kernels_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,7 +63,15 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
-def test_parity(imported: ShareBertForMaskedLM, expected: dict[str, Tensor], dtype: torch.dtype, bar: float) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_parity(
+    imported: ShareBertForMaskedLM, expected: dict[str, Tensor], dtype: torch.dtype, bar: float, path: str
+) -> None:
+    with kernels_of(path):
+        check_parity(imported, expected, dtype, bar)
+
+
+def check_parity(imported: ShareBertForMaskedLM, expected: dict[str, Tensor], dtype: torch.dtype, bar: float) -> None:
     model = imported.to(dtype)
     inputs = expected["input_ids"], expected["attention_mask"], expected["token_type_ids"]
     labels = expected["labels"].flatten()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_paths import PATHS, kernels_of
 from tiny_models import tiny_model
 from torch import Tensor
 
@@ -122,8 +123,19 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(shape=shapes(), rows=st.integers(1, 2), length=st.integers(1, 5), padding=st.integers(0, 2))
-def test_model_is_its_equations(shape: dict[str, Any], rows: int, length: int, padding: int) -> None:
+@given(
+    shape=shapes(),
+    rows=st.integers(1, 2),
+    length=st.integers(1, 5),
+    padding=st.integers(0, 2),
+    path=st.sampled_from(PATHS),
+)
+def test_model_is_its_equations(shape: dict[str, Any], rows: int, length: int, padding: int, path: str) -> None:
+    with kernels_of(path):
+        check_equations(shape, rows, length, padding)
+
+
+def check_equations(shape: dict[str, Any], rows: int, length: int, padding: int) -> None:
     model: ShareBertForMaskedLM = tiny_model(**shape).double()
     p = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(rows + 10 * length)

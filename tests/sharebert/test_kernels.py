@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from sharebert import kernels
-from sharebert.kernels import add_dropout_norm, attention, linear, linear_cross_entropy, linear_gelu
+from sharebert.kernels import add_dropout_norm, attention, dropped, linear, linear_cross_entropy, linear_gelu
 
 N, K, V = 13, 8, 50
 
@@ -141,6 +141,28 @@ def test_dropout_drops_its_share_of_the_branch_and_scales_the_rest() -> None:
     summed, _ = add_dropout_norm(torch.zeros(100, 1000), ones, torch.ones(1000), torch.zeros(1000), 1e-5, 0.1)
     assert (summed == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
     torch.testing.assert_close(summed[summed != 0].unique(), torch.tensor([1 / 0.9]))
+
+
+def test_dropout_on_a_cpu_has_the_rate_asked_for_and_one_mask_for_both_passes() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(301, 333, requires_grad=True)
+    y = dropped(x, 0.1)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(0.9, abs=0.003)
+    for neighbour in (1, 2, 333):  # neighbours come from one 64-bit number
+        flat = kept.flatten()
+        assert (flat[neighbour:] & flat[:-neighbour]).float().mean().item() == pytest.approx(0.81, abs=0.005)
+    torch.testing.assert_close(y, torch.where(kept, x / 0.9, 0.0), rtol=1e-4, atol=0)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, kept / 0.9, rtol=1e-4, atol=0)
+
+
+def test_attention_with_dropout_masks_and_scales_as_without() -> None:
+    query, key, value = torch.randn(3, 2, 2, 5, 4).unbind()
+    mask = torch.tensor([1, 1, 1, 0, 0], dtype=torch.bool).view(1, 1, 1, 5)
+    expected = attention(query, key, value, mask, 0.3, 0.0)
+    rare = attention(query, key, value, mask, 0.3, 1e-9)  # drops each with a chance of 1/65,536
+    torch.testing.assert_close(rare, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_scale_and_mask() -> None:

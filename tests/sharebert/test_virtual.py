@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -88,6 +89,31 @@ def test_each_weight_is_a_contiguous_view_of_its_own_product(sharing: str) -> No
         assert weight.is_contiguous()
         assert weight.storage_offset() == 0
         assert weight.untyped_storage().nbytes() == config.vocab_size * (block.last - block.first) * 8
+
+
+@pytest.mark.parametrize("sharing", ["veps", "eps"])
+def test_layers_add_to_one_gradient_whatever_part_of_the_model_is_used(sharing: str) -> None:
+    """`kernels.linear` sums beside autograd; a loss of an early layer, or of two, and a second backward are right."""
+    config = tiny_config(sharing=sharing)
+    given = parameters(config)
+    x, bias = torch.randn(5, 24, dtype=torch.float64), torch.zeros(24, dtype=torch.float64)
+
+    def layers(multiply: Callable[[Tensor, Tensor], Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """What each of three layers makes; the key matrix is used by an ordinary product as well."""
+        found = [x]
+        for _ in range(3):
+            found.append(multiply(torch.tanh(multiply(found[-1], weights[0])), weights[1]))
+        return [*found[1:], x @ weights[1]]
+
+    ours = layers(lambda a, w: linear(a, w, bias), make(config, given))
+    theirs = layers(lambda a, w: a @ w, cut_from_whole_matrix(config, given))
+    for used in ([0], [2], [0, 2], [1, 3], [3]):
+        gradients = (
+            torch.autograd.grad(sum(made[i].square().sum() for i in used), given, retain_graph=True)
+            for made in (ours, theirs)
+        )
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def allocations(nbytes: int, recorded: profile) -> set[str]:

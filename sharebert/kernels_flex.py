@@ -1,0 +1,40 @@
+"""Attention within documents on CUDA, by PyTorch's FlexAttention: blocks between two documents cost nothing.
+
+It is compiled for the mask, saves no [T, T] tensor, and has no dropout on probabilities. SDPA with a mask would
+have it there, in its memory-efficient kernel, but reads a mask of [B, T, T] in every head and computes every
+block; FlashAttention's kernel for sequences of different lengths has no dropout either.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+
+@functools.cache
+def _for_device(kind: str) -> tuple[Any, Any]:
+    """(create_block_mask, flex_attention), compiled where CUDA is: only then they are fused. Shapes are fixed."""
+    if kind != "cuda":
+        return create_block_mask, flex_attention
+    return torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=False)
+
+
+def document_mask(segments: Tensor) -> BlockMask:
+    """Which blocks of [T, T] have a pair of positions of one document, from `segments` [B, T]."""
+    make, _ = _for_device(segments.device.type)
+
+    def same_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return segments[row, query] == segments[row, key]
+
+    rows, length = segments.shape
+    return make(same_document, rows, None, length, length, device=segments.device)  # type: ignore[no-any-return]
+
+
+def attention_within(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """As `kernels.attention` without dropout, for a mask of `document_mask`."""
+    _, flex = _for_device(query.device.type)
+    return flex(query, key, value, block_mask=mask, scale=scale)  # type: ignore[no-any-return]
