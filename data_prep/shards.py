@@ -192,7 +192,7 @@ class Files(Protocol):
 class LocalFiles:
     """Files of a dataset that are read where they are."""
 
-    open_shards = 256  # below the 1,024 files that a process may have open; a map keeps its file open
+    open_shards = 64  # a map keeps its file open, and a process may have 1,024 files and 65,530 maps
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -8,6 +8,7 @@ position, so a run is resumed from the number of rows consumed, at once and on a
 from __future__ import annotations
 
 import dataclasses
+import resource
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,9 @@ TOKENS_AT_ONCE = 131_072
 
 MOST_WINDOW_SHARDS = LocalFiles.open_shards // 2
 """Two windows are read where one ends and the next begins; more shards than a reader keeps open would be slow."""
+
+OTHER_OPEN_FILES = 512
+"""What the rest of a training process may need: sockets, checkpoints, logs."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -93,7 +97,8 @@ def open_datasets(recipe: DataRecipe) -> list[Dataset]:
     """Open the datasets of a recipe.
 
     Raises:
-        BadInput: a dataset is damaged or missing, two differ in seq_len or tokenizer, or the cache is too small.
+        BadInput: a dataset is damaged or missing, two differ in seq_len or tokenizer, the cache is too small, or
+            more files would be open than the system allows.
     """
     datasets = [open_dataset(entry.path, recipe.cache) for entry in recipe.dataset]
     for entry, dataset in zip(recipe.dataset, datasets, strict=True):
@@ -105,7 +110,22 @@ def open_datasets(recipe: DataRecipe) -> list[Dataset]:
                     "datasets of a mixture are prepared with one seq_len and one tokenizer"
                 )
     _refuse_too_small_a_cache(datasets, recipe)
+    _allow_open_files(datasets)
     return datasets
+
+
+def _allow_open_files(datasets: Sequence[Dataset]) -> None:
+    """A mixture may hold more shards open than a process may have files by default."""
+    shards = [len(dataset.split("train").shard_rows) for dataset in datasets]
+    needed = OTHER_OPEN_FILES + sum(min(count, LocalFiles.open_shards) for count in shards)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise BadInput(
+            f"data.dataset: {len(datasets)} datasets are read with {needed} open files, and this process may have "
+            f"{hard}; raise the limit (ulimit -Hn), or mix fewer"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _refuse_too_small_a_cache(datasets: Sequence[Dataset], recipe: DataRecipe) -> None:

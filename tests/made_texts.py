@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -57,6 +58,12 @@ def recipe(folder: Path, source: Any, **overrides: Any) -> PrepRecipe:
     if "tokenizer" in values:
         del values["tokenizer.train.vocab_size"]
     return load(PrepRecipe, None, [f"output={folder}", *(f"{k}={json.dumps(_plain(v))}" for k, v in values.items())])
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file of a dataset by its checksum."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _plain(value: Any) -> Any:

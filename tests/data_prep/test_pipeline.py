@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from made_texts import made_texts, recipe, write_jsonl
+from made_texts import made_texts, recipe, tree, write_jsonl
 from tokenizers import Tokenizer
 
 from data_prep import parts, shards, shuffle, sources
@@ -24,12 +23,6 @@ from data_prep.pipeline import PrepRecipe, prepare
 from sharebert_recipe import BadInput, load
 
 TEXTS = made_texts(400, seed=11, words=60)
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file of a dataset by its checksum."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")

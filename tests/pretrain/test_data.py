@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import threading
 import time
 import tracemalloc
@@ -222,6 +223,18 @@ def test_datasets_that_do_not_go_together_are_refused(dataset: Dataset, tmp_path
         open_datasets(recipe(dataset=entries))
 
 
+def test_a_mixture_may_hold_more_shards_open_than_the_default_limit_of_files(tmp_path: Path) -> None:
+    paths = [str(numbered_dataset(tmp_path / str(n), [1] * 64).path) for n in range(3)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
+    try:
+        for dataset in open_datasets(recipe(dataset=[{"path": path} for path in paths])):
+            split = dataset.split("train")
+            assert len(split.read(np.arange(split.rows))[0]) == 64
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.parametrize(
     ("keys", "wrong"),
     [
@@ -232,6 +245,7 @@ def test_datasets_that_do_not_go_together_are_refused(dataset: Dataset, tmp_path
         ({"dataset": []}, "dataset"),
         ({"dataset": [{"path": "x", "weight": 0}]}, r"dataset\.0\.weight: .*greater than 0"),
         ({"dataset": [{"path": "x", "wieght": 1}]}, "did you mean 'weight'"),
+        ({"window_shards": 33}, r"window_shards: .*32"),
         ({"mask_rat": 0.2}, "did you mean 'mask_rate'"),
     ],
 )

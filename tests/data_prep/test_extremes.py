@@ -1,0 +1,120 @@
+"""Slow: real commands with workers that are killed, and inputs made to take as much memory as they can."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from made_texts import made_texts, tree, write_jsonl
+
+from data_prep import shards
+
+WORKER_BYTES = 1_500_000_000
+CLEANING = ["unicode=nfc", "max_symbols=0.99", "max_repetition=0.99", "exact_duplicates=true", "near_duplicates=0.8"]
+SHORT_WORDS = "a bc def " * (1 << 17)
+
+
+def command(output: Path, source: Path, *overrides: str) -> list[str]:
+    prep = [sys.executable, "-m", "sharebert_cli", "prep", "corpus", f"output={output}", f"source.paths={source}"]
+    return [*prep, "tokenizer.train.vocab_size=600", *overrides]
+
+
+def children(pid: int) -> list[int]:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_whoever_is_killed_the_next_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    """While it learns a vocabulary, looks for duplicates, encodes or packs; the parent, or one of its workers."""
+    texts = made_texts(26_000, seed=3, words=60)
+    corpus = write_jsonl(tmp_path / "c.jsonl", [*texts, *texts[::40]])
+    assert corpus.stat().st_size > 9 << 20  # three parts
+    options = [
+        "workers=2",
+        "clean.exact_duplicates=true",
+        "clean.near_duplicates=0.9",
+        "shards.bytes_per_shard=1000000",
+    ]
+    options += ["tokenizer.train.sample_bytes=300000"]
+    started = time.monotonic()
+    subprocess.run(command(tmp_path / "alone", corpus, *options), check=True, capture_output=True)
+    whole_s = time.monotonic() - started
+    alone = tree(tmp_path / "alone")
+    assert sum(name.startswith("train/") for name in alone) > 2
+    rng, killed = random.Random(1), {"parent": 0, "worker": 0}
+    for number in range(4):
+        ours = command(tmp_path / f"killed-{number}", corpus, *options)
+        for _ in range(3):
+            with subprocess.Popen(ours, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+                time.sleep(rng.uniform(0.2, 1) * whole_s)
+                workers = children(process.pid)
+                if rng.random() < 0.4 and workers:
+                    with suppress(ProcessLookupError):
+                        os.kill(rng.choice(workers), signal.SIGKILL)
+                    assert process.stderr is not None
+                    errors = process.stderr.read()
+                    if process.wait() == 2:  # else it was finished, or shot while no part was running
+                        killed["worker"] += 1
+                        assert errors.strip().splitlines()[-1].endswith("what is done is kept")
+                else:
+                    process.kill()
+                    killed["parent"] += process.wait() == -signal.SIGKILL
+        subprocess.run(ours, check=True, capture_output=True)
+        assert tree(tmp_path / f"killed-{number}") == alone
+    assert killed["parent"] >= 3
+
+
+def text_file(path: Path, piece: str, size: int = 132 << 20) -> Path:
+    """A text file without a line break; of more than two documents of the largest size."""
+    data = piece.encode()
+    with path.open("wb") as file:
+        for _ in range(size // len(data)):
+            file.write(data)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["words", "every character a token", "no whitespace", "wide characters", "jsonl"])
+def test_a_worker_stays_within_its_memory(tmp_path: Path, kind: str) -> None:
+    """What the largest document takes: a file of any size is read in pieces of that."""
+    overrides: list[str] = []
+    if kind == "jsonl":
+        text = SHORT_WORDS * 50
+        source = tmp_path / "c.jsonl"
+        source.write_text("".join(json.dumps({"text": f"{n} {text} 😀"}, ensure_ascii=False) + "\n" for n in range(2)))
+        overrides = [f"clean.{rule}" for rule in CLEANING]
+    else:
+        pieces = {
+            "words": SHORT_WORDS,
+            "every character a token": "!?" * (1 << 19),
+            "no whitespace": "abcdefgh" * (1 << 17),
+            "wide characters": ("a " * 1000 + "😀") * 500,
+        }
+        source = text_file(tmp_path / "c.txt", pieces[kind])
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "!", "?", *"abcdef", "##b", "##c"]))
+    run = command(tmp_path / "d", source, "workers=1", "validation=0", f"tokenizer.path={vocabulary}", *overrides)
+    code = f"""
+import resource, sys
+from sharebert_cli import main
+code = main({run[3:]!r})
+print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    exit_code, peak_bytes = map(int, done.stdout.splitlines()[-1].split())
+    assert exit_code == 0, done.stderr
+    assert peak_bytes < WORKER_BYTES
+    dataset = shards.open_dataset(tmp_path / "d")
+    assert dataset.split("train").rows > 0
