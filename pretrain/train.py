@@ -73,6 +73,9 @@ class TrainRecipe:
     """Learning rate over the steps."""
     precision: Precision = "bf16"
     """Of the products: fp32, bf16, or (on CUDA) fp16. Master weights and moments are fp32."""
+    recompute: bool = False
+    """Keep the input of each layer alone, and make the rest again in the backward pass: a third more work, for
+    micro-batches that would not fit into memory otherwise."""
     zero: dict[str, Any] = field(default_factory=lambda: {"stage": 1})
     """`stage` (0 to 3) and any key of DeepSpeed's `zero_optimization`."""
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -155,6 +158,7 @@ class Trainer:
         found = find_checkpoint(run, world, self.ours, self.loader)
         torch.manual_seed(distributed.seed_of(recipe.seed, 0, world.rank))
         model = build_model(choice, recipe.seed)
+        model.sharebert.recompute = recipe.recompute
         micro_batches, micro_rows = micro_shape(recipe.data, world.ranks)
         config = deepspeed_config(
             zero=recipe.zero,
