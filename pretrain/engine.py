@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from sharebert import ShareBertForMaskedLM
 from sharebert_recipe import STRICT, BadInput, nearest
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -162,6 +163,16 @@ def import_deepspeed() -> Any:
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def compile_layers(model: ShareBertForMaskedLM, backend: str = "inductor") -> None:
+    """Run the layers through torch.compile, each alone: they are one code with parameters of their own.
+
+    Shapes are those of a micro-batch, always the same; there is a graph for training and one for evaluation, and
+    in each one for the first layer, which has no branch to add.
+    """
+    for layer in model.sharebert.layers:
+        layer.compile(dynamic=False, backend=backend)
 
 
 def build_engine(model: torch.nn.Module, config: dict[str, Any], optimizer: OptimizerRecipe) -> Any:

@@ -30,6 +30,7 @@ from pretrain.engine import (
     ScheduleRecipe,
     build_engine,
     check_zero,
+    compile_layers,
     deepspeed_config,
     learning_rate,
     optimizer_step,
@@ -81,6 +82,11 @@ class TrainRecipe:
     """Learning rate over the steps."""
     precision: Precision = "bf16"
     """Of the products: fp32, bf16, or (on CUDA) fp16. Master weights and moments are fp32."""
+    recompute: bool = False
+    """Keep the input of each layer alone, and make the rest again in the backward pass: a third more work, for
+    micro-batches that would not fit into memory otherwise."""
+    compile: bool = False
+    """Run the layers through torch.compile, in place of this project's kernels. Not with ZeRO 3."""
     zero: dict[str, Any] = field(default_factory=lambda: {"stage": 1})
     """`stage` (0 to 3) and any key of DeepSpeed's `zero_optimization`."""
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -122,6 +128,8 @@ def _accept(recipe: TrainRecipe, run: RunFolder, world: World) -> tuple[list[Dat
     refusal, accepted = None, None
     try:
         check_zero(recipe.zero)
+        if recipe.compile and recipe.zero.get("stage") == 3:
+            raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")
         datasets = open_datasets(recipe.data)
         micro_shape(recipe.data, world.ranks)
         refuse_nothing_to_validate(datasets, recipe.validate)
@@ -162,6 +170,9 @@ class Trainer:
         found = find_checkpoint(run, world, self.ours, self.loader)
         torch.manual_seed(distributed.seed_of(recipe.seed, 0, world.rank))
         model = build_model(choice, recipe.seed)
+        model.sharebert.recompute = recipe.recompute
+        if recipe.compile:
+            compile_layers(model)
         micro_batches, micro_rows = micro_shape(recipe.data, world.ranks)
         self.deepspeed_keys = deepspeed_config(
             zero=recipe.zero,
@@ -251,7 +262,8 @@ class Trainer:
         within = self.recipe.data.within_documents
         output = self.engine(
             micro.tokens,
-            attention_mask=micro.segments if micro.padded and not within else None,
+            # With a mask in some steps and none in others a compiled layer would be two.
+            attention_mask=micro.segments if (micro.padded or self.recipe.compile) and not within else None,
             segments=micro.segments if within else None,
             positions=micro.positions,
             labels=micro.labels,

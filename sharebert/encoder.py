@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import ShareBertConfig, ShareBertError
 from .kernels import add_dropout_norm, attention, document_mask, linear, linear_gelu
@@ -97,6 +98,8 @@ class ShareBert(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.final_norm = ResidualNorm(config)
         self.pooler_bias = nn.Parameter(torch.zeros(hidden))
+        self.recompute = False
+        """Whether a layer's values are made again in the backward pass, and only its input is kept."""
 
     def forward(
         self,
@@ -122,7 +125,10 @@ class ShareBert(nn.Module):
         stream, branch = self._embed(tokens, token_type_ids), None
         mask = visible(attention_mask, segments)
         for layer in self.layers:
-            stream, branch = layer(stream, branch, weights, mask)
+            if self.recompute and torch.is_grad_enabled():
+                stream, branch = checkpoint(layer, stream, branch, weights, mask, use_reentrant=False)
+            else:
+                stream, branch = layer(stream, branch, weights, mask)
         _, hidden = self.final_norm(stream, branch)
         pooled = None if weights.pooler is None else linear(hidden[:, 0], weights.pooler, self.pooler_bias)
         return Encoded(hidden, pooled)

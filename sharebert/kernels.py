@@ -99,6 +99,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = bias.dtype
+        ctx.shared, ctx.place = getattr(weight.grad_fn, "shared_gradients", None), weight.output_nr
         return torch.addmm(bias.to(x.dtype), x, weight)
 
     @staticmethod
@@ -110,10 +111,9 @@ class _Linear(torch.autograd.Function):
         grad_bias = column_sums(gradient, ctx.bias_dtype) if for_bias else None
         if not for_weight:
             return grad_bias, grad_x, None
-        shared = getattr(weight.grad_fn, "shared_gradients", None)
+        shared, place = ctx.shared, ctx.place
         if shared is None:
             return grad_bias, grad_x, x.t() @ gradient
-        place = weight.output_nr
         if shared[place] is None:
             shared[place] = x.t() @ gradient
         else:

@@ -136,3 +136,33 @@ def test_bfloat16_is_near_float32(way: str, head: str) -> None:
     assert {grad.dtype for grad in ours.values()} == {torch.bfloat16 if way == "parameters" else torch.float32}
     flat, exact_flat = (torch.cat([g[name].float().flatten() for name in gradients]) for g in (ours, gradients))
     assert (flat - exact_flat).norm() / exact_flat.norm() < 0.05
+
+
+@pytest.mark.parametrize("sharing", ["veps", "eps"])
+def test_recomputing_changes_memory_and_nothing_else(sharing: str) -> None:
+    """The loss and all gradients are the same, dropout included; fewer values are kept for the backward pass."""
+    model = tiny_model(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, sharing=sharing)
+    tokens = tokens_of(4, 16)
+    positions = torch.arange(0, 64, 3)
+    rest = {"positions": positions, "labels": tokens.flatten()[positions], "weights": torch.ones(len(positions))}
+
+    def step(recompute: bool) -> tuple[list[Tensor], int]:
+        model.sharebert.recompute = recompute
+        model.zero_grad()
+        kept = 0
+
+        def keep(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(tokens, **rest).loss_sum
+        loss.backward()
+        return [loss, *(p.grad for p in model.parameters() if p.grad is not None)], kept
+
+    (plain, plain_kept), (again, again_kept) = step(False), step(True)
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b)
+    assert again_kept < plain_kept / 2

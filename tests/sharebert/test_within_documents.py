@@ -65,7 +65,7 @@ def test_training_hands_the_segments_on() -> None:
     micro = MicroBatch(**packed, segments=SEGMENTS.to(torch.uint8), weights=weights, padded=True)
 
     def loss(within: bool) -> Tensor:
-        recipe = SimpleNamespace(data=SimpleNamespace(within_documents=within))
+        recipe = SimpleNamespace(data=SimpleNamespace(within_documents=within), compile=False)
         trainer: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")), recipe=recipe, engine=model)
         return Trainer.forward(trainer, micro)[0]
 
