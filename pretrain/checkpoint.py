@@ -20,7 +20,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from pretrain.slices import STATES, Slice
-from pretrain.tensor_file import Layout, lay_out
+from sharebert.tensor_file import Layout, lay_out
 from sharebert_recipe import STRICT, BadInput, write_atomically
 
 FORMAT = 1
@@ -115,22 +116,29 @@ def read_manifest(folder: Path) -> Checkpoint:
 
 def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
     """Compare the checksums of `files` (default: all). Raises BadInput, naming the first that differs."""
-    for name in checkpoint.manifest["files"] if files is None else files:
-        path = checkpoint.folder / name
-        if _sha256_of_file(path) != checkpoint.manifest["files"][name]["sha256"]:
-            raise BadInput(f"{path}: damaged (its checksum is not the one in the manifest)")
+    names = list(checkpoint.manifest["files"] if files is None else files)
+    with ThreadPoolExecutor(max_workers=min(len(os.sched_getaffinity(0)), 8)) as threads:  # hashing frees the GIL
+        sums = threads.map(lambda name: _sha256_of_file(checkpoint.folder / name), names)
+        for name, found_sum in zip(names, sums, strict=True):
+            if found_sum != checkpoint.manifest["files"][name]["sha256"]:
+                raise BadInput(f"{checkpoint.folder / name}: damaged (its checksum is not the one in the manifest)")
 
 
 def newest_whole(checkpoints: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that verifies. Each damaged one on the way is named to `report`."""
+    return next(all_whole(checkpoints, report), None)
+
+
+def all_whole(checkpoints: Path, report: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The checkpoints that verify, newest first, each when it is asked for; damaged ones are named to `report`."""
     for folder in found(checkpoints):
         try:
             checkpoint = read_manifest(folder)
             verify(checkpoint)
-            return checkpoint
-        except BadInput as error:
+        except (BadInput, OSError) as error:
             report(f"{error}; taking the checkpoint before it")
-    return None
+            continue
+        yield checkpoint
 
 
 def load(checkpoint: Checkpoint, slices: Sequence[Slice]) -> None:

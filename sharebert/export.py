@@ -109,8 +109,11 @@ def new_export(out: Path) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and not _replaceable(out):
         raise ShareBertError(f"{out}: exists and is no export; choose another folder, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise ShareBertError(f"{out}: cannot be made ({error.strerror}: {error.filename})") from error
     try:
         folder.chmod(0o755)  # mkdtemp's are for the owner alone
         yield folder
@@ -141,8 +144,8 @@ def write_export_files(
 
 
 def read_config(folder: Path) -> ShareBertConfig:
-    """The config of the export in `folder`. Raises ShareBertError, naming the file."""
-    path = Path(folder) / CONFIG
+    """The config of the export in `folder`, or in a `config.json` itself. Raises ShareBertError, naming the file."""
+    path = Path(folder) / CONFIG if not Path(folder).is_file() else Path(folder)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
