@@ -43,7 +43,16 @@ def plan(given: argparse.Namespace) -> int:
 def consolidate(given: argparse.Namespace) -> int:
     from pretrain.consolidate import consolidate
 
-    print(consolidate(given.run, given.out, head=not given.no_head))
+    done = consolidate(
+        given.source,
+        given.out,
+        form=given.form,
+        head=not given.no_head,
+        dtype=given.dtype,
+        average=given.average,
+        config=given.config,
+    )
+    print(done)
     return FINISHED
 
 
@@ -117,9 +126,30 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
     sub.add_argument("--gpu", default="h100", help="kind of GPU (default h100)")
     sub = verb("consolidate", consolidate, "Turn a run's newest whole checkpoint into an export.")
-    sub.add_argument("run", type=Path, help="directory of the run")
-    sub.add_argument("out", type=Path, help="directory of the export")
+    sub.add_argument(
+        "source",
+        type=Path,
+        metavar="RUN",
+        help="directory of a run, or of an export, or one that DeepSpeed itself saved",
+    )
+    sub.add_argument("out", type=Path, metavar="OUT", help="directory of the export")
+    sub.add_argument(
+        "--form",
+        choices=("compact", "dense", "onnx"),
+        default="compact",
+        help="compact: the learned parameters (default); dense: for plain transformers; onnx: the dense form as ONNX",
+    )
     sub.add_argument("--no-head", action="store_true", help="leave out the MLM head")
+    sub.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the tensors (default fp32)")
+    sub.add_argument(
+        "--average", type=int, default=1, metavar="K", help="the mean of the newest K checkpoints (default 1)"
+    )
+    sub.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="for a directory that DeepSpeed itself saved: an export, a run or a config.json of the same model",
+    )
     sub = verb("import-authors", import_authors, "Turn a checkpoint folder of ShareBERT's authors into an export.")
     sub.add_argument("folder", type=Path, help="folder with config.json and pytorch_model.bin or one .safetensors")
     sub.add_argument("out", type=Path, help="directory of the export")

@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,22 +104,29 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
     """Compare the checksums of `files` (default: all). Raises BadInput, naming the first that differs."""
-    for name in checkpoint.manifest["files"] if files is None else files:
-        path = checkpoint.folder / name
-        if _checksum(path) != checkpoint.manifest["files"][name]["xxh3_128"]:
-            raise BadInput(f"{path}: damaged (its checksum is not the one in the manifest)")
+    names = list(checkpoint.manifest["files"] if files is None else files)
+    with ThreadPoolExecutor(max_workers=min(len(os.sched_getaffinity(0)), 8)) as threads:  # hashing frees the GIL
+        sums = threads.map(lambda name: _checksum(checkpoint.folder / name), names)
+        for name, found_sum in zip(names, sums, strict=True):
+            if found_sum != checkpoint.manifest["files"][name]["xxh3_128"]:
+                raise BadInput(f"{checkpoint.folder / name}: damaged (its checksum is not the one in the manifest)")
 
 
 def newest_whole(checkpoints: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that verifies. Each damaged one on the way is named to `report`."""
+    return next(all_whole(checkpoints, report), None)
+
+
+def all_whole(checkpoints: Path, report: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The checkpoints that verify, newest first, each when it is asked for; damaged ones are named to `report`."""
     for folder in found(checkpoints):
         try:
             checkpoint = read_manifest(folder)
             verify(checkpoint)
-            return checkpoint
         except (BadInput, OSError) as error:
             report(f"{error}; taking the checkpoint before it")
-    return None
+            continue
+        yield checkpoint
 
 
 def load(checkpoint: Checkpoint, slices: Sequence[Slice]) -> None:

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from pretrain.checkpoint import FORMAT, GENERATOR, folder_name, found, manifest_checksum, rank_file, step_of
 from pretrain.slices import STATES, Slice
-from pretrain.tensor_file import Layout, lay_out
+from sharebert.tensor_file import Layout, lay_out
 from sharebert_recipe import STRICT, write_atomically
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0

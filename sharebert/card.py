@@ -31,7 +31,9 @@ E·W_allᵀ + b_all, made from the word embeddings E. The method is Hu, Cavicchi
 ## How to load
 
 {loading}
+"""
 
+_TRANSFORMERS = """
 ```python
 from transformers import {auto_class}, AutoTokenizer
 
@@ -48,6 +50,18 @@ from transformers import pipeline
 
 fill = pipeline("fill-mask", model=folder{trust})
 fill(f"Some {{fill.tokenizer.mask_token}} text.")
+```
+"""
+
+_ONNX_RUNTIME = """
+```python
+import onnxruntime
+from transformers import AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+outputs = session.run(None, dict(tokenizer("Some text.", return_tensors="np")))
 ```
 """
 
@@ -69,36 +83,56 @@ What does not fit `megatron_bert`: its pooler ends in tanh and the compact form'
 output here is the tanh of the compact form's.
 """
 
+_ONNX_LOADING = (
+    "`model.onnx` has a dynamic batch and length. Inputs, int64 [batch, length]: `input_ids`, `attention_mask`,\n"
+    "`token_type_ids`. Outputs: `last_hidden_state`, `pooler_output` and, with a masked-language-model head, `logits`."
+)
+_ONNX_ABOUT = "\nThis is its dense form as ONNX: every generated matrix is written out, in every layer.\n"
+_ONNX_END = "\nThe pooled output is the tanh of the compact form's, as in `megatron_bert`.\n"
+
 
 def model_card(config: ShareBertConfig, sections: Mapping[str, str]) -> str:
     """The card of an export in Markdown: sizes, how to load it, and `sections` (heading → text), in their order."""
-    return _card(config, sections, form="", about="", loading=_COMPACT_LOADING, remote=True, end=_COMPACT_END)
+    loading = _COMPACT_LOADING + "\n" + _transformers(config, trust=", trust_remote_code=True")
+    return _card(config, sections, form="", about="", loading=loading + _COMPACT_END)
 
 
 def dense_card(config: ShareBertConfig, differences: Mapping[str, float], sections: Mapping[str, str]) -> str:
     """The card of a dense export; `differences` by output, relative to the compact form's largest value."""
     said = " and ".join(f"{value:.1e} in its {name}" for name, value in differences.items())
+    loading = _DENSE_LOADING + "\n" + _transformers(config, trust="")
     about = _DENSE_ABOUT.format(differences=said)
-    return _card(config, sections, form=", dense", about=about, loading=_DENSE_LOADING, remote=False, end=_DENSE_END)
+    return _card(config, sections, form=", dense", about=about, loading=loading + _DENSE_END)
 
 
-def _card(
-    config: ShareBertConfig, sections: Mapping[str, str], form: str, about: str, loading: str, remote: bool, end: str
-) -> str:
-    headless = config.mlm_head == "none"
-    trust = ", trust_remote_code=True" if remote else ""
+def onnx_card(config: ShareBertConfig, sections: Mapping[str, str]) -> str:
+    """The card of an export as ONNX."""
+    loading = _ONNX_LOADING + "\n" + _ONNX_RUNTIME + _ONNX_END
+    return _card(config, sections, form=", ONNX", about=_ONNX_ABOUT, loading=loading)
+
+
+def sections_of(card: str) -> dict[str, str]:
+    """The `sections` that a card written by this file holds."""
+    parts = [part.partition("\n") for part in card.split("\n## ")[1:]]
+    return {heading: body.strip() for heading, _, body in parts if heading not in ("Sizes", "How to load")}
+
+
+def _card(config: ShareBertConfig, sections: Mapping[str, str], form: str, about: str, loading: str) -> str:
     text = _CARD.format(
-        task="feature-extraction" if headless else "fill-mask",
-        tags="sharebert, bert, compact" if remote else "sharebert, bert",
+        task="feature-extraction" if config.mlm_head == "none" else "fill-mask",
+        tags="sharebert, bert" if form else "sharebert, bert, compact",
         form=form,
         about=about,
-        auto_class="AutoModel" if headless else "AutoModelForMaskedLM",
         sizes="\n".join(f"| {name} | {value} |" for name, value in _sizes(config).items()),
-        loading=loading,
-        trust=trust,
+        loading=loading.rstrip("\n"),
     )
-    text += "" if headless else _PIPELINE.format(trust=trust)
-    return text + end + "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in sections.items())
+    return text + "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in sections.items())
+
+
+def _transformers(config: ShareBertConfig, trust: str) -> str:
+    headless = config.mlm_head == "none"
+    text = _TRANSFORMERS.format(auto_class="AutoModel" if headless else "AutoModelForMaskedLM", trust=trust)
+    return text if headless else text + _PIPELINE.format(trust=trust)
 
 
 def _sizes(config: ShareBertConfig) -> dict[str, str]:

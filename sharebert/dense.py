@@ -14,7 +14,9 @@ How ours becomes theirs, exactly:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from math import sqrt
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,9 @@ from .encoder import Layer, ShareBert, visible
 from .heads import MlmHead, ShareBertForMaskedLM
 
 MODEL_TYPE = "megatron-bert"
+
+ROWS_AT_ONCE = 1024
+"""Of tensors with a row for each word."""
 
 
 class DenseOutput(NamedTuple):
@@ -157,51 +162,74 @@ def dense_tensors(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
 
     Raises ShareBertError where the MLM head has no dense form.
     """
+    shapes = dense_shapes(model.config)
+    for name, parts in groupby(dense_pieces(model), key=itemgetter(0)):
+        values = [part for _, part in parts]
+        yield name, (values[0] if len(values) == 1 else torch.cat(values)).view(shapes[name])
+
+
+@torch.no_grad()
+def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
+    """The same in pieces: a tensor whole, or, where it has a row for each word, some of its rows at a time.
+
+    At most the six matrices of a layer are held at once. 5h + 2f ≤ H makes them no larger than the input
+    embedding, the largest tensor of the dense form.
+
+    Raises ShareBertError where the MLM head has no dense form.
+    """
     check_fits(model.config)
     encoder, config = model.sharebert, model.config
-    made = encoder.generate()
-    fold = config.score_scale * sqrt(config.head_size)
-    assert made.pooler is not None
-    yield "bert.embeddings.word_embeddings.weight", _input_embedding(encoder)
+    for factors in encoder.word_embeddings.weight.split(ROWS_AT_ONCE):
+        yield "bert.embeddings.word_embeddings.weight", encoder.embed_words(factors)
     yield "bert.embeddings.position_embeddings.weight", encoder.position_embeddings.weight
     yield "bert.embeddings.token_type_embeddings.weight", encoder.token_type_embeddings.weight
+    made = _matrices(encoder)
     for number, layer in enumerate(encoder.layers):
         assert isinstance(layer, Layer)
-        prefix = f"bert.encoder.layer.{number}."
-        yield from _norm(prefix + "attention.ln", layer.attention_norm)
-        yield from _linear(prefix + "attention.self.query", made.query * fold, layer.query_bias * fold)
-        yield from _linear(prefix + "attention.self.key", made.key, layer.key_bias)
-        yield from _linear(prefix + "attention.self.value", made.value, layer.value_bias)
-        yield from _linear(prefix + "attention.output.dense", made.attention_output, layer.attention_output_bias)
-        yield from _norm(prefix + "ln", layer.ffn_norm)
-        yield from _linear(prefix + "intermediate.dense", made.intermediate, layer.intermediate_bias)
-        yield from _linear(prefix + "output.dense", made.output, layer.output_bias)
+        yield from _layer(f"bert.encoder.layer.{number}.", layer, made, _query_factor(config))
     yield from _norm("bert.encoder.ln", encoder.final_norm)
-    yield from _linear("bert.pooler.dense", made.pooler, encoder.pooler_bias)
+    yield from _linear("bert.pooler.dense", made["pooler"], encoder.pooler_bias)
+    del made
     if model.mlm_head is not None:
         yield from _head(model.mlm_head, encoder.word_embeddings.weight, config)
 
 
-def _input_embedding(encoder: ShareBert) -> Tensor:
-    """[V, H], made in parts: a product, its norm and the result together would be three times its size."""
-    factors = encoder.word_embeddings.weight
-    whole = factors.new_empty(encoder.config.vocab_size, encoder.config.hidden_size)
-    for first in range(0, len(factors), 1024):
-        whole[first : first + 1024] = encoder.embed_words(factors[first : first + 1024])
-    return whole
+def _matrices(encoder: ShareBert) -> dict[str, Tensor]:
+    """The generated matrices by name, [out, in] as `nn.Linear` stores them, the query with its part of the scale."""
+    given, made = encoder.generate()._asdict(), {}
+    while given:  # so that one at a time is there twice
+        name, weight = given.popitem()
+        made[name] = weight.t().contiguous()
+    made["query"].mul_(_query_factor(encoder.config))
+    return made
+
+
+def _query_factor(config: ShareBertConfig) -> float:
+    return config.score_scale * sqrt(config.head_size)
+
+
+def _layer(prefix: str, layer: Layer, made: dict[str, Tensor], factor: float) -> Iterator[tuple[str, Tensor]]:
+    yield from _norm(prefix + "attention.ln", layer.attention_norm)
+    yield from _linear(prefix + "attention.self.query", made["query"], layer.query_bias * factor)
+    yield from _linear(prefix + "attention.self.key", made["key"], layer.key_bias)
+    yield from _linear(prefix + "attention.self.value", made["value"], layer.value_bias)
+    yield from _linear(prefix + "attention.output.dense", made["attention_output"], layer.attention_output_bias)
+    yield from _norm(prefix + "ln", layer.ffn_norm)
+    yield from _linear(prefix + "intermediate.dense", made["intermediate"], layer.intermediate_bias)
+    yield from _linear(prefix + "output.dense", made["output"], layer.output_bias)
 
 
 def _head(head: MlmHead, embedding: Tensor, config: ShareBertConfig) -> Iterator[tuple[str, Tensor]]:
     bias = head.bias if head.tied else embedding.new_zeros(config.vocab_size)
-    decoder = F.pad(embedding, (0, config.hidden_size - config.factor_size)) if head.tied else head.decoder.weight
     times = config.hidden_size // len(head.norm.weight)
     yield "cls.predictions.bias", bias
     yield "cls.predictions.transform.dense.weight", head.dense.weight.repeat(times, 1)
     yield "cls.predictions.transform.dense.bias", head.dense.bias.repeat(times)
     yield "cls.predictions.transform.LayerNorm.weight", head.norm.weight.repeat(times)
     yield "cls.predictions.transform.LayerNorm.bias", head.norm.bias.repeat(times)
-    yield "cls.predictions.decoder.weight", decoder
-    yield "cls.predictions.decoder.bias", bias.clone()  # safetensors refuses two names for one memory
+    for rows in (embedding if head.tied else head.decoder.weight).split(ROWS_AT_ONCE):
+        yield "cls.predictions.decoder.weight", F.pad(rows, (0, config.hidden_size - rows.shape[1]))
+    yield "cls.predictions.decoder.bias", bias.clone()  # for torch, two names for one memory are one tensor
 
 
 def _norm(name: str, norm: nn.LayerNorm) -> Iterator[tuple[str, Tensor]]:
@@ -210,6 +238,5 @@ def _norm(name: str, norm: nn.LayerNorm) -> Iterator[tuple[str, Tensor]]:
 
 
 def _linear(name: str, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """An [in, out] matrix as an `nn.Linear` stores it."""
-    yield f"{name}.weight", weight.t().contiguous()
+    yield f"{name}.weight", weight
     yield f"{name}.bias", bias

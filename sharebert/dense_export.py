@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .card import dense_card
 from .config import ShareBertConfig, ShareBertError
-from .dense import MODEL_TYPE, DenseBert, check_fits, dense_shapes, dense_tensors
+from .dense import MODEL_TYPE, DenseBert, check_fits, dense_pieces, dense_shapes
 from .export import CARD, CONFIG, new_export, write_json, write_tokenizer
 from .heads import ShareBertForMaskedLM
-from .weights import read_weights, write_weights
+from .weights import read_weights, stream_weights
 
 CHECK_ROWS, CHECK_TOKENS = 2, 64
 """The batch on which the two forms are compared."""
@@ -31,8 +31,16 @@ def write_dense(
     tokenizer: Path | None = None,
     sections: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Write the dense form of `model`, whole or not at all; arguments as in `write_export`.
+    """Write the dense form of `model`, whole or not at all, a tensor or a part of one at a time.
+
+    Args:
+        out: the folder to make.
+        model: in float32; one that `read_export` gave is mapped from its file, so that memory holds only
+            the generated matrices, of one layer.
+        tokenizer, sections, metadata: as in `write_export`.
+        dtype: of the tensors written; they are made in float32 and rounded.
 
     Returns:
         How much it differs from the compact form: see `differences`.
@@ -40,23 +48,19 @@ def write_dense(
     Raises ShareBertError: an MLM head without a dense form, a tokenizer that does not fit, `out` is something else.
     """
     check_fits(model.config)
+    specs = {name: (dtype, shape) for name, shape in dense_shapes(model.config).items()}
     with new_export(out) as folder:
-        write_weights(folder, dict(dense_tensors(model)), metadata)
-        return write_dense_files(folder, model, tokenizer, sections)
-
-
-def write_dense_files(
-    folder: Path,
-    model: ShareBertForMaskedLM,
-    tokenizer: Path | None = None,
-    sections: Mapping[str, str] | None = None,
-) -> dict[str, float]:
-    """Write everything but the tensors into `folder`, where the tensors already are; returns the `differences`."""
-    pad_token_id = 0 if tokenizer is None else write_tokenizer(folder, tokenizer, model.config)
-    write_json(folder / CONFIG, _dense_config(model.config, pad_token_id))
-    found = differences(model, read_dense(folder, model.config))
-    (folder / CARD).write_text(dense_card(model.config, found, sections or {}), encoding="utf-8")
+        stream_weights(folder, specs, dense_pieces(model), metadata)
+        found = differences(model, mapped_dense(folder, model.config))
+        write_dense_files(folder, model.config, tokenizer, dense_card(model.config, found, sections or {}))
     return found
+
+
+def write_dense_files(folder: Path, config: ShareBertConfig, tokenizer: Path | None, card: str) -> None:
+    """Write everything of a dense export but its weights into `folder`."""
+    pad_token_id = 0 if tokenizer is None else write_tokenizer(folder, tokenizer, config)
+    write_json(folder / CONFIG, _dense_config(config, pad_token_id))
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def read_dense(folder: Path, config: ShareBertConfig) -> DenseBert:
@@ -71,6 +75,29 @@ def read_dense(folder: Path, config: ShareBertConfig) -> DenseBert:
         model = DenseBert(config)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.eval()
+
+
+def mapped_dense(folder: Path, config: ShareBertConfig) -> DenseBert:
+    """As `read_dense`, for a model of any size: weights stay on disk, and become float32 one module at a time."""
+    tensors = read_weights(folder)
+    with torch.device("meta"):
+        model = DenseBert(config).eval()
+
+    def take(module: nn.Module, *_: Any) -> None:
+        for name in list(module._parameters):
+            module._parameters[name] = nn.Parameter(tensors[f"{prefixes[module]}.{name}"].float(), requires_grad=False)
+
+    def drop(module: nn.Module, *_: Any) -> None:
+        for name, parameter in list(module._parameters.items()):
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    prefixes = {module: name for name, module in model.named_modules()}
+    for module in prefixes:
+        if not any(True for _ in module.children()):
+            module.register_forward_pre_hook(take)
+            module.register_forward_hook(drop)
+    return model
 
 
 @torch.inference_mode()

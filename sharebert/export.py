@@ -109,9 +109,12 @@ def new_export(out: Path) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and not _replaceable(out):
         raise ShareBertError(f"{out}: exists and is no export; choose another folder, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    folder.mkdir()  # with the mode that the umask leaves; a folder of tempfile would be for its owner alone
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()  # with the mode that the umask leaves; a folder of tempfile would be for its owner alone
+    except OSError as error:
+        raise ShareBertError(f"{out}: cannot be made ({error.strerror}: {error.filename})") from error
     try:
         yield folder
         old = folder.with_name(f"{folder.name}.old")
@@ -141,8 +144,8 @@ def write_export_files(
 
 
 def read_config(folder: Path) -> ShareBertConfig:
-    """The config of the export in `folder`. Raises ShareBertError, naming the file."""
-    path = Path(folder) / CONFIG
+    """The config of the export in `folder`, or in a `config.json` itself. Raises ShareBertError, naming the file."""
+    path = Path(folder) / CONFIG if not Path(folder).is_file() else Path(folder)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

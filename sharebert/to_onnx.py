@@ -1,23 +1,49 @@
-"""A model as an ONNX file, from its dense form, for ONNX Runtime and whatever else reads ONNX."""
+"""A model as ONNX, from its dense form, for ONNX Runtime and whatever else reads ONNX.
+
+Unlike the other exports this one is not streamed: torch's exporter holds the dense form several times.
+"""
 
 from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .card import onnx_card
 from .config import ShareBertError
-from .dense import DenseBert, dense_tensors
+from .dense import DenseBert, check_fits, dense_tensors
+from .dense_export import write_dense_files
+from .export import new_export
 from .heads import ShareBertForMaskedLM
+
+FILE = "model.onnx"
 
 OPSET = 20
 """The first that has Gelu as an operator of its own."""
 
 ONE_FILE_BYTES = 1_900_000_000
 """Protocol buffers end at 2 GiB: above this, the weights go into a second file, `OUT.data`."""
+
+
+def write_onnx_export(
+    out: Path,
+    model: ShareBertForMaskedLM,
+    *,
+    tokenizer: Path | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder with `model.onnx`, its tokenizer, config and card, whole or not at all.
+
+    Arguments as in `write_export`; raises as `write_onnx` does.
+    """
+    check_fits(model.config)
+    with new_export(out) as folder:
+        write_onnx(folder / FILE, model)
+        write_dense_files(folder, model.config, tokenizer, onnx_card(model.config, sections or {}))
 
 
 def write_onnx(out: Path, model: ShareBertForMaskedLM) -> None:

@@ -1,8 +1,8 @@
 """The layout of a safetensors file, computed ahead of its tensors.
 
 The safetensors library writes a file from tensors that are all in memory. Here the header comes first:
-a checkpoint then copies the engine's state straight into one buffer that is the file, and a
-consolidation writes a model of any size one tensor at a time.
+a checkpoint of a training then copies the engine's state straight into one buffer that is the file, and
+an export of any size is written piece by piece.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -16,7 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)

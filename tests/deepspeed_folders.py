@@ -1,0 +1,87 @@
+"""Run under torchrun: DeepSpeed's own `save_checkpoint` beside a checkpoint of ours, of the same engines.
+
+Argument: a folder. For each case of CASES, in one start of DeepSpeed, FOLDER/CASE/theirs holds what
+`engine.save_checkpoint` writes and FOLDER/CASE/ours a checkpoint of format 1 of the same state.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import distributed, slices
+from pretrain.checkpoint import Checkpointer, CheckpointRecipe
+from pretrain.distributed import World
+from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config, set_learning_rate
+from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
+
+STEPS = 3
+
+CASES: dict[str, dict[str, Any]] = {
+    f"{stage}-{precision}": {"stage": stage, "precision": precision}
+    for precision in ("fp32", "bf16")
+    for stage in (1, 2, 3)
+} | {
+    "0-fp32": {"stage": 0, "precision": "fp32"},
+    "2-frozen": {"stage": 2, "precision": "bf16", "frozen": True},
+    "3-frozen": {"stage": 3, "precision": "bf16", "frozen": True},
+    "2-round-robin": {"stage": 2, "precision": "bf16", "zero": {"round_robin_gradients": True}},
+    "3-small-groups": {"stage": 3, "precision": "bf16", "zero": {"sub_group_size": 2000}},
+}
+
+CONFIG = ShareBertConfig(
+    vocab_size=304,
+    factor_size=9,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=16,
+    mlm_head="tied",
+)
+
+
+def save_both(folder: Path, world: World, case: dict[str, Any]) -> None:
+    """Train a few steps and save the state in both formats."""
+    torch.manual_seed(0)
+    model = ShareBertForMaskedLM(CONFIG)
+    initialize(model, "variance", 0)
+    if case.get("frozen"):
+        model.sharebert.token_type_embeddings.weight.requires_grad_(False)
+    config = deepspeed_config(
+        zero={"stage": case["stage"], **case.get("zero", {})},
+        precision=case["precision"],
+        clip=0.5,
+        micro_batch=2,
+        micro_batches=1,
+        parameters=20_000,
+    )
+    engine = build_engine(model, config, OptimizerRecipe())
+    set_learning_rate(engine, 1e-2)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step * world.ranks + world.rank)
+        tokens = torch.randint(5, 300, (2, 16), generator=generator)
+        output = engine(tokens, positions=torch.arange(8), labels=tokens.flatten()[:8], weights=torch.ones(8))
+        engine.backward(output.loss_sum / 8)
+        engine.step()
+    engine.save_checkpoint(str(folder / "theirs"))
+    if not case.get("frozen"):
+        saver = Checkpointer(folder / "ours", CheckpointRecipe(), world.rank, world.ranks, "token", print)
+        torch.distributed.barrier()  # rank 0 clears the folder first
+        saver.save(STEPS, slices.owned(engine, world), slices.shapes(engine), {}, {})
+        saver.finish()
+    torch.distributed.barrier()
+
+
+def main() -> None:
+    world = distributed.join(timeout_s=120)
+    for name, case in CASES.items():
+        save_both(Path(sys.argv[1]) / name, world, case)
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()
