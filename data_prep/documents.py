@@ -191,6 +191,8 @@ class _Reader:
         lines = block.split(b"\n")
         may_be_long = len(block) > self.config.max_document_bytes
         for number, line in enumerate(lines):
+            if not line:
+                continue
             try:
                 text = orjson.loads(line)[key]
             except (ValueError, KeyError, TypeError):

@@ -7,9 +7,7 @@ import threading
 import time
 from datetime import timedelta
 from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typing import Any
 
 LINE_EVERY_S = 60.0
 
@@ -31,18 +29,7 @@ class StageProgress:
         self._stage, self._parts = stage, parts
         self._done = self._bytes = self._tokens = 0
         self._started = time.monotonic()
-        console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description:>8}"),
-                BarColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task(stage, total=parts, rate="")
+        self._bar = _bar(stage, parts) if sys.stderr.isatty() else None
         self._ended = threading.Event()
         self._lines = threading.Thread(target=self._say_every_minute, daemon=True)
 
@@ -70,7 +57,7 @@ class StageProgress:
         self._bytes += size_bytes
         self._tokens += tokens
         if self._bar:
-            self._bar.update(self._task, completed=self._done, rate=self._rate())
+            self._bar.update(self._bar.task_ids[0], completed=self._done, rate=self._rate())
 
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
@@ -84,6 +71,21 @@ class StageProgress:
             seconds = time.monotonic() - self._started
             left = f" · {_duration(seconds * (self._parts / self._done - 1))} left" if self._done else ""
             say(f"{self._stage}: {self._rate()}{left}")
+
+
+def _bar(stage: str, parts: int) -> Any:
+    from rich.console import Console  # 50 ms that a worker does without
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True))
+    bar.add_task(stage, total=parts, rate="")
+    return bar
 
 
 def _duration(seconds: float) -> str:
