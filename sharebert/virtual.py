@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import ShareBertConfig
-from .kernels import accumulate_product, accumulation_dtype, compute_dtype
+from .kernels import accumulate_product, accumulation_dtype, column_sums, compute_dtype
 
 
 class Block(NamedTuple):
@@ -137,7 +137,7 @@ class _Products(torch.autograd.Function):
             n = len(whole)
             accumulate_product(grad_e[:n], whole, w[columns])
             accumulate_product(grad_w[columns], whole.t(), e[:n])
-            grad_b[columns] += whole.sum(0)
+            grad_b[columns] += column_sums(whole, sums)
             if len(rest):  # the row of the block in which the weight ends
                 begun = slice(block.first, block.first + len(rest))
                 grad_e[n] += rest @ w[begun]
