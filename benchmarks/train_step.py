@@ -196,6 +196,7 @@ def report(given: argparse.Namespace) -> None:
     wanted = given.what.split(",")
     print(f"sharebert-small, float32, {given.threads} threads, batch {given.batch} x {SEQ_LEN}, ZeRO {given.stage}")
     speeds: dict[str, float] = {}
+    per_product: dict[str, float] = {}
     memory: dict[str, int] = {}
     for what in wanted:
         found = in_own_process(what, given)
@@ -207,14 +208,18 @@ def report(given: argparse.Namespace) -> None:
             print(f"the engine adds {added:+.1%} to a bare loop (bar: 3 %)")
             continue
         speeds[what] = tokens / statistics.median(times["step"])
+        pairs = list(zip(times["step"], rates, strict=True))
+        per_product[what] = statistics.median(tokens / seconds / rate for seconds, rate in pairs)
         print(f"{speeds[what]:6.1f} tokens/s, peak memory {memory[what] / 1e9:.2f} GB", end="")
         if what == "ours":
-            pairs = zip(times["step"], rates, strict=True)
-            share = statistics.median(tokens * per_token / seconds / rate for seconds, rate in pairs)
-            print(f", {share:.1%} of the product rate ({per_token / 1e9:.3f} GFLOPs a token)", end="")
+            print(
+                f", {per_product[what] * per_token:.1%} of the product rate ({per_token / 1e9:.3f} GFLOPs a token)",
+                end="",
+            )
         print(flush=True)
     if {"ours", "bert"} <= set(wanted):
-        print(f"ours : bert   {speeds['ours'] / speeds['bert']:.2f} x the tokens/s", end=", ")
+        print(f"ours : bert   {speeds['ours'] / speeds['bert']:.2f} x the tokens/s", end=" ")
+        print(f"({per_product['ours'] / per_product['bert']:.2f} x at one product rate)", end=", ")
         print(f"{memory['ours'] / memory['bert']:.2f} x the peak memory", end="   ")
     print(BARS.get(given.batch, ""))
 
@@ -224,7 +229,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of 128 tokens (4 and 16 have bars)")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--stage", type=int, default=1, help="ZeRO stage of ours")
+    parser.add_argument("--stage", type=int, default=0, help="ZeRO stage of ours; one rank has nothing to share out")
     parser.add_argument("--what", default="ours,bert,overhead", help="which of them, with commas between")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()

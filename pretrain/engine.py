@@ -9,6 +9,7 @@ autocast.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -161,8 +162,26 @@ def import_deepspeed() -> Any:
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer, as `initialize` will, without what its decorators would take with them.
+
+    It calls torch.compile at its import, which loads the whole of Inductor: a second of a CPU at every start.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def compile_layers(model: ShareBertForMaskedLM, backend: str = "inductor") -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import ShareBertConfig
-from .kernels import accumulate_product, accumulation_dtype, compute_dtype
+from .kernels import SharedGradients, accumulate_product, accumulation_dtype, column_sums, compute_dtype
 
 
 class Block(NamedTuple):
@@ -111,7 +111,7 @@ class _Products(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(embedding, projection)
         ctx.cut, ctx.dtype, ctx.bias_dtype = cut, dtype, bias.dtype
-        ctx.shared_gradients = [None] * len(cut)
+        ctx.shared_gradients = SharedGradients(len(cut))
         e, w, b = embedding.to(dtype), projection.to(dtype), bias.to(dtype)
         weights = []
         for block in cut:
@@ -129,7 +129,7 @@ class _Products(torch.autograd.Function):
         grad_e = torch.zeros(e.shape, dtype=sums, device=e.device)
         grad_w = torch.zeros(w.shape, dtype=sums, device=w.device)
         grad_b = torch.zeros(len(w), dtype=sums, device=w.device)
-        for block, gradient in zip(ctx.cut, _taken(ctx.shared_gradients, gradients), strict=True):
+        for block, gradient in zip(ctx.cut, ctx.shared_gradients.take(gradients), strict=True):
             if gradient is None:
                 continue
             columns = slice(block.first, block.last)
@@ -137,7 +137,7 @@ class _Products(torch.autograd.Function):
             n = len(whole)
             accumulate_product(grad_e[:n], whole, w[columns])
             accumulate_product(grad_w[columns], whole.t(), e[:n])
-            grad_b[columns] += whole.sum(0)
+            grad_b[columns] += column_sums(whole, sums)
             if len(rest):  # the row of the block in which the weight ends
                 begun = slice(block.first, block.first + len(rest))
                 grad_e[n] += rest @ w[begun]
@@ -153,7 +153,7 @@ class _Columns(torch.autograd.Function):
     def forward(ctx: Any, embedding: Tensor, cut: tuple[Block, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.cut, ctx.shape, ctx.embedding_dtype = cut, embedding.shape, embedding.dtype
-        ctx.shared_gradients = [None] * len(cut)
+        ctx.shared_gradients = SharedGradients(len(cut))
         weights = []
         for block in cut:
             columns = embedding.detach()[:, block.first : block.last].to(dtype, copy=True).contiguous()
@@ -163,25 +163,15 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = _taken(ctx.shared_gradients, gradients)
-        known = next(gradient for gradient in gradients if gradient is not None)
+        taken = ctx.shared_gradients.take(gradients)
+        known = next(gradient for gradient in taken if gradient is not None)
         grad_e = torch.zeros(ctx.shape, dtype=ctx.embedding_dtype, device=known.device)
-        for block, gradient in zip(ctx.cut, gradients, strict=True):
+        for block, gradient in zip(ctx.cut, taken, strict=True):
             if gradient is not None:
                 whole, rest = _rows(gradient, block)
                 grad_e[: len(whole), block.first : block.last] = whole
                 grad_e[len(whole) : len(whole) + 1, block.first : block.first + len(rest)] = rest
         return grad_e, None, None
-
-
-def _taken(shared: list[Tensor | None], handed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradient of each weight: what `kernels.linear` summed up beside autograd, taken out, and what came in."""
-    both = [
-        other if ours is None else ours if other is None else ours + other
-        for ours, other in zip(shared, handed, strict=True)
-    ]
-    shared[:] = [None] * len(shared)
-    return tuple(both)
 
 
 def _rows(gradient: Tensor, block: Block) -> tuple[Tensor, Tensor]:

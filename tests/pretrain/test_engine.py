@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from statistics import mean
 
@@ -21,6 +23,8 @@ from pretrain.engine import (
 )
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert_recipe import BadInput
+
+ROOT = Path(__file__).parents[2]
 
 MASTERS_BAR = 2e-3
 """Nats between bf16 and fp32 after 150 small steps."""
@@ -99,6 +103,20 @@ def test_deepspeeds_own_keys_win_and_unknown_ones_are_refused() -> None:
         check_zero({"reduce_bucket": 1})
     with pytest.raises(BadInput, match="no ZeRO stage"):
         check_zero({"stage": 5})
+
+
+def test_a_start_does_not_load_a_compiler() -> None:
+    """DeepSpeed asks for its Muon optimizer at every start, whose decorators would load Inductor."""
+    code = (
+        "import sys; from pretrain.engine import import_deepspeed; import_deepspeed();"
+        "from deepspeed.runtime.zero.utils import is_zero_supported_optimizer as supported;"
+        "import deepspeed.comm; deepspeed.comm.get_rank = lambda group=None: 1; supported(None);"
+        "print(*(name in sys.modules for name in sys.argv[1:]))"
+    )
+    modules = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx"]
+    command = [sys.executable, "-c", code, *modules]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_the_recipe_is_the_authors() -> None:

@@ -116,6 +116,20 @@ def test_layers_add_to_one_gradient_whatever_part_of_the_model_is_used(sharing: 
             torch.testing.assert_close(a, b)
 
 
+def test_a_backward_pass_for_something_else_leaves_nothing_behind() -> None:
+    """A gradient of the inputs alone does not come to the weights' node; the next one must not count it twice."""
+    config = tiny_config()
+    given = parameters(config)
+    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(24, dtype=torch.float64)
+    loss = linear(x, make(config, given)[0], bias).square().sum()
+    torch.autograd.grad(loss, x, retain_graph=True)
+    ours = torch.autograd.grad(loss, given)
+    theirs = torch.autograd.grad((x @ cut_from_whole_matrix(config, given)[0]).square().sum(), given)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def allocations(nbytes: int, recorded: profile) -> set[str]:
     """The operations that allocated at least `nbytes` themselves."""
     return {event.name for event in recorded.events() or () if event.self_cpu_memory_usage >= nbytes}
