@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "validation")
+SHARD_NAME = re.compile(r"(train|validation)/[\w-][\w.-]*")
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
 
@@ -104,6 +106,9 @@ def open_dataset(path: str | Path, cache: CacheConfig | None = None) -> Dataset:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise BadInput(f"{file}: format {found!r}; this version reads format {FORMAT}")
     try:
+        for shard in all_shards(manifest):
+            if not SHARD_NAME.fullmatch(shard["name"]):  # it becomes a path, of a copy in the cache too
+                raise BadInput(f"{file}: a shard is named {shard['name']!r}, which is no file of train/ or validation/")
         expected = fingerprint(manifest)
         if not remote:
             check_sizes(Path(path), manifest)

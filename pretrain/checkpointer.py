@@ -101,11 +101,11 @@ class Checkpointer:
         self._superseded.clear()
         self._failing = self._whole = False
         self._saves += 1
-        entry = {"slices": {s.name: [s.start, s.length] for s in slices}}
-        self._copy(slices, generators, entry)
+        self._copy(slices, generators)
+        entry = {"slices": _spans(slices)}
         manifest = {"format": FORMAT, "step": step, "training": training, "shapes": shapes}
         self._thread = threading.Thread(
-            target=self._write, args=(step, entry, manifest), name=f"checkpoint-{step}", daemon=True
+            target=self._write, args=(self._saves, step, entry, manifest), name=f"checkpoint-{step}", daemon=True
         )
         self._thread.start()
 
@@ -116,28 +116,34 @@ class Checkpointer:
             self._thread = None
         return self._whole
 
-    def _copy(self, slices: Sequence[Slice], generators: dict[str, torch.Tensor], entry: dict[str, Any]) -> None:
+    def prepare(self, slices: Sequence[Slice], generators: dict[str, torch.Tensor]) -> Layout:
+        """Make the buffer for such a state, and touch its pages: the copies of saves then run at memory speed."""
         specs: dict[str, tuple[torch.dtype, Sequence[int]]] = {
             f"{state}/{s.name}": (torch.float32, (s.length,)) for state in STATES for s in slices
         }
         specs |= {GENERATOR + name: (torch.uint8, tuple(value.shape)) for name, value in generators.items()}
-        layout = lay_out(specs, {"format": "sharebert-checkpoint", "slices": json.dumps(entry["slices"])})
+        layout = lay_out(specs, {"format": "sharebert-checkpoint", "slices": json.dumps(_spans(slices))})
         if self._layout is None or layout.header != self._layout.header:
             self._layout = layout
-            # Filling it touches its pages, once: the copies of later saves then run at memory speed.
-            self._buffer = torch.zeros(layout.total_bytes, dtype=torch.uint8)
+            self._buffer = torch.zeros(layout.total_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
             self._buffer[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        return self._layout
+
+    def _copy(self, slices: Sequence[Slice], generators: dict[str, torch.Tensor]) -> None:
+        layout = self.prepare(slices, generators)
         assert self._buffer is not None
         views = layout.views(self._buffer)
         for s in slices:
             for state in STATES:
-                views[f"{state}/{s.name}"].copy_(s.tensors[state])
+                views[f"{state}/{s.name}"].copy_(s.tensors[state], non_blocking=True)
         for name, value in generators.items():
             views[GENERATOR + name].copy_(value)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
-    def _write(self, step: int, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
-        partial = self.checkpoints / f".{folder_name(step)}.{self.token}-{self._saves}"
-        self._remove_leftovers(but=partial)
+    def _write(self, number: int, step: int, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
+        partial = self.checkpoints / f".{folder_name(step)}.{self.token}-{number}"
+        self._remove_leftovers(before=number)
         deadline, pause_s = time.monotonic() + self.recipe.write_timeout_s, FIRST_PAUSE_S
         while not self._whole:
             try:
@@ -191,12 +197,13 @@ class Checkpointer:
         _fsync_folder(partial)
         final = self.checkpoints / folder_name(step)
         if final.exists():  # found damaged by this launch or made again after going back
-            final.rename(self.checkpoints / f".{final.name}.replaced")
+            final.rename(self.checkpoints / f".{final.name}.{self.token}-0")
         partial.rename(final)
         _fsync_folder(self.checkpoints)
         with contextlib.suppress(OSError):  # the checkpoint is whole, whatever happens to the hint and to old ones
             write_atomically(self.checkpoints / "latest", final.name + "\n")
         self._delete_old(step)
+        self._remove_leftovers(before=1)
 
     def _delete_old(self, newest: int) -> None:
         """Delete what `keep` and `keep_every` leave, now that that of step `newest` is whole.
@@ -211,14 +218,20 @@ class Checkpointer:
                 shutil.rmtree(folder, ignore_errors=True)
         for _, folder in later:
             shutil.rmtree(folder, ignore_errors=True)
-        self._remove_leftovers()
 
-    def _remove_leftovers(self, but: Path | None = None) -> None:
-        """Rank 0 deletes what a dead launch, or a save that was given up, left half done."""
-        if self.rank == 0:
-            for leftover in self.checkpoints.glob(".step-*"):
-                if leftover != but:
-                    shutil.rmtree(leftover, ignore_errors=True)
+    def _remove_leftovers(self, before: int = 0) -> None:
+        """Rank 0 deletes what a dead launch, or a save of this one before number `before`, left half done.
+
+        Later ones stay: other ranks may be ahead, and have begun to write the next.
+        """
+        for leftover in self.checkpoints.glob(".step-*") if self.rank == 0 else ():
+            token, _, number = leftover.name.rpartition(".")[2].rpartition("-")
+            if token != self.token or int(number) < before:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _spans(slices: Sequence[Slice]) -> dict[str, list[int]]:
+    return {s.name: [s.start, s.length] for s in slices}
 
 
 def _note(partial: Path, rank: int) -> Path:

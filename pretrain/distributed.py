@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from sharebert_recipe import BadInput
+
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
 class Refused(BadInput):
@@ -37,8 +40,9 @@ class World:
 def join(timeout_s: float) -> World:
     """Join the process group that torchrun's environment describes, or make one of this process alone.
 
-    Collectives on CPU tensors go over gloo, those on CUDA tensors over NCCL. A process alone needs no
-    port. A collective that a rank does not join within `timeout_s` ends the group.
+    Collectives on CPU tensors go over gloo, those on CUDA tensors over NCCL. Where all ranks are on this
+    machine both listen on its loopback interface, unless their variables say otherwise. A collective that
+    a rank does not join within `timeout_s` ends the group.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -46,6 +50,9 @@ def join(timeout_s: float) -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == ranks:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, LOOPBACK)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if "MASTER_ADDR" in os.environ:

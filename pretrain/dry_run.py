@@ -1,8 +1,8 @@
 """One step before the first, so that a run that does not fit into memory says so at its start.
 
 The loss of the dry run is not a number, and so is its gradient: the engine skips such a step and leaves weights
-and moments alone, at every ZeRO stage, but it takes the memory of a real one. Generators, counters and
-the loss scale are put back: a run with it is bit for bit the run without it.
+and moments alone, at every ZeRO stage, but it takes the memory of a real one, save what the optimizer uses for
+a moment. Generators, counters and the loss scale are put back: a run with it is bit for bit the run without it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def dry_run(
             loss_sum, _ = forward(dataclasses.replace(micro, padded=True))
             engine.backward(loss_sum * math.nan, scale_wrt_gas=False)
             optimizer_step(engine, clip)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
+        first_line = str(error).split("\n")[0]
         raise BadInput(
-            f"data.micro_batch: a step with {rows} rows at once does not fit into memory "
-            f"({str(error).splitlines()[0]}); lower data.micro_batch (the global batch stays as it is), or raise "
-            "zero.stage, or use precision=bf16"
+            f"data.micro_batch: a step with {rows} rows at once does not fit into memory ({first_line}); "
+            "lower data.micro_batch (the global batch stays as it is), or raise zero.stage, or use precision=bf16"
         ) from error
     for name, value in counters.items():
         setattr(engine, name, value)
@@ -56,6 +56,6 @@ def dry_run(
     loader.load_state(state)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has an exception for it; the CPU's allocator has only its words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA and Python have exceptions for it; the CPU's allocator has only its words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

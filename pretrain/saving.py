@@ -68,6 +68,7 @@ class Saver:
             token=distributed.same_everywhere(secrets.token_hex(4)),
             report=run.say,
         )
+        self.files.prepare(slices.owned(engine, world), generators())
 
     def save(self, step: int) -> None:
         """Save after optimizer step `step`; the writing goes on in the background."""

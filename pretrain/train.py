@@ -321,7 +321,7 @@ class Trainer:
     def end(self, step: int) -> int:
         """Wait for the last save, end what runs beside the training, and say how the run stands; an exit code."""
         with self.watchdog.patient("the last checkpoint", self.recipe.checkpoint.write_timeout_s):
-            saved = self.saver.finish() or step == self.first_step
+            saved = self.saver.finish()
         self.loader.close()
         self.monitor.close()
         finished = step == self.recipe.steps

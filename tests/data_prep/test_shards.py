@@ -234,3 +234,28 @@ def test_importing_the_reader_takes_no_heavy_package_with_it() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "numpy" in loaded
     assert not heavy & set(loaded)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.tar", "train/../../outside.tar", "/etc/passwd", "train/..", "other/x.tar"]
+)
+def test_a_shard_cannot_lie_outside_of_its_dataset(whole: Path, tmp_path: Path, name: str) -> None:
+    """A cache would write its copy there."""
+    folder = Path(shutil.copytree(whole, tmp_path / "dataset"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["name"] = name
+    del manifest["fingerprint"]
+    shards.write_manifest(folder, manifest)
+    with pytest.raises(BadInput, match="which is no file of train/ or validation/"):
+        shards.open_dataset(folder)
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_named(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "dataset"))
+    split = shards.open_dataset(folder).split("train")
+    split.read(np.arange(3))
+    file = folder / shards.shard_name("train", 0)
+    with file.open("r+b") as out:
+        out.truncate(file.stat().st_size - 1)
+    with pytest.raises(BadInput, match=r"shard-000000\.tar: cut to \d+ of \d+ bytes"):
+        split.read(np.arange(3))

@@ -238,6 +238,23 @@ def test_a_newer_save_ends_the_trying_of_an_older_one(tmp_path: Path, monkeypatc
     assert "ranks [1] could not write" in given_up[1]
 
 
+def test_a_rank_may_be_ahead_by_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 has written its part of two checkpoints before rank 0 has written its part of the first."""
+    said: list[str] = []
+    disk = FullDisk(monkeypatch, "rank-00000")
+    first, second = (saver_of(tmp_path, rank, 2, said) for rank in range(2))
+    first.save(10, slices_of(0, 2), SHAPES, {}, {})
+    for step in (10, 20):
+        second.save(step, slices_of(1, 2), SHAPES, {}, {})
+        second.finish()
+    disk.full = False
+    first.finish()
+    first.save(20, slices_of(0, 2), SHAPES, {}, {})
+    assert first.finish()
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000020", "step-00000010"]
+    assert not list(tmp_path.glob(".step-*"))
+
+
 def test_a_save_that_fails_to_the_end_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     FullDisk(monkeypatch, "rank-00000")

@@ -49,6 +49,7 @@ def cut_runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1-3", "2-10", "2-2", "3-10"])
 def test_ranks_and_accumulation_do_not_change_the_loss(cut_runs: Path, name: str) -> None:
     reference, other = losses(cut_runs / "1-10"), losses(cut_runs / name)
@@ -57,6 +58,7 @@ def test_ranks_and_accumulation_do_not_change_the_loss(cut_runs: Path, name: str
     assert worst_difference(other, reference) <= 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1-3", "2-10", "3-10"])
 def test_validation_before_training_is_one_number(cut_runs: Path, name: str) -> None:
     def first(run: str) -> tuple[float, float]:
