@@ -136,10 +136,11 @@ def _trainings(configs: list[str], overrides: list[str], on: Any) -> tuple[list[
     for config in configs:
         recipe = load(TrainRecipe, config, overrides)
         recipe.run = str(Path(recipe.run).absolute())
-        for entry in recipe.data.dataset:
+        on_disk = [entry for entry in recipe.data.dataset if "://" not in entry.path]
+        for entry in on_disk:
             entry.path = str(Path(entry.path).absolute())
         module = ("pretrain", str(ClusterFolder(recipe.run).recipe))
-        datasets = tuple(Path(entry.path) for entry in recipe.data.dataset)
+        datasets = tuple(Path(entry.path) for entry in on_disk)
         trainings.append(Training(run=Path(recipe.run), module=module, datasets=datasets, recipe=on))
         recipes.append(to_yaml(recipe))
     return trainings, recipes

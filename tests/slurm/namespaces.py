@@ -45,7 +45,7 @@ class Host:
 
     def run(self, *command: str, **options: Any) -> str:
         """Run a command to its end; its output. Fails where it does."""
-        options = {"stdin": subprocess.DEVNULL, "timeout": 60} | options
+        options = {"stdin": subprocess.DEVNULL, "timeout": 300} | options
         done = subprocess.run(self.command(*command), capture_output=True, text=True, check=False, **options)
         if done.returncode:
             raise RuntimeError(

@@ -11,7 +11,7 @@ from tiny_runs import log_of, losses, train_arguments
 
 from cluster.folder import ClusterFolder
 
-BASELINE_STEPS = 200
+BASELINE_STEPS = 120
 RECIPE = "procs_per_node: 2\ncpus_per_process: 1\nfree_gb: 0.01\nsignal_s: 1\npreflight: false\n"
 
 
