@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLAYS := $(VENV)/.plays
 
-.PHONY: install demo demo-quick test test-slow lint clean
+.PHONY: install demo demo-quick test test-slow test-slurm lint clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,14 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# A real SLURM on this machine, in network namespaces: as root. What it needs is installed first.
+SLURM := slurm-wlm munge slurmdbd mariadb-server-core iproute2 iptables
+
+test-slurm: $(VENV)/.installed
+	@command -v slurmctld munged slurmdbd mariadbd ip iptables > /dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM); }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,114 @@ def fill(given: argparse.Namespace) -> int:
     return FINISHED
 
 
+CLUSTER_FLAGS = {
+    "nodes": "nodes; with --stage prep, tasks of the array",
+    "gpus-per-node": "GPUs of each node",
+    "procs-per-node": "processes of each node, where they are not one a GPU",
+    "cpus-per-process": "CPU cores of each process",
+    "time": "time limit, as 24:00:00; a run that needs longer requeues itself",
+    "partition": "SLURM's partition",
+    "account": "SLURM's account",
+    "qos": "SLURM's quality of service",
+    "memory": "memory of each node, as 64G",
+    "constraint": "features that nodes must have",
+    "exclude": "nodes to leave out",
+    "container": "image to run in",
+}
+"""The keys of a cluster recipe that have a flag of their own."""
+
+
+def submit(given: argparse.Namespace) -> int:
+    from cluster.recipe import load_cluster
+    from cluster.submit import dry_run
+    from cluster.submit import submit as submit_trainings
+
+    overrides = [word for word in given.words if "=" in word]
+    configs = [word for word in given.words if "=" not in word]
+    if not configs:
+        raise BadInput("CONFIG: a recipe is needed; key=value alone names none")
+    flags = {name.replace("-", "_"): getattr(given, name.replace("-", "_")) for name in CLUSTER_FLAGS}
+    from_flags = [f"{name}={_quoted(value)}" for name, value in flags.items() if value is not None]
+    on = load_cluster(given.cluster, from_flags + given.set)
+    if given.stage == "prep":
+        return _submit_prep(configs, overrides, on, show=given.dry_run)
+    trainings, recipes = _trainings(configs, overrides, on)
+    if given.dry_run:
+        print("\n\n".join(dry_run(training) for training in trainings))
+        return FINISHED
+    for training, job in zip(trainings, submit_trainings(trainings, recipes), strict=True):
+        print(f"{training.run}: job {job}")
+    return FINISHED
+
+
+def _trainings(configs: list[str], overrides: list[str], on: Any) -> tuple[list[Any], list[str]]:
+    """Trainings to submit, and their resolved recipes as YAML; paths absolute, as a job may start elsewhere."""
+    from cluster.folder import ClusterFolder
+    from cluster.launch import Training
+    from pretrain.train import TrainRecipe
+    from sharebert_recipe import to_yaml
+
+    trainings, recipes = [], []
+    for config in configs:
+        recipe = load(TrainRecipe, config, overrides)
+        recipe.run = str(Path(recipe.run).absolute())
+        on_disk = [entry for entry in recipe.data.dataset if "://" not in entry.path]
+        for entry in on_disk:
+            entry.path = str(Path(entry.path).absolute())
+        module = ("pretrain", str(ClusterFolder(recipe.run).recipe))
+        datasets = tuple(Path(entry.path) for entry in on_disk)
+        trainings.append(Training(run=Path(recipe.run), module=module, datasets=datasets, recipe=on))
+        recipes.append(to_yaml(recipe))
+    return trainings, recipes
+
+
+def _submit_prep(configs: list[str], overrides: list[str], on: Any, *, show: bool) -> int:
+    from cluster.submit import submit_prep
+    from data_prep.dedup import rules
+    from data_prep.pipeline import PrepRecipe
+
+    if len(configs) > 1 or show:
+        raise BadInput("--stage prep: takes one recipe, and has no --dry-run")
+    recipe = load(PrepRecipe, configs[0], overrides)
+    rounds = 4 if rules(recipe.clean) else 2  # stages that need all of the one before
+    command = [sys.executable, "-m", "sharebert_cli", "prep", configs[0], *overrides]
+    for job in submit_prep(command, Path(recipe.output), rounds, on):
+        print(f"{recipe.output}: job {job}")
+    return FINISHED
+
+
+def status(given: argparse.Namespace) -> int:
+    from cluster.status import all_runs
+    from cluster.status import status as status_of
+
+    print(status_of(given.run).text() if given.run else all_runs())
+    return FINISHED
+
+
+def logs(given: argparse.Namespace) -> int:
+    from cluster.logs import newest_failure, rank_0
+
+    if given.failed:
+        print(newest_failure(given.run))
+        return FINISHED
+    with suppress(KeyboardInterrupt):
+        for line in rank_0(given.run, follow=given.follow):
+            print(line, flush=True)
+    return FINISHED
+
+
+def stop(given: argparse.Namespace) -> int:
+    from cluster.status import stop as ask
+
+    print(ask(given.run))
+    return FINISHED
+
+
+def _quoted(value: str) -> str:
+    """A flag's value as YAML that does not turn 24:00:00 into a number."""
+    return f'"{value}"'
+
+
 def _task(text: str) -> tuple[int, int]:
     """`I/N` as numbers."""
     number, _, count = text.partition("/")
@@ -125,6 +234,27 @@ def build_parser() -> argparse.ArgumentParser:
     _with_config(sub, "pretrain.train:TrainRecipe")
     sub.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
     sub.add_argument("--gpu", default="h100", help="kind of GPU (default h100)")
+    sub = verb("submit", submit, "Submit trainings, or prep, to SLURM, and keep them alive; or run them here.")
+    sub.add_argument(
+        "words", nargs="+", metavar="CONFIG [CONFIG ...] [key=value ...]", help="recipes; several: an array"
+    )
+    sub.add_argument("--cluster", default="slurm", help="a cluster recipe: slurm, local, or a path (default slurm)")
+    sub.add_argument("--stage", choices=("train", "prep"), default="train", help="what the recipe is of")
+    for flag, summary in CLUSTER_FLAGS.items():
+        sub.add_argument(f"--{flag}", help=summary)
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="any key of the cluster recipe, as env.X=1"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="print the batch script and the torchrun line")
+    sub.set_defaults(schema="cluster.recipe:ClusterRecipe")
+    sub = verb("status", status, "How a run stands; without RUN, a line for each that was submitted.")
+    sub.add_argument("run", type=Path, nargs="?", help="directory of the run")
+    sub = verb("logs", logs, "Follow rank 0 of a run, or show the rank that failed first.")
+    sub.add_argument("run", type=Path, help="directory of the run")
+    sub.add_argument("--failed", action="store_true", help="the traceback of the first rank that failed")
+    sub.add_argument("--no-follow", dest="follow", action="store_false", help="end with what is there now")
+    sub = verb("stop", stop, "Let a run save and end, without a requeue.")
+    sub.add_argument("run", type=Path, help="directory of the run")
     sub = verb("consolidate", consolidate, "Turn a run's newest whole checkpoint into an export.")
     sub.add_argument(
         "source",

@@ -1,0 +1,145 @@
+"""`sharebert status` and `sharebert stop`: how runs stand, from the scheduler and from what they wrote."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import jobs
+from cluster.folder import ClusterFolder, known_runs
+from sharebert_recipe import BadInput
+
+OVER = ("finished", "failed", "stopped")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands."""
+
+    run: Path
+    job: str
+    """The newest job's id, and what the scheduler says of it."""
+    state: str
+    """running, queued, stopped, finished or failed."""
+    reason: str
+    nodes: str
+    starts: int
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_s: float | None
+    goodput: float | None
+    """Time of the steps that count, over all time since the first submission."""
+    left_s: float | None
+    """Seconds to the last step at the newest speed."""
+
+    def line(self) -> str:
+        """One line, for a list of runs."""
+        progress = f"{self.step}/{self.steps or '?'}"
+        return f"{self.state:9} {progress:>15}  job {self.job:28} {self._speed()}  {self.run}"
+
+    def text(self) -> str:
+        """All of it."""
+        rows = {
+            "run": self.run,
+            "state": f"{self.state}{f' ({self.reason})' if self.reason else ''}",
+            "job": self.job,
+            "nodes": self.nodes or "none",
+            "starts": self.starts,
+            "step": f"{self.step} of {self.steps or '?'}",
+            "loss": "none yet" if self.loss is None else f"{self.loss:.4f}",
+            "tokens/s": "none yet" if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f}",
+            "goodput": "none yet" if self.goodput is None else f"{self.goodput:.1%}",
+            "time left": "unknown" if self.left_s is None else _duration(self.left_s),
+        }
+        return "\n".join(f"{name:9} {value}" for name, value in rows.items())
+
+    def _speed(self) -> str:
+        loss = "" if self.loss is None else f"loss {self.loss:.4f}"
+        goodput = "" if self.goodput is None else f"goodput {self.goodput:.0%}"
+        return f"{loss:12} {goodput:12}"
+
+
+def status(run: Path) -> Status:
+    """How a run stands. Raises BadInput where it is not a run of a cluster."""
+    folder = ClusterFolder(run)
+    submissions = folder.submissions
+    if not submissions:
+        raise BadInput(f"{run}: was not submitted to a cluster ({folder.path} has no submissions)")
+    newest, state = submissions[-1], folder.state
+    lines = [line for line in folder.log if "loss" in line]
+    last: dict[str, Any] = lines[-1] if lines else {}
+    scheduler = jobs.state_of(newest["job"], newest["launcher"])
+    how = _state(str(state.get("state", "")), scheduler, submitted=newest["time"], updated=state.get("updated", 0.0))
+    step = max(int(state.get("step", 0)), int(last.get("step", 0)))
+    steps = int(state.get("steps", 0))
+    nodes = jobs.job_facts(newest["job"]).get("NodeList", "") if newest["launcher"] == "slurm" else "this machine"
+    return Status(
+        run=folder.run,
+        job=f"{newest['job']} ({scheduler.lower()})",
+        state=how,
+        reason=str(state.get("reason", "")) if how in ("stopped", "failed") else "",
+        nodes="" if nodes == "(null)" else nodes,
+        starts=len(folder.starts),
+        step=step,
+        steps=steps,
+        loss=last.get("loss"),
+        tokens_per_s=last.get("tokens_per_s"),
+        goodput=goodput(lines, submissions[0]["time"], state["updated"] if how in OVER else time.time()),
+        left_s=(steps - step) * last["step_s"] if last and how not in OVER else None,
+    )
+
+
+def goodput(lines: list[dict[str, Any]], began: float, ended: float) -> float | None:
+    """Time of the steps in a log, which holds each step that counts once, over the time from `began` to `ended`.
+
+    Queueing, starting, saving, validating, and steps that were done twice all count against it. `lines` are those of
+    log.jsonl with a loss: `step_s` is the mean since the line before.
+    """
+    if not lines or ended <= began:
+        return None
+    before = [0, *(int(line["step"]) for line in lines)]
+    useful = sum((int(line["step"]) - step) * line["step_s"] for step, line in zip(before, lines, strict=False))
+    return min(1.0, useful / (ended - began))
+
+
+def all_runs() -> str:
+    """A line for each run that this user submitted."""
+    runs = known_runs()
+    return "\n".join(status(run).line() for run in runs) if runs else "no run was submitted yet"
+
+
+def stop(run: Path) -> str:
+    """Ask a run to save and end, for good; what will happen. Raises BadInput where there is nothing to stop."""
+    folder = ClusterFolder(run)
+    if not folder.submissions:
+        raise BadInput(f"{run}: was not submitted to a cluster; a file named `stop` in it ends a training")
+    newest = folder.submissions[-1]
+    state = jobs.state_of(newest["job"], newest["launcher"])
+    if state not in jobs.ALIVE:
+        raise BadInput(f"{run}: job {newest['job']} is over ({state.lower()})")
+    folder.ask_for_stop()
+    if state == "PENDING":
+        jobs.cancel(newest["job"])
+        return f"{run}: job {newest['job']} was taken out of the queue"
+    return f"{run}: job {newest['job']} will save and end; `sharebert submit` goes on from there"
+
+
+def _state(state: str, scheduler: str, *, submitted: float, updated: float) -> str:
+    """The run's state in one word: what it wrote itself, and where that is old, what its job does."""
+    if state in OVER and updated > submitted and scheduler not in ("PENDING", "RUNNING", "CONFIGURING"):
+        return state
+    if scheduler in ("PENDING", "CONFIGURING", "REQUEUED"):
+        return "queued"
+    if scheduler in jobs.ALIVE:
+        return state if state == "finished" else "running"
+    if scheduler == "CANCELLED":
+        return "stopped"
+    return "failed" if state in ("running", "") or updated < submitted else state
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,175 @@
+"""Make a job of a training, of several as an array, or of `sharebert prep` as an array with its merge."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import again, jobs
+from cluster.agent import Agent
+from cluster.folder import ClusterFolder, remember
+from cluster.launch import Training, torchrun
+from cluster.place import Place
+from cluster.prep import PrepTask
+from cluster.recipe import ClusterRecipe, minutes
+from sharebert_recipe import BadInput
+
+YEAR_MINUTES = 365 * 24 * 60
+"""Time limit of a local job that has none."""
+
+
+def submit(trainings: Sequence[Training], configs: Sequence[str]) -> list[str]:
+    """Submit trainings: one as a job, several as an array of jobs that run independently. Returns the ids.
+
+    `configs` are their resolved recipes as YAML, which every start of the job will use.
+    Raises BadInput where one of them is running or queued already, or the job is refused.
+    """
+    folders = [ClusterFolder(training.run) for training in trainings]
+    recipe = trainings[0].recipe
+    if recipe.launcher == "local" and len(folders) > 1:
+        raise BadInput("several recipes: they would all run on this machine at once; submit them one by one")
+    for folder in folders:
+        _refuse_second_job(folder)
+    if len({folder.run for folder in folders}) < len(folders):
+        raise BadInput("run: several recipes name the same directory; each needs one of its own")
+    for folder, config in zip(folders, configs, strict=True):
+        folder.prepare(config)
+    agents = [Agent(training) for training in trainings]
+    submitted = _submit(
+        agents, recipe, folders[0].jobs, sbatch_parameters(recipe, folders[0].run.name, folders[0].jobs)
+    )
+    for folder, job in zip(folders, submitted, strict=True):
+        where = folders[0].jobs / job
+        folder.submitted(job=job, launcher=recipe.launcher, nodes=recipe.nodes, folder=str(where))
+        remember(folder.run)
+    return submitted
+
+
+def submit_prep(command: Sequence[str], output: Path, rounds: int, recipe: ClusterRecipe) -> list[str]:
+    """Submit `command`, a `sharebert prep` without its task, as `rounds` arrays of one task a node, then the merge.
+
+    A task does its share of the stages whose predecessors are complete; so each round completes one stage at least,
+    unless a task of it fails. What failed, the next round makes up for, and the merge at the last.
+    Returns the ids: one a round, and the merge's.
+    """
+    name, folder = f"prep-{output.name}", output.absolute().with_name(f"{output.name}.jobs")
+    folder.mkdir(parents=True, exist_ok=True)
+    if recipe.launcher == "local":
+        return _submit([PrepTask(tuple(command), recipe)], recipe, folder, {})  # one machine needs no shares
+    tasks = [PrepTask((*command, f"--task={number}/{recipe.nodes}"), recipe) for number in range(recipe.nodes)]
+    parameters = sbatch_parameters(recipe, name, folder) | {"nodes": 1}
+    arrays: list[str] = []
+    for _ in range(rounds):
+        arrays.append(_submit(tasks, recipe, folder, _after(parameters, arrays))[0].split("_")[0])
+    return [*arrays, *_submit([PrepTask(tuple(command), recipe)], recipe, folder, _after(parameters, arrays))]
+
+
+def dry_run(training: Training) -> str:
+    """The batch script of a submission, and what the agent runs on the first node."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    recipe, jobs_folder = training.recipe, ClusterFolder(training.run).jobs
+    nodes = ("FIRST_NODE", *(f"NODE_{number}" for number in range(2, recipe.nodes + 1)))
+    place = Place("JOB_ID", 0, 0, nodes, jobs_folder / "JOB_ID", recipe.port or 0)
+    line = shlex.join(torchrun(training, place)).replace("FIRST_NODE:0", "FIRST_NODE:PORT")
+    workers = [f"export {name}={shlex.quote(str(value))}" for name, value in recipe.env.items()]
+    torchrun_lines = ["# on each node, by the agent:", *recipe.setup, *workers, line]
+    if recipe.launcher == "local":
+        return "\n".join(torchrun_lines)
+    parameters = sbatch_parameters(recipe, training.run.name, jobs_folder)
+    command = f"{_python(recipe)} -u -m submitit.core._submit {shlex.quote(str(jobs_folder / '%j'))}"
+    return "\n".join([_make_sbatch_string(command, jobs_folder / "%j", **parameters), *torchrun_lines])
+
+
+def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[str, Any]:
+    """submitit's parameters of a job whose files lie in `folder`/ID."""
+    cpus = recipe.cpus_per_process * recipe.processes
+    srun = ["--kill-on-bad-exit=1", "--open-mode=append"]
+    srun.append(f"--cpus-per-task={cpus}")  # since SLURM 22.05 srun no longer takes it from the job
+    box = recipe.container
+    if box and box.kind == "pyxis":
+        srun += [f"--container-image={box.image}", *box.options]
+    options: dict[str, Any] = {"requeue": True, "mem": recipe.memory, "time": recipe.time}
+    after = [line.replace("FOLDER", shlex.quote(str(folder))) for line in again.AFTER]
+    return {
+        "job_name": name,
+        "nodes": recipe.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": cpus,
+        "gpus_per_node": recipe.gpus_per_node or None,
+        "partition": recipe.partition,
+        "account": recipe.account,
+        "qos": recipe.qos,
+        "constraint": recipe.constraint,
+        "exclude": recipe.exclude,
+        "time": None,  # as the recipe writes it, below; submitit's default is five minutes
+        "wckey": None,
+        "signal_delay_s": recipe.signal_s,
+        "stderr_to_stdout": True,
+        "setup": list(again.BEFORE),
+        "teardown": after,
+        "srun_args": srun,
+        "additional_parameters": {key: value for key, value in options.items() if value is not None} | recipe.sbatch,
+    }
+
+
+def _submit(
+    calls: Sequence[Callable[[], object]], recipe: ClusterRecipe, folder: Path, parameters: dict[str, Any]
+) -> list[str]:
+    """Hand calls to submitit: one as a job, several as an array. Returns the ids."""
+    from submitit import LocalExecutor, SlurmExecutor
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    files = folder / "%j"
+    if recipe.launcher == "local":
+        local = LocalExecutor(files, python=_python(recipe))
+        limit = minutes(recipe.time) if recipe.time else YEAR_MINUTES
+        local.update_parameters(
+            timeout_min=limit,
+            signal_delay_s=recipe.signal_s,
+            gpus_per_node=recipe.gpus_per_node,
+            stderr_to_stdout=True,
+        )
+        return [local.submit(call).job_id for call in calls]
+    try:
+        executor = SlurmExecutor(files, python=_python(recipe))
+    except RuntimeError as error:
+        raise BadInput(
+            "no srun here: this machine is no login node of a SLURM cluster; `--cluster local` runs on this machine"
+        ) from error
+    executor.update_parameters(**parameters)
+    try:
+        with executor.batch():
+            submitted = [executor.submit(call) for call in calls]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise BadInput(f"sbatch refused the job: {' '.join(str(error).split())}") from error
+    return [job.job_id for job in submitted]
+
+
+def _python(recipe: ClusterRecipe) -> str:
+    """The command that is Python on a node."""
+    box = recipe.container
+    if box is None:
+        return shlex.quote(sys.executable)
+    if box.kind == "pyxis":
+        return box.python
+    gpus = ["--nv"] if recipe.gpus_per_node else []
+    return shlex.join(["apptainer", "exec", *gpus, *box.options, box.image, box.python])
+
+
+def _after(parameters: dict[str, Any], arrays: Sequence[str]) -> dict[str, Any]:
+    """Parameters of a job that waits for the end, however it ends, of the last array."""
+    return parameters | ({"dependency": f"afterany:{arrays[-1]}"} if arrays else {})
+
+
+def _refuse_second_job(folder: ClusterFolder) -> None:
+    for entry in folder.submissions[-1:]:
+        state = jobs.state_of(entry["job"], entry["launcher"])
+        if state in jobs.ALIVE:
+            raise BadInput(
+                f"{folder.run}: job {entry['job']} of this run is {state.lower()}; "
+                f"`sharebert stop {folder.run}` ends it"
+            )

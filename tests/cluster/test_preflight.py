@@ -1,0 +1,110 @@
+"""The pre-flight between nodes that are addresses of this machine."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster import preflight
+from cluster.facts import facts_of
+from cluster.launch import Training
+from cluster.place import Place
+from cluster.recipe import ClusterRecipe
+from sharebert_recipe import BadInput
+
+NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def place_of(node: int, port: int, nodes: tuple[str, ...] = NODES) -> Place:
+    return Place("1", 0, node, nodes, Path("/nowhere"), port)
+
+
+def refusals(port: int, on_node: Callable[[Place], None], nodes: tuple[str, ...] = NODES) -> list[str]:
+    """What each node says that does not go well."""
+    said = [""] * len(nodes)
+
+    def run(node: int) -> None:
+        try:
+            on_node(place_of(node, port, nodes))
+        except BadInput as error:
+            said[node] = str(error)
+
+    threads = [threading.Thread(target=run, args=(node,)) for node in range(len(nodes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said
+
+
+def test_nodes_that_reach_each_other(port: int) -> None:
+    assert refusals(port, preflight.reach) == ["", "", ""]
+
+
+def test_a_name_that_does_not_resolve(port: int) -> None:
+    said = refusals(port, preflight.reach, ("127.0.0.1", "no-such-node.invalid"))
+    assert all("does not know the address of node 'no-such-node.invalid'" in text for text in said)
+
+
+def test_a_node_that_is_silent_is_named(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "REACH_S", 1.0)
+    said = refusals(port, lambda place: preflight.reach(place) if place.node != 1 else None)
+    assert said[0] == said[2] == f"pre-flight: 127.0.0.2 did not report to 127.0.0.1 on port {port} within 1 s"
+
+
+def test_a_port_that_is_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "REACH_S", 1.0)
+    said = refusals(port, lambda place: preflight.reach(place) if place.node else None)
+    assert f"127.0.0.3 cannot reach 127.0.0.1 on port {port}" in said[2]
+
+
+def test_workers_ports_that_are_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.create_connection
+
+    def refuse(address: tuple[str, int], **options: float) -> socket.socket:
+        if address[0] == "127.0.0.3":
+            raise ConnectionRefusedError(111, "Connection refused")
+        return connect(address, **options)
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    said = refusals(port, preflight.reach)
+    assert len(set(said)) == 1
+    assert "127.0.0.1 cannot reach 127.0.0.3 on port" in said[0]
+
+
+def test_what_differs_is_named_on_all_nodes(port: int, tmp_path: Path, dataset: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").write_text("{}")
+
+    def exchange(place: Place) -> None:
+        training = Training(tmp_path, ("pretrain",), (dataset,), ClusterRecipe())
+        facts = facts_of(training, {})
+        if place.node == 2:
+            facts[f"dataset {dataset}"] = facts_of(Training(tmp_path, (), (other,), ClusterRecipe()), {})[
+                f"dataset {other}"
+            ]
+        preflight._exchange(place, facts, None, 10)
+
+    said = refusals(port, exchange)
+    assert len(set(said)) == 1
+    assert f"dataset {dataset} is not the same on all nodes" in said[0]
+    assert "on 127.0.0.3" in said[0]
+
+
+def test_a_run_directory_without_room(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    assert preflight._no_room(Training(tmp_path, (), (), ClusterRecipe(free_gb=0.0))) is None
+    said = preflight._no_room(Training(tmp_path, (), (), ClusterRecipe(free_gb=1e9)))
+    assert said is not None
+    assert "GB free, the recipe wants 1e+09 (free_gb)" in said

@@ -1,0 +1,122 @@
+"""The cluster recipe: what it refuses, and what sbatch is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.launch import Training, after_setup
+from cluster.place import PORTS, port_of
+from cluster.recipe import ClusterRecipe, load_cluster, minutes
+from cluster.submit import dry_run, sbatch_parameters
+from sharebert_recipe import BadInput, parse
+
+
+def training(**keys: object) -> Training:
+    recipe = parse(ClusterRecipe, keys, "test")
+    return Training(run=Path("/runs/a"), module=("pretrain", "/runs/a/cluster/train.yaml"), datasets=(), recipe=recipe)
+
+
+def test_shipped_recipes_are_found_by_name() -> None:
+    assert load_cluster("slurm", ["nodes=8"]).nodes == 8
+    assert load_cluster("local", []).launcher == "local"
+
+
+def test_a_time_that_yaml_reads_as_a_number_is_refused(tmp_path: Path) -> None:
+    """YAML's 24:00:00 is 86,400, and 86,400 minutes are two months."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("time: 24:00:00\n")
+    with pytest.raises(BadInput, match="time: 86400 is a number; write the time in quotes"):
+        load_cluster(str(file), [])
+    file.write_text("time: '24:00:00'\n")
+    assert load_cluster(str(file), []).time == "24:00:00"
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 90), ("1:30", 2), ("24:00:00", 1440), ("2-00:00:00", 2880), ("1-12", 2160), ("1-0:30", 1470)],
+)
+def test_times_as_slurm_writes_them(time: str, expected: int) -> None:
+    assert minutes(time) == expected
+
+
+@pytest.mark.parametrize("time", ["soon", "1:2:3:4", "-5", "1h"])
+def test_other_times_are_refused(time: str) -> None:
+    with pytest.raises(BadInput, match="written as SLURM does"):
+        minutes(time)
+
+
+def test_an_unknown_key_and_an_impossible_launcher_are_refused() -> None:
+    with pytest.raises(BadInput, match="gpu_per_node: unknown key; did you mean 'gpus_per_node'"):
+        parse(ClusterRecipe, {"gpu_per_node": 8}, "test")
+    with pytest.raises(BadInput, match="this machine is one node"):
+        parse(ClusterRecipe, {"launcher": "local", "nodes": 2}, "test")
+
+
+def test_the_batch_script_asks_for_what_the_recipe_says() -> None:
+    said = dry_run(
+        training(
+            nodes=4,
+            gpus_per_node=8,
+            time="24:00:00",
+            partition="gpu",
+            account="nlp",
+            qos="long",
+            memory="500G",
+            constraint="h100",
+            exclude="n[7-8]",
+            sbatch={"reservation": "mine", "exclusive": True},
+            env={"NCCL_DEBUG": "WARN"},
+            setup=["rsync -a /data/corpus $TMPDIR/"],
+        )
+    )
+    for option in (
+        "nodes=4",
+        "gpus-per-node=8",
+        "time=24:00:00",
+        "partition=gpu",
+        "account=nlp",
+        "qos=long",
+        "mem=500G",
+        "constraint=h100",
+        "exclude='n[7-8]'",
+        "reservation=mine",
+        "exclusive",
+        "requeue",
+        "ntasks-per-node=1",
+        "cpus-per-task=32",
+        "signal=USR2@120",
+        "job-name=a",
+    ):
+        assert f"#SBATCH --{option}\n" in said, option
+    assert "--cpus-per-task=32 " in said, "srun does not take it from the job since 22.05"
+    assert "--kill-on-bad-exit=1" in said
+    assert "--nproc-per-node=8" in said
+    assert "rsync -a /data/corpus $TMPDIR/\nexport NCCL_DEBUG=WARN\n" in said
+
+
+def test_a_key_of_sbatch_wins() -> None:
+    assert "#SBATCH --time=5\n" in dry_run(training(time="60", sbatch={"time": 5}))
+
+
+def test_containers() -> None:
+    said = dry_run(training(gpus_per_node=1, container={"image": "/images/a b.sif", "options": ["--bind=/data"]}))
+    assert " apptainer exec --nv --bind=/data '/images/a b.sif' python -u -m submitit.core._submit " in said
+    pyxis = sbatch_parameters(training(container={"image": "x", "kind": "pyxis"}).recipe, "a", Path("/runs"))
+    assert "--container-image=x" in pyxis["srun_args"]
+
+
+def test_ports_are_below_those_of_outgoing_connections() -> None:
+    ports = [port_of(job) for job in range(1, 5001)]
+    assert len({*ports, *(port + 1 for port in ports)}) == 10_000
+    assert min(ports) >= PORTS.start
+    assert max(ports) + 1 < PORTS.stop
+
+
+def test_setup_runs_as_shell_lines_and_leaves_its_environment(tmp_path: Path) -> None:
+    lines = [f"echo staged > {tmp_path}/file; echo said", "export MODE=fast", "cd /"]
+    assert after_setup(lines, {"PATH": "/usr/bin:/bin"})["MODE"] == "fast"
+    assert (tmp_path / "file").read_text() == "staged\n"
+    with pytest.raises(BadInput, match="setup: exit code 1"):
+        after_setup(["false", "true"], {"PATH": "/usr/bin:/bin"})

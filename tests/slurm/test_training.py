@@ -1,0 +1,93 @@
+"""A run on the cluster that nothing disturbs: from `sharebert submit` to a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from slurm.runs import BASELINE_STEPS, Run
+from slurm.slurm_cluster import SlurmCluster
+from tiny_runs import losses, train_arguments
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+def test_two_nodes_train_to_the_end(undisturbed: Run, baseline: list[float]) -> None:
+    """Four ranks on two nodes; the log, TensorBoard's curve and the checkpoint are those of one run."""
+    assert len(baseline) == BASELINE_STEPS
+    assert baseline[-1] < 0.95 * baseline[0], "it learns"
+    assert undisturbed.steps_of_each_launch() == [list(range(1, BASELINE_STEPS + 1))]
+    assert undisturbed.folder.checkpoint == BASELINE_STEPS
+    (start,) = json.loads((undisturbed.path / "environment.json").read_text())
+    assert start["ranks"] == 4
+    (entry,) = undisturbed.folder.starts
+    assert len(set(entry["nodes"])) == 2
+
+
+def test_the_preflight_says_what_it_measured(undisturbed: Run) -> None:
+    said = undisturbed.sharebert("logs", str(undisturbed.path), "--no-follow")
+    assert "pre-flight: all-reduce of 8 MiB over 4 cpu ranks: right," in said
+    assert "GB/s" in said
+    assert "pre-flight: 2 nodes reach each other" in said
+    assert f"step {BASELINE_STEPS}/{BASELINE_STEPS}" in said, "rank 0 is in the log"
+
+
+def test_status_of_a_finished_run(undisturbed: Run) -> None:
+    lines = undisturbed.sharebert("status", str(undisturbed.path)).splitlines()
+    facts = {key: value.strip() for key, _, value in (line.partition(" ") for line in lines)}
+    assert facts["state"] == "finished"
+    assert facts["step"] == f"{BASELINE_STEPS} of {BASELINE_STEPS}"
+    assert facts["starts"] == "1"
+    assert 0 < float(facts["goodput"].rstrip("%")) < 100
+    assert str(undisturbed.path) in undisturbed.sharebert("status"), "the list of all runs"
+
+
+def test_dry_run_prints_what_a_submission_sends(undisturbed: Run, tmp_path: Path) -> None:
+    """The same script but for the folder, and a torchrun line."""
+    other = Run(undisturbed.slurm, undisturbed.dataset, tmp_path)
+    other.path = undisturbed.path
+    said = other.sharebert(*other.submission("--set=preflight=true", "--time=20"), "--dry-run")
+    (script,) = undisturbed.folder.jobs.glob("*/*_submission.sh")
+    assert said.startswith(script.read_text().rstrip())
+    assert "-m torch.distributed.run --nnodes=2 --nproc-per-node=2 --max-restarts=3" in said
+    assert "--rdzv-endpoint=FIRST_NODE:PORT" in said
+
+
+def test_a_queued_run_is_not_submitted_twice_and_can_be_stopped(run: Run, slurm: SlurmCluster) -> None:
+    job = run.submit("--set=sbatch.hold=true")
+    with pytest.raises(RuntimeError, match=f"job {job} of this run is pending"):
+        run.submit()
+    assert "queued" in run.sharebert("status", str(run.path))
+    assert "was taken out of the queue" in run.sharebert("stop", str(run.path))
+    slurm.wait_for_state(job, "CANCELLED")
+
+
+def test_a_batch_that_the_ranks_do_not_divide(run: Run, tmp_path: Path, dataset: Path) -> None:
+    """11 rows on 4 ranks are 3 + 3 + 3 + 2; the losses are those of one process."""
+    run.finish(run.submit(steps=30, data__global_batch=11))
+    alone = Run(run.slurm, dataset, tmp_path / "alone")
+    alone.finish(alone.submit("--procs-per-node=1", nodes=1, steps=30, data__global_batch=11))
+    assert losses(run.path) == pytest.approx(losses(alone.path), rel=1e-4)
+
+
+def test_several_recipes_are_an_array(run: Run, tmp_path: Path, dataset: Path) -> None:
+    """Each a run of its own, with its own job; interpolation gives each its directory."""
+    recipes = []
+    for name, rate in (("fast", 3e-3), ("slow", 1e-4)):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(f"run: {tmp_path}/{name}\noptimizer:\n  lr: {rate}\nfaults:\n  dry_run: false\n")
+        recipes.append(str(file))
+    given = [
+        word for word in train_arguments(dataset, run.path, steps=10) if not word.startswith(("run=", "optimizer"))
+    ]
+    said = run.sharebert("submit", *recipes, *given, f"--cluster={run.cluster}", "--procs-per-node=1")
+    jobs = [line.split()[-1] for line in said.splitlines()]
+    array = jobs[0].split("_")[0]
+    assert jobs == [f"{array}_0", f"{array}_1"]
+    for job, name in zip(jobs, ("fast", "slow"), strict=True):
+        run.slurm.wait_for_state(job, "COMPLETED", "FAILED", explain=run.tail)
+        said = run.sharebert("status", str(tmp_path / name))
+        assert "state     finished" in said
+        assert f"job       {job} (completed)" in said
+    assert losses(tmp_path / "fast") != losses(tmp_path / "slow")
