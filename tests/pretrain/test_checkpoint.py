@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
@@ -141,6 +142,22 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(
         raise BadInput(line)
     write(tmp_path, 20)  # the run comes there again
     assert checkpoint.newest_whole(tmp_path, pytest.fail).step == 20  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_with_sha256_is_verified_too(tmp_path: Path) -> None:
+    """The first checkpoints have it."""
+    write(tmp_path, 10)
+    folder = tmp_path / "step-00000010"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        del entry["xxh3"]
+        entry["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    checkpoint.verify(checkpoint.read_manifest(folder))
+    manifest["files"]["rank-00001.safetensors"]["sha256"] = "0"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match=r"rank-00001.safetensors: damaged"):
+        checkpoint.verify(checkpoint.read_manifest(folder))
 
 
 def test_old_ones_go_and_chosen_ones_stay(tmp_path: Path) -> None:
