@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pretrain import distributed, slices
-from pretrain.checkpoint import Checkpointer, CheckpointRecipe
+from pretrain.checkpointer import Checkpointer, CheckpointRecipe
 from pretrain.distributed import World
 from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config, set_learning_rate
 from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize

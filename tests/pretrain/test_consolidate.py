@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 
 import sharebert_cli
 from pretrain import checkpoint
-from pretrain.checkpoint import Checkpointer, CheckpointRecipe
+from pretrain.checkpointer import Checkpointer, CheckpointRecipe
 from pretrain.consolidate import consolidate
 from pretrain.masters import CheckpointMasters
 from pretrain.slices import Slice
