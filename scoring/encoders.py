@@ -24,6 +24,7 @@ from sharebert.export import CONFIG, TOKENIZER, check_tensors, load_tokenizer, r
 from sharebert.weights import read_weights
 from sharebert_recipe import BadInput
 
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # None would ask on the terminal
 RANDOM = "random:"  # before a folder: its architecture, with new weights for each seed
 
 
@@ -193,8 +194,8 @@ class HuggingFaceEncoder(Encoder):
                 f"finetune.pooling: {settings.pooling} is for ShareBERT exports; {self.folder} has a head of its class"
             )
         with self._naming_folder():
-            self.config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, use_fast=True)
+            self.config = AutoConfig.from_pretrained(self.folder, **_LOCAL)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, use_fast=True, **_LOCAL)
         if self.tokenizer.pad_token is None:
             raise BadInput(f"{self.folder}: its tokenizer has no padding token")
         self.words = self.config.vocab_size
@@ -220,9 +221,9 @@ class HuggingFaceEncoder(Encoder):
             return AutoModelForSequenceClassification.from_pretrained(
                 self.folder,
                 config=config,
-                local_files_only=True,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # of a classifier for another task
+                **_LOCAL,
             )
 
     def save(self, model: Any, task: Task, scores: str, out: Path) -> None:

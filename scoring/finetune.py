@@ -21,6 +21,7 @@ from torch import nn
 from scoring.data import TaskData, Texts
 from scoring.encoders import Encoded, Encoder
 from scoring.recipe import FineTuneConfig
+from sharebert_recipe import BadInput
 
 WINDOW = 50  # batches among which rows are sorted by length
 PREDICT_BATCH = 128
@@ -29,8 +30,8 @@ Watch = Callable[[int, dict[str, float]], None]
 """Is given a step and what is known after it: `loss`, `lr`, and at the end of an epoch `epoch`."""
 
 
-class Diverged(RuntimeError):
-    """The loss is not finite."""
+class Diverged(BadInput):
+    """The loss is not finite: the learning rate is too high for the model."""
 
 
 @dataclass(frozen=True)

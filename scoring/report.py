@@ -48,9 +48,9 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def file_name(model: str) -> str:
-    """A model's name as the name of a file: what is no letter, digit, dot or minus becomes a minus."""
-    return re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
+def file_name(name: str) -> str:
+    """A model's or task's name as that of a file: what is no letter, digit, dot or minus becomes a minus."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -71,10 +71,10 @@ def read_results(folder: Path) -> list[Result]:
     return sorted(found, key=lambda result: -headline(result))
 
 
-def headline(result: Result, seed: int | None = None) -> float:
-    """The mean of all metrics on the dev splits, over all seeds or of the seed at one place."""
-    dev = [values for split, metrics in result.scores.items() if split != "test" for values in metrics.values()]
-    return mean(mean(values) if seed is None else values[seed] for values in dev)
+def headline(result: Result) -> float:
+    """The mean over seeds of all metrics on the dev splits."""
+    dev = (values for split, metrics in result.scores.items() if split != "test" for values in metrics.values())
+    return mean(mean(values) for values in dev)
 
 
 def table(results: Sequence[Result]) -> str:

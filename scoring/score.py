@@ -19,7 +19,7 @@ from scoring.encoders import Encoded, Encoder, open_encoder
 from scoring.finetune import Classifier, Diverged, fine_tune, latency_ms
 from scoring.metrics import measure
 from scoring.recipe import EvaluateRecipe
-from scoring.report import Board, Result, read_results, table, write_result
+from scoring.report import Board, Result, file_name, read_results, table, write_result
 from sharebert_recipe import BadInput, plain
 
 BASELINES: dict[str, Callable[[TaskData], Baseline]] = {MAJORITY: fit_majority, TFIDF: fit_tfidf}
@@ -52,7 +52,7 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
     rows = {spec: _encode(encoder, data) for spec, encoder in encoders.items()}
     for encoder in encoders.values():
         encoder.build(data.task, 0)  # so that what is damaged is found before an hour is spent on another model
-    folder = Path(recipe.output) / data.task.name
+    folder = Path(recipe.output) / file_name(data.task.name)
     folder.mkdir(parents=True, exist_ok=True)
     read_results(folder)
     for spec in models:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from made_tasks import rows, sst2, tiny_export, write_tsv
 
+from sharebert.dense_export import write_dense
+from sharebert.export import read_export
 from sharebert_cli import main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -128,6 +130,14 @@ def test_a_saved_classifier_is_an_export_and_goes_on(task: Path, export: Path, t
 
     again = ["finetune.epochs=1", "seeds=1", f"output={tmp_path}", "--task", "sst2", "--data", str(task)]
     assert main(["evaluate", str(saved), *again]) == 0
+
+
+def test_a_dense_export_goes_through_as_any_encoder(task: Path, export: Path, tmp_path: Path) -> None:
+    write_dense(tmp_path / "dense", read_export(export), tokenizer=export / "tokenizer.json")
+    arguments = [*FAST, "seeds=1", f"output={tmp_path}", "--task", "sst2", "--data", str(task)]
+    assert main(["evaluate", str(tmp_path / "dense"), *arguments]) == 0
+    (found,) = results(tmp_path / "sst2").values()
+    assert found["scores"]["dev"]["accuracy"][0] > 0.8
 
 
 def test_a_saved_hugging_face_classifier(task: Path, bert: Path, tmp_path: Path) -> None:
