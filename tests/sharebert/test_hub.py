@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bare_environment import try_exports
 from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -233,38 +232,21 @@ def test_what_the_model_card_shows_runs(tmp_path: Path, form: str) -> None:
     assert ("fill" in found) == (form != "headless")
 
 
-ALONE = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"sharebert", "sharebert_recipe", "pretrain", "data_prep"}:
-            raise ImportError(f"No module named {name!r}: blocked by the test", name=name)
-
-sys.meta_path.insert(0, Blocked())
-import json
-import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
-
-folder = sys.argv[1]
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-inputs = tokenizer(["w1 w2 [MASK] w4", "w5"], padding=True, return_tensors="pt")
-model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
-AutoModel.from_pretrained(folder, trust_remote_code=True)
-AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
-print(json.dumps({"logits": model(**inputs).logits[0, 3].tolist(), "attention": model.config._attn_implementation}))
-"""
-
-
-def test_loads_where_this_project_is_not_installed(exported: tuple[Path, ShareBertForMaskedLM], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_exports_load_with_torch_transformers_and_safetensors_alone(
+    exported: tuple[Path, ShareBertForMaskedLM], tmp_path: Path
+) -> None:
+    """In an environment of its own; what runs there stands in `bare_environment.py`."""
     folder, model = exported
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["attention"] == "sdpa"
-    inputs = batch(folder)
-    expected = model.logits(inputs["input_ids"], inputs["attention_mask"])[0, 3]
-    torch.testing.assert_close(torch.tensor(found["logits"]), expected)
+    write_dense(tmp_path / "dense", model, tokenizer=folder.parent / "tokenizer.json")
+    try_exports(folder, tmp_path / "dense", tmp_path)
+
+
+def test_remote_code_needs_no_other_package(exported: tuple[Path, ShareBertForMaskedLM]) -> None:
+    """What transformers' own check finds missing, where nothing but torch and safetensors is installed."""
+    utils = transformers.dynamic_module_utils
+    files = [exported[0] / "hub.py", *map(Path, utils.get_relative_import_files(exported[0] / "hub.py"))]
+    assert {path.name for path in files} >= {"hub.py", "encoder.py", "virtual.py", "kernels.py"}
+    for path in files:
+        needed = {name.partition(".")[0] for name in utils.get_imports(path)}
+        assert needed - set(sys.stdlib_module_names) <= {"torch", "safetensors", "tokenizers", "transformers"}, path

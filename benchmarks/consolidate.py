@@ -1,0 +1,215 @@
+"""Consolidation against `cp` and against DeepSpeed's `zero_to_fp32.py --safe_serialization`, at three model sizes.
+
+    python benchmarks/consolidate.py --save       write one engine's state (ZeRO 2, bf16, 4 ranks) in both formats
+    python benchmarks/consolidate.py --measure    time what was saved, and print the table
+
+The model at 1 x has 46 million parameters; its vocabulary, and with it nearly all of it, is doubled for 2 x and 4 x.
+Each measurement is a process of its own, and the median of three. Columns:
+
+- `seconds`: from the end of its imports; for `cp`, the copying of all that ours reads and writes: checkpoint, export;
+- `with imports`: of the whole process;
+- `RssAnon`: the most anonymous memory, above what `import torch` takes; `largest` is the largest tensor.
+
+`ours, their folder` reads the folder that DeepSpeed saved, and so does `zero_to_fp32`. The files are in the page
+cache, for all alike. Needs about 7 GB of memory to save, and 9 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "benchmark-consolidate"
+MODEL: dict[str, Any] = {
+    "vocab_size": 24576,
+    "factor_size": 768,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+}
+TIMES = (1, 2, 4)
+RANKS = 4
+REPEATS = 3
+
+
+def model_config(times: int) -> Any:
+    from sharebert import ShareBertConfig
+
+    return ShareBertConfig.from_dict(MODEL | {"vocab_size": MODEL["vocab_size"] * times})
+
+
+def save(times: int) -> None:
+    """On each rank: an engine with made-up weights and moments, saved by DeepSpeed and by us."""
+    import torch
+
+    from pretrain import distributed, slices
+    from pretrain.checkpoint import Checkpointer, CheckpointRecipe
+    from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config
+    from sharebert import ShareBertForMaskedLM
+
+    world = distributed.join(timeout_s=600)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = ShareBertForMaskedLM(model_config(times))
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.05, 0.05)
+    settings = {"precision": "bf16", "clip": 0.5, "micro_batch": 1, "micro_batches": 1, "parameters": 1_000_000}
+    engine = build_engine(model, deepspeed_config(zero={"stage": 2}, **settings), OptimizerRecipe())
+    slices.create_moments(engine)
+    folder = OUT / f"{times}x"
+    engine.save_checkpoint(str(folder / "theirs"))
+    run = folder / "run"
+    saver = Checkpointer(run / "checkpoints", CheckpointRecipe(), world.rank, world.ranks, "token", print)
+    torch.distributed.barrier()  # rank 0 clears the folder first
+    if world.is_main:
+        (folder / "config.json").write_text(json.dumps(model_config(times).to_dict()))
+        write_tokenizer(run / "tokenizer.json", model_config(times).vocab_size)
+    torch.distributed.barrier()
+    training = {
+        "model": model_config(times).to_dict(),
+        "tokenizer_sha256": hashlib.sha256((run / "tokenizer.json").read_bytes()).hexdigest(),
+        "loader": {"fingerprint": "made up", "rows_consumed": 0},
+    }
+    saver.save(1, slices.owned(engine, world), slices.shapes(engine), {}, training)
+    saver.finish()
+    torch.distributed.barrier()
+    distributed.leave()
+
+
+def write_tokenizer(path: Path, words: int) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = [*special, *(f"w{i}" for i in range(words - len(special)))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(path))
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def convert(what: str, source: Path, out: Path, config: Path) -> None:
+    """In a process of its own: convert, and print seconds since the imports and the most anonymous memory."""
+    import torch  # noqa: F401
+
+    base = peak = anonymous_bytes()
+
+    def watch() -> None:
+        nonlocal peak
+        while True:
+            peak = max(peak, anonymous_bytes())
+            time.sleep(0.002)
+
+    if what == "zero_to_fp32":
+        sys.path.insert(0, str(source))
+        import zero_to_fp32  # the script that DeepSpeed puts beside what it saves
+
+        def work() -> None:
+            zero_to_fp32.convert_zero_checkpoint_to_state_dict(str(source), str(out), safe_serialization=True)
+    else:
+        from pretrain.consolidate import consolidate
+
+        def work() -> None:
+            consolidate(source, out, config=config if what == "ours, their folder" else None)
+
+    threading.Thread(target=watch, daemon=True).start()
+    started = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - started
+    peak = max(peak, anonymous_bytes())
+    print(json.dumps({"seconds": seconds, "memory": peak - base}))
+
+
+def measured(what: str, source: Path, folder: Path) -> dict[str, float]:
+    """Median seconds, with and without imports, and the highest memory, of several conversions."""
+    out = folder / "out"
+    found = []
+    for _ in range(REPEATS):
+        shutil.rmtree(out, ignore_errors=True)
+        command = [sys.executable, __file__, "--convert", what, str(source), str(out), str(folder / "config.json")]
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        whole = time.perf_counter() - started
+        if done.returncode:
+            sys.exit(f"{what} failed:\n{done.stderr}")
+        found.append(json.loads(done.stdout.splitlines()[-1]) | {"whole": whole})
+    medians = {key: statistics.median(one[key] for one in found) for key in ("seconds", "whole")}
+    return medians | {"memory": max(one["memory"] for one in found)}
+
+
+def copying(checkpoint: Path, export: Path, folder: Path) -> float:
+    """Median seconds of `cp` for all that a consolidation reads and writes."""
+    target, found = folder / "copied", []
+    for _ in range(REPEATS):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        started = time.perf_counter()
+        subprocess.run(["cp", "-r", str(checkpoint), str(export), str(target)], check=True)
+        found.append(time.perf_counter() - started)
+    shutil.rmtree(target)
+    return statistics.median(found)
+
+
+def measure(times: int) -> None:
+    from sharebert.export import tensor_shapes
+
+    folder = OUT / f"{times}x"
+    sizes = [math.prod(shape) for shape in tensor_shapes(model_config(times)).values()]
+    theirs = measured("zero_to_fp32", folder / "theirs", folder)
+    ours_theirs = measured("ours, their folder", folder / "theirs", folder)
+    ours = measured("ours", folder / "run", folder)
+    seconds = copying(folder / "run" / "checkpoints" / "step-00000001", folder / "out", folder)
+    print(f"\n{times} x: {sum(sizes) / 1e6:.0f} million parameters, largest tensor {max(sizes) * 4 / 1e6:.0f} MB")
+    print(f"{'':20}{'seconds':>9}{'of cp':>8}{'with imports':>14}{'RssAnon':>12}")
+    print(f"{'cp':20}{seconds:9.2f}{1:8.2f}")
+    for name, row in (("ours", ours), ("ours, their folder", ours_theirs), ("zero_to_fp32", theirs)):
+        ratio = f"{row['seconds'] / seconds:8.2f}"
+        print(f"{name:20}{row['seconds']:9.2f}{ratio}{row['whole']:14.2f}{row['memory'] / 1e6:9.0f} MB")
+    shutil.rmtree(folder / "out")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="write the states")
+    parser.add_argument("--measure", action="store_true", help="time them; with neither, do both, and delete them")
+    parser.add_argument("--times", type=int, nargs="+", default=TIMES, help="sizes (default 1 2 4)")
+    parser.add_argument("--save-on-this-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--convert", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if given.convert:
+        return convert(given.convert[0], *map(Path, given.convert[1:]))
+    if given.save_on_this_rank:
+        return save(given.save_on_this_rank)
+    both = not (given.save or given.measure)
+    for times in given.times:
+        if given.save or both:
+            shutil.rmtree(OUT / f"{times}x", ignore_errors=True)
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+            subprocess.run([*start, __file__, "--save-on-this-rank", str(times)], check=True, cwd=ROOT)
+        if given.measure or both:
+            measure(times)
+    if both:
+        shutil.rmtree(OUT)
+
+
+if __name__ == "__main__":
+    main()
