@@ -18,7 +18,8 @@ from torch.nn.utils import prune
 
 from sharebert import ShareBertError, ShareBertForMaskedLM
 from sharebert.dense import DenseBert, dense_shapes, dense_tensors
-from sharebert.dense_export import read_dense, write_dense
+from sharebert.dense_export import mapped_dense, read_dense, write_dense
+from sharebert.weights import read_weights
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -134,17 +135,32 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
 
 
-def test_layers_are_independent_linears(written: tuple[Path, ShareBertForMaskedLM]) -> None:
-    """A low-rank update merged into one layer, as LoRA does, leaves every other parameter as it was."""
+def test_layers_are_independent_linears(tmp_path: Path) -> None:
+    """A low-rank update merged into layer 3, as LoRA does, leaves every other parameter as it was."""
     transformers = pytest.importorskip("transformers")
-    stock = transformers.AutoModelForMaskedLM.from_pretrained(written[0])
+    write_dense(tmp_path / "dense", tiny_model(num_hidden_layers=4))
+    stock = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "dense")
     before = {name: value.detach().clone() for name, value in stock.named_parameters()}
-    assert len(linears(stock.bert.encoder.layer)) == 6 * 2
-    target = "bert.encoder.layer.1.attention.self.query.weight"
+    assert len(linears(stock.bert.encoder.layer)) == 6 * 4
+    target = "bert.encoder.layer.3.attention.self.query.weight"
     with torch.no_grad():
         stock.get_parameter(target).add_(torch.randn(24, 2) @ torch.randn(2, 24))
     changed = {name for name, value in stock.named_parameters() if not torch.equal(value, before[name])}
     assert changed == {target}
+
+
+def test_half_precision_is_the_rounding(tmp_path: Path) -> None:
+    model = tiny_model()
+    found = write_dense(tmp_path / "dense", model, dtype=torch.bfloat16)
+    tensors = read_weights(tmp_path / "dense")
+    for name, tensor in dense_tensors(model):
+        assert torch.equal(tensors[name], tensor.bfloat16()), name
+    dense = read_dense(tmp_path / "dense", model.config)
+    tokens = torch.randint(250, (3, 11))
+    mapped = mapped_dense(tmp_path / "dense", model.config)(tokens)
+    for ours, theirs in zip(mapped, dense(tokens), strict=True):
+        assert torch.equal(ours, theirs)
+    assert 1e-4 < found["hidden states"] < 0.1
 
 
 def test_pruning_and_quantisation_take_it(written: tuple[Path, ShareBertForMaskedLM]) -> None:
