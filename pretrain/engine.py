@@ -146,6 +146,10 @@ def check_zero(zero: dict[str, Any]) -> None:
     for key in zero:
         if key not in known:
             raise BadInput(f"zero.{key}: unknown key{nearest(key, known)}")
+    if zero.get("round_robin_gradients"):
+        # It then lays parameters out in another order than its map of fp32 fragments says (0.19.8), and a
+        # checkpoint of ours would hold each parameter's values under another's name.
+        raise BadInput("zero.round_robin_gradients: checkpoints would be wrong with it; leave it away")
 
 
 def import_deepspeed() -> Any:

@@ -99,6 +99,8 @@ def test_deepspeeds_own_keys_win_and_unknown_ones_are_refused() -> None:
         check_zero({"reduce_bucket": 1})
     with pytest.raises(BadInput, match="no ZeRO stage"):
         check_zero({"stage": 5})
+    with pytest.raises(BadInput, match="round_robin_gradients: checkpoints would be wrong"):
+        check_zero({"stage": 2, "round_robin_gradients": True})
 
 
 def test_the_recipe_is_the_authors() -> None:
