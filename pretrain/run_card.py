@@ -33,7 +33,7 @@ def _training(run: RunFolder, taken: list[Checkpoint]) -> str:
     if len(taken) > 1:
         steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in reversed(taken))
         text += f" The weights are the mean of the checkpoints after steps {steps}."
-    return f"{text} The recipe:\n\n```yaml\n{recipe_text(run) or '(not recorded)'}\n```".replace("\n\n```\n", "\n```\n")
+    return f"{text} The recipe:\n\n```yaml\n{recipe_text(run).strip() or '(not recorded)'}\n```"
 
 
 def _data(run: RunFolder, newest: Checkpoint) -> str:

@@ -5,9 +5,11 @@ Unlike the other exports this one is not streamed: torch's exporter holds the de
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -65,8 +67,7 @@ def write_onnx(out: Path, model: ShareBertForMaskedLM) -> None:
     tokens = torch.zeros(2, min(8, model.config.max_position_embeddings), dtype=torch.int64)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)
     outputs = ["last_hidden_state", "pooler_output", "logits"][: 2 if dense.cls is None else 3]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's exporter warns of its own internals
+    with _without_chatter():
         program = torch.onnx.export(
             _Tuple(dense).eval(),
             (tokens, torch.ones_like(tokens), torch.zeros_like(tokens)),
@@ -84,6 +85,20 @@ def write_onnx(out: Path, model: ShareBertForMaskedLM) -> None:
         program.save(Path(folder) / out.name, external_data=size > ONE_FILE_BYTES)
         for path in sorted(Path(folder).iterdir(), reverse=True):  # OUT.data before the OUT that refers to it
             path.replace(out.parent / path.name)
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """torch's exporter warns of its own internals, and logs that torchvision is not there."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Tuple(nn.Module):

@@ -66,9 +66,10 @@ def write_weights(
     metadata: Mapping[str, str] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write `tensors` into `folder`; see `stream_weights`."""
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    stream_weights(folder, specs, tensors.items(), metadata, max_file_bytes)
+    """Write `tensors` into `folder`, wide dtypes first, so that all are aligned; see `stream_weights`."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+    stream_weights(folder, specs, ordered.items(), metadata, max_file_bytes)
 
 
 def stream_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny_models import tiny_config, tiny_model, tiny_tokenizer
 
 import sharebert
+import sharebert_cli
 from sharebert import ShareBertError, ShareBertForMaskedLM
 from sharebert.export import new_export, read_config, read_export, tensor_shapes, write_export
 
@@ -147,3 +149,17 @@ def test_integer_tensors_are_no_weights(tmp_path: Path) -> None:
     write_export(tmp_path / "export", tiny_config(), tensors)
     with pytest.raises(ShareBertError, match=r"is torch\.int8, not of a floating dtype"):
         read_export(tmp_path / "export")
+
+
+def test_the_command_names_a_missing_or_damaged_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line and exit code 2, whichever file it is."""
+    tokenizer = tiny_tokenizer(tmp_path)
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-50])):
+            out = export(tiny_model(), tmp_path / "export", tokenizer)
+            damage(out / file)
+            code = sharebert_cli.main(["fill", "w1 [MASK]", str(out)])
+            text = capsys.readouterr().err
+            assert (code, text.count("\n")) == (2, 1), text
+            assert f"{file}: " in text
+            shutil.rmtree(out)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sharebert import ShareBertError
-from sharebert.weights import INDEX, plan_files, read_weights, write_weights
+from sharebert.weights import INDEX, plan_files, read_weights, stream_weights, write_weights
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -48,6 +48,32 @@ def test_large_models_take_several_files_and_an_index(tmp_path: Path) -> None:
     assert index["weight_map"]["b"] == "model-00002-of-00002.safetensors"
     assert index["metadata"]["total_size"] == 48 + 40 + 14 + 2
     assert same(read_weights(tmp_path))
+
+
+def test_tensors_of_any_dtype_are_aligned(tmp_path: Path) -> None:
+    """Readers map them: one that begins between two of its values could not be viewed."""
+    tensors = {
+        "bytes": torch.arange(3, dtype=torch.int8),
+        "halves": torch.ones(3, dtype=torch.float16),
+        "floats": torch.arange(5.0),
+    }
+    write_weights(tmp_path, tensors)
+    for read in (read_weights(tmp_path), load_file(tmp_path / "model.safetensors")):
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_a_stream_in_pieces_is_the_same_file(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "pieces").mkdir()
+    tensors = {"a": torch.randn(7, 3), "b": torch.randn(5)}
+    write_weights(tmp_path / "whole", tensors, {"step": "3"})
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    pieces = [(name, piece) for name, tensor in tensors.items() for piece in tensor.double().view(-1).split(4)]
+    stream_weights(tmp_path / "pieces", specs, pieces, {"step": "3"})
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "pieces/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="1 values of 'a' are due, 4 of 'b' came"):
+        stream_weights(tmp_path / "pieces", specs, [("a", torch.zeros(20)), ("b", torch.zeros(4))])
 
 
 def test_a_tensor_larger_than_a_file_has_one_of_its_own() -> None:
