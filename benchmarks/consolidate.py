@@ -4,11 +4,11 @@
     python benchmarks/consolidate.py --measure    time what was saved, and print the table
 
 The model at 1 x has 46 million parameters; its vocabulary, and with it nearly all of it, is doubled for 2 x and 4 x.
-Each measurement is a process of its own, and the median of three. Columns:
+Each measurement is a process of its own, and the median of several is shown. Columns:
 
 - `seconds`: from the end of its imports; for `cp`, the copying of all that ours reads and writes: checkpoint, export;
 - `with imports`: of the whole process;
-- `RssAnon`: the most anonymous memory, above what `import torch` takes; `largest` is the largest tensor.
+- `RssAnon`: the most anonymous memory, above what `import torch` takes.
 
 `ours, their folder` reads the folder that DeepSpeed saved, and so does `zero_to_fp32`. The files are in the page
 cache, for all alike. Needs about 7 GB of memory to save, and 9 GB of disk.
@@ -41,7 +41,6 @@ MODEL: dict[str, Any] = {
 }
 TIMES = (1, 2, 4)
 RANKS = 4
-REPEATS = 3
 
 
 def model_config(times: int) -> Any:
@@ -138,11 +137,11 @@ def convert(what: str, source: Path, out: Path, config: Path) -> None:
     print(json.dumps({"seconds": seconds, "memory": peak - base}))
 
 
-def measured(what: str, source: Path, folder: Path) -> dict[str, float]:
+def measured(what: str, source: Path, folder: Path, repeats: int) -> dict[str, float]:
     """Median seconds, with and without imports, and the highest memory, of several conversions."""
     out = folder / "out"
     found = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, __file__, "--convert", what, str(source), str(out), str(folder / "config.json")]
         started = time.perf_counter()
@@ -155,10 +154,10 @@ def measured(what: str, source: Path, folder: Path) -> dict[str, float]:
     return medians | {"memory": max(one["memory"] for one in found)}
 
 
-def copying(checkpoint: Path, export: Path, folder: Path) -> float:
+def copying(checkpoint: Path, export: Path, folder: Path, repeats: int) -> float:
     """Median seconds of `cp` for all that a consolidation reads and writes."""
     target, found = folder / "copied", []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
         started = time.perf_counter()
@@ -168,15 +167,15 @@ def copying(checkpoint: Path, export: Path, folder: Path) -> float:
     return statistics.median(found)
 
 
-def measure(times: int) -> None:
+def measure(times: int, repeats: int) -> None:
     from sharebert.export import tensor_shapes
 
     folder = OUT / f"{times}x"
     sizes = [math.prod(shape) for shape in tensor_shapes(model_config(times)).values()]
-    theirs = measured("zero_to_fp32", folder / "theirs", folder)
-    ours_theirs = measured("ours, their folder", folder / "theirs", folder)
-    ours = measured("ours", folder / "run", folder)
-    seconds = copying(folder / "run" / "checkpoints" / "step-00000001", folder / "out", folder)
+    theirs = measured("zero_to_fp32", folder / "theirs", folder, repeats)
+    ours_theirs = measured("ours, their folder", folder / "theirs", folder, repeats)
+    ours = measured("ours", folder / "run", folder, repeats)
+    seconds = copying(folder / "run" / "checkpoints" / "step-00000001", folder / "out", folder, repeats)
     print(f"\n{times} x: {sum(sizes) / 1e6:.0f} million parameters, largest tensor {max(sizes) * 4 / 1e6:.0f} MB")
     print(f"{'':20}{'seconds':>9}{'of cp':>8}{'with imports':>14}{'RssAnon':>12}")
     print(f"{'cp':20}{seconds:9.2f}{1:8.2f}")
@@ -191,6 +190,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the states")
     parser.add_argument("--measure", action="store_true", help="time them; with neither, do both, and delete them")
     parser.add_argument("--times", type=int, nargs="+", default=TIMES, help="sizes (default 1 2 4)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
     parser.add_argument("--save-on-this-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--convert", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -206,7 +206,7 @@ def main() -> None:
             start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
             subprocess.run([*start, __file__, "--save-on-this-rank", str(times)], check=True, cwd=ROOT)
         if given.measure or both:
-            measure(times)
+            measure(times, given.repeats)
     if both:
         shutil.rmtree(OUT)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from .config import ShareBertConfig
 from .heads import ShareBertForMaskedLM
+from .shapes import without_weights
 
 _CARD = """\
 ---
@@ -136,7 +135,7 @@ def _transformers(config: ShareBertConfig, trust: str) -> str:
 
 
 def _sizes(config: ShareBertConfig) -> dict[str, str]:
-    with torch.device("meta"):
+    with without_weights():
         model = ShareBertForMaskedLM(config)
     head = {"untied": "a decoder of its own", "tied": "tied to the word embeddings", "none": "none"}[config.mlm_head]
     generated = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .config import ShareBertConfig, ShareBertError
 from .encoder import Layer, ShareBert, visible
 from .heads import MlmHead, ShareBertForMaskedLM
+from .shapes import without_weights
 
 MODEL_TYPE = "megatron-bert"
 
@@ -151,7 +152,7 @@ def dense_shapes(config: ShareBertConfig) -> dict[str, tuple[int, ...]]:
     Raises ShareBertError where the MLM head has no dense form.
     """
     check_fits(config)
-    with torch.device("meta"):
+    with without_weights():
         model = DenseBert(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 

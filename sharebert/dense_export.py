@@ -18,6 +18,7 @@ from .config import ShareBertConfig, ShareBertError
 from .dense import MODEL_TYPE, DenseBert, check_fits, dense_pieces, dense_shapes
 from .export import CARD, CONFIG, new_export, write_json, write_tokenizer
 from .heads import ShareBertForMaskedLM
+from .shapes import without_weights
 from .weights import read_weights, stream_weights
 
 CHECK_ROWS, CHECK_TOKENS = 2, 64
@@ -71,7 +72,7 @@ def read_dense(folder: Path, config: ShareBertConfig) -> DenseBert:
     tensors = read_weights(folder)
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dense_shapes(config):
         raise ShareBertError(f"{folder}: not the tensors of this model's dense form")
-    with torch.device("meta"):
+    with without_weights():
         model = DenseBert(config)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.eval()
@@ -80,7 +81,7 @@ def read_dense(folder: Path, config: ShareBertConfig) -> DenseBert:
 def mapped_dense(folder: Path, config: ShareBertConfig) -> DenseBert:
     """As `read_dense`, for a model of any size: weights stay on disk, and become float32 one module at a time."""
     tensors = read_weights(folder)
-    with torch.device("meta"):
+    with without_weights():
         model = DenseBert(config).eval()
 
     def take(module: nn.Module, *_: Any) -> None:

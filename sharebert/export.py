@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .card import model_card
 from .config import ShareBertConfig, ShareBertError
 from .heads import ShareBertForMaskedLM
+from .shapes import without_weights
 from .weights import read_weights, write_weights
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG, CARD = "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"
@@ -64,7 +64,7 @@ SPECIAL_TOKENS = {
 
 def tensor_shapes(config: ShareBertConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in an export of such a model."""
-    with torch.device("meta"):
+    with without_weights():
         model = ShareBertForMaskedLM(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
@@ -174,7 +174,7 @@ def read_export(folder: Path) -> ShareBertForMaskedLM:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ShareBertError(f"{folder}: tensor '{name}' is {tensor.dtype}, not of a floating dtype")
-    with torch.device("meta"):
+    with without_weights():
         model = ShareBertForMaskedLM(config)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.eval()

@@ -21,6 +21,7 @@ from .dense import DenseBert, check_fits, dense_tensors
 from .dense_export import write_dense_files
 from .export import new_export
 from .heads import ShareBertForMaskedLM
+from .shapes import without_weights
 
 FILE = "model.onnx"
 
@@ -61,7 +62,7 @@ def write_onnx(out: Path, model: ShareBertForMaskedLM) -> None:
         import onnxscript  # noqa: F401 (torch.onnx imports it, and says less)
     except ImportError as error:
         raise ShareBertError("an ONNX export needs two more packages: pip install onnx onnxscript") from error
-    with torch.device("meta"):
+    with without_weights():
         dense = DenseBert(model.config)
     dense.load_state_dict(dict(dense_tensors(model)), assign=True)
     tokens = torch.zeros(2, min(8, model.config.max_position_embeddings), dtype=torch.int64)

@@ -200,10 +200,11 @@ def test_trainer_fine_tunes(exported: tuple[Path, ShareBertForMaskedLM], tmp_pat
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(5, 120, (64, 8), generator=generator)
     rows = [{"input_ids": ids + 120 * label, "labels": label} for ids in words for label in (0, 1)]
+    transformers.set_seed(0)  # the classifier starts at random
     model = transformers.AutoModelForSequenceClassification.from_pretrained(exported[0], num_labels=2, **REMOTE)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
-        max_steps=60,
+        max_steps=100,
         per_device_train_batch_size=32,
         learning_rate=3e-3,
         report_to=[],
