@@ -105,7 +105,7 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
     """Compare the checksums of `files` (default: all). Raises BadInput, naming the first that differs."""
     names = list(checkpoint.manifest["files"] if files is None else files)
-    with ThreadPoolExecutor(max_workers=min(len(os.sched_getaffinity(0)), 8)) as threads:  # hashing frees the GIL
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as threads:  # hashing frees the GIL
         sums = threads.map(lambda name: _checksum(checkpoint.folder / name), names)
         for name, found_sum in zip(names, sums, strict=True):
             if found_sum != checkpoint.manifest["files"][name]["xxh3_128"]:

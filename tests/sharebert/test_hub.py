@@ -40,6 +40,8 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         cache = str(tmp_path_factory.mktemp("modules"))
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
         patch.syspath_prepend(cache)
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)  # of other tests, from another cache
         yield
 
 
