@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from sharebert_recipe import BadInput
 
@@ -50,12 +51,19 @@ def join(timeout_s: float) -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == ranks:
+    on_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == ranks
+    if on_one_machine:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, LOOPBACK)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    if "MASTER_ADDR" in os.environ:
+    if "MASTER_ADDR" in os.environ and on_one_machine:
+        # torchrun keeps one store over its restarts of the workers, where gloo would find addresses of the dead.
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    elif "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed asks for them

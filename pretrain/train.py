@@ -184,9 +184,10 @@ class Trainer:
         )
         self.engine = build_engine(model, self.deepspeed_keys, recipe.optimizer)
         self.saver = Saver(recipe.checkpoint, run, world, self.engine, self.loader, self.ours)
-        self.first_step = self.saver.load(found, recipe.seed) if found else 0
-        if recipe.faults.dry_run and self.first_step < recipe.steps:
+        if recipe.faults.dry_run and (found is None or found.step < recipe.steps):
+            # Before the load: after one, ZeRO 3 would record an order of parameters that later steps do not keep.
             dry_run(self.engine, self.loader, self.forward, recipe.optimizer.clip)
+        self.first_step = self.saver.load(found, recipe.seed) if found else 0
         self.meter = Meter(world, choice.config, datasets[0].seq_len, recipe.data, micro_rows, recipe.monitor)
         if world.is_main:
             self.start_run()
