@@ -16,7 +16,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -87,7 +87,7 @@ def open_dataset(path: str | Path, cache: CacheConfig | None = None) -> Dataset:
         cache: read through copies on local disk; a URL needs one.
 
     Raises BadInput, naming the file: no manifest, one that is damaged or of another format, a shard or a
-    tokenizer that is missing, a shard of another size.
+    tokenizer that is missing, a shard of another size, a tokenizer that is not the dataset's.
     """
     remote = "://" in str(path)
     if remote and cache is None:
@@ -121,7 +121,7 @@ def open_dataset(path: str | Path, cache: CacheConfig | None = None) -> Dataset:
 
 
 def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise BadInput, naming the file, where a shard or the tokenizer is missing or a shard has another size."""
+    """Raise BadInput, naming the file: one that is missing, a shard of another size, another tokenizer."""
     for shard in all_shards(manifest):
         file = folder / shard["name"]
         try:
@@ -130,8 +130,14 @@ def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise BadInput(f"{file}: missing; copy it again or make the dataset again") from error
         if size != shard["bytes"]:
             raise BadInput(f"{file}: {size} bytes where the manifest says {shard['bytes']}; copy it again")
-    if not (folder / TOKENIZER).is_file():
-        raise BadInput(f"{folder / TOKENIZER}: missing; copy it again or make the dataset again")
+    tokenizer = folder / TOKENIZER
+    if not tokenizer.is_file():
+        raise BadInput(f"{tokenizer}: missing; copy it again or make the dataset again")
+    if file_sha256(tokenizer) != manifest["tokenizer_sha256"]:
+        raise BadInput(
+            f"{tokenizer}: damaged, or not the tokenizer of this dataset (its checksum is not the manifest's); "
+            "copy it again or make the dataset again"
+        )
 
 
 def all_shards(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -172,13 +178,21 @@ class Dataset:
             raise BadInput(f"{self.path}: no split '{name}' (there are: {', '.join(SPLITS)})")
         return self._splits[name]
 
-    def verify(self) -> None:
-        """Read every byte and compare checksums; raises BadInput, naming the file that is damaged."""
+    def files_to_verify(self) -> list[str]:
+        """Shards that nobody has compared with the manifest yet: all, or none where a cache does so when it copies."""
+        return [shard["name"] for shard in all_shards(self.manifest)] if isinstance(self._files, LocalFiles) else []
+
+    def verify(self, names: Sequence[str] | None = None) -> None:
+        """Read every byte and compare checksums; raises BadInput, naming the file that is damaged.
+
+        Args:
+            names: of shards, as the manifest has them; none: all shards, and the tokenizer.
+        """
         expected = {shard["name"]: shard["sha256"] for shard in all_shards(self.manifest)}
         expected[TOKENIZER] = self.manifest["tokenizer_sha256"]
-        for name, digest in expected.items():
+        for name in expected if names is None else names:
             with self._files.open(name) as file:
-                if sha256(file) != digest:
+                if sha256(file) != expected[name]:
                     raise BadInput(f"{self.path / name}: damaged (its checksum is not the manifest's); copy it again")
 
 

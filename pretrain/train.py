@@ -50,6 +50,7 @@ from pretrain.model import (
 from pretrain.monitor import Monitor, MonitorRecipe
 from pretrain.run_folder import RunFolder
 from pretrain.saving import Saver, find_checkpoint
+from pretrain.shard_check import ShardCheck
 from pretrain.stop import StopRequest
 from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate, validate
 from pretrain.watchdog import Watchdog
@@ -160,6 +161,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.run, self.world, self.stop = recipe, run, world, stop
         self.datasets = datasets
+        self.shard_check = ShardCheck(datasets, world.rank, world.ranks)
         self.loader = Loader(datasets, recipe.data, recipe.seed, world.rank, world.ranks)
         self.bad_rows = BadRowsFile(run.bad_rows, world, self.report)
         self.skips = SkippedSteps(recipe.faults, self.bad_rows, self.report)
@@ -217,6 +219,7 @@ class Trainer:
         while step < steps and not stopping:
             self.bad_rows.pass_over(self.loader, self.recipe.data.global_batch)
             batch = next(self.loader)
+            self.shard_check.raise_damage()
             step += 1
             stopping = self.step(step, batch)
             if self.skips.too_many:
@@ -324,6 +327,7 @@ class Trainer:
         with self.watchdog.patient("the last checkpoint", self.recipe.checkpoint.write_timeout_s):
             saved = self.saver.finish()
         self.loader.close()
+        self.shard_check.close()
         self.monitor.close()
         finished = step == self.recipe.steps
         if finished and not saved:
