@@ -54,7 +54,7 @@ def save(times: int) -> None:
     import torch
 
     from pretrain import distributed, slices
-    from pretrain.checkpoint import Checkpointer, CheckpointRecipe
+    from pretrain.checkpointer import Checkpointer, CheckpointRecipe
     from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config
     from sharebert import ShareBertForMaskedLM
 

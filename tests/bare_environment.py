@@ -4,8 +4,8 @@
 
 The environment is a new one of `venv`, without pip; its site-packages are links to the installed torch,
 transformers and safetensors, and to exactly what their metadata requires: no triton, no deepspeed, and not this
-project. In it run the Python snippets of both exports' cards and of the project's pages (where these name the
-demo's exports, the given ones are taken), on a copy by `save_pretrained` too, and what `IN_THERE` says.
+project. In it run the Python snippets of both exports' cards and of the project's pages (for the exports
+that these name, the given ones are taken), on a copy by `save_pretrained` too, and what `IN_THERE` says.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ LEFT_OUT = {"triton"}
 """A CUDA build of torch requires it; without it, torch still works."""
 
 PAGES = ("README.md", "docs/exports.md")
-DEMO_EXPORT, DEMO_DENSE = "out/demo/export", "out/demo/dense"
+COMPACT_IN_PAGES, DENSE_IN_PAGES = ("out/demo/export", "/data/exports/base"), ("out/demo/dense",)
+"""What the pages call an export of each form."""
 
 IN_THERE = """
 import importlib.util, json, sys
@@ -111,7 +112,10 @@ def snippets(compact: Path, dense: Path, copy: Path) -> list[tuple[str, str]]:
     for page in PAGES:
         for code in _python_blocks(ROOT / page):
             if "from_pretrained(" in code:
-                found.append((page, code.replace(DEMO_EXPORT, str(compact)).replace(DEMO_DENSE, str(dense))))
+                for folder, names in ((compact, COMPACT_IN_PAGES), (dense, DENSE_IN_PAGES)):
+                    for name in names:
+                        code = code.replace(f'"{name}"', f'"{folder}"')
+                found.append((page, code))
     for card, folders in ((compact, (compact, copy)), (dense, (dense,))):
         code = "\n".join(_python_blocks(card / "README.md"))
         found += [(str(folder), code.replace("path/to/this/folder", str(folder))) for folder in folders]

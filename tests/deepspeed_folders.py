@@ -19,6 +19,7 @@ from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config, set
 from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 
 STEPS = 3
+LR = 1e-2
 
 CASES: dict[str, dict[str, Any]] = {
     f"{stage}-{precision}": {"stage": stage, "precision": precision}
@@ -60,7 +61,7 @@ def save_both(folder: Path, world: World, case: dict[str, Any]) -> None:
         parameters=20_000,
     )
     engine = build_engine(model, config, OptimizerRecipe())
-    set_learning_rate(engine, 1e-2)
+    set_learning_rate(engine, LR)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step * world.ranks + world.rank)
         tokens = torch.randint(5, 300, (2, 16), generator=generator)
