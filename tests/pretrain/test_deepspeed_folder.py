@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed_folders
 import pytest
 import torch
-from deepspeed_folders import CASES, CONFIG, STEPS
+from deepspeed_folders import CASES, CONFIG, LR, STEPS
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_runs import torchrun
@@ -65,12 +65,12 @@ def test_it_agrees_with_the_working_weights(folders: Path, case: str) -> None:
     shapes = tensor_shapes(CONFIG)
     assert {name: tuple(shape) for name, shape in masters.shapes.items()} == shapes
     state = folders / case.replace("3-", "2-") / "theirs" / f"global_step{STEPS}" / "mp_rank_00_model_states.pt"
+    # Stage 3 keeps no whole working weights: those of stage 2 stand in. The two may step a parameter whose gradient
+    # is all rounding to different sides.
+    tolerance = 2 * STEPS * LR if case == "3-frozen" else 1e-2
     for name, working in torch.load(state, weights_only=True)["module"].items():
         values = masters.read(name, 0, working.numel())
-        # Stage 3 keeps no whole working weights: those of stage 2 stand in. A key's bias has no true gradient, and
-        # there Adam makes steps of the rounding.
-        if not (case == "3-frozen" and "key_bias" in name):
-            torch.testing.assert_close(values, working.flatten().float(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(values, working.flatten().float(), rtol=1e-2, atol=tolerance)
         assert torch.equal(masters.read(name, 3, working.numel() - 5), values[3:-2])
 
 
