@@ -205,7 +205,7 @@ def _with_config(parser: argparse.ArgumentParser, schema: str) -> None:
     """Let a verb take `CONFIG [key=value ...]`; its `--help` ends with the keys of `schema`, "module:class"."""
     parser.add_argument("config", help="path of a recipe, or the name of one that ships with the project")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")
-    parser.set_defaults(schema=schema)
+    parser.set_defaults(schema=schema, words_are="overrides")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -246,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="key=value", help="any key of the cluster recipe, as env.X=1"
     )
     sub.add_argument("--dry-run", action="store_true", help="print the batch script and the torchrun line")
-    sub.set_defaults(schema="cluster.recipe:ClusterRecipe")
+    sub.set_defaults(schema="cluster.recipe:ClusterRecipe", words_are="words")
     sub = verb("status", status, "How a run stands; without RUN, a line for each that was submitted.")
     sub.add_argument("run", type=Path, nargs="?", help="directory of the run")
     sub = verb("logs", logs, "Follow rank 0 of a run, or show the rank that failed first.")
@@ -295,7 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", help="folder with {train,dev,test}.{tsv,csv,parquet,jsonl}; default: the hub")
     sub.add_argument("--recipe", help="path or shipped name of a recipe")
     sub.add_argument("--save", type=Path, metavar="OUT", help="keep the best fine-tuned classifier as an export")
-    sub.set_defaults(schema="scoring.recipe:EvaluateRecipe")
+    sub.set_defaults(schema="scoring.recipe:EvaluateRecipe", words_are="models")
     sub = verb("fill", fill, "Fill [MASK] in a text.")
     sub.add_argument("text", help="a text with [MASK]")
     sub.add_argument("export", type=Path, help="directory of an export")
@@ -309,7 +309,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     if arguments and {"-h", "--help"} & set(arguments[1:]):
         _add_keys_to_help(parser, arguments[0])
-    given = parser.parse_args(arguments)
+    given, later = parser.parse_known_args(arguments)
+    if later and (not hasattr(given, "words_are") or any(word.startswith("-") for word in later)):
+        parser.error(f"unrecognized arguments: {' '.join(later)}")
+    if later:  # argparse takes words up to the first option; those behind it count as much
+        getattr(given, given.words_are).extend(later)
     try:
         return int(given.verb(given))
     except Exception as error:
