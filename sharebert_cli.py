@@ -35,7 +35,7 @@ def train(given: argparse.Namespace) -> int:
 
 def plan(given: argparse.Namespace) -> int:
     from pretrain.plan import report
-    from pretrain.train import TrainRecipe
+    from pretrain.recipe import TrainRecipe
 
     print(report(load(TrainRecipe, given.config, given.overrides), gpus=given.gpus, gpu=given.gpu))
     return FINISHED
@@ -129,7 +129,7 @@ def _trainings(configs: list[str], overrides: list[str], on: Any) -> tuple[list[
     """Trainings to submit, and their resolved recipes as YAML; paths absolute, as a job may start elsewhere."""
     from cluster.folder import ClusterFolder
     from cluster.launch import Training
-    from pretrain.train import TrainRecipe
+    from pretrain.recipe import TrainRecipe
     from sharebert_recipe import to_yaml
 
     trainings, recipes = [], []
@@ -229,9 +229,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="I/N",
         help="do the I-th of N shares of the work (I from 0); a last run without --task finishes the dataset",
     )
-    _with_config(verb("train", train, "Train, or go on, on one process."), "pretrain.train:TrainRecipe")
+    _with_config(verb("train", train, "Train, or go on, on one process."), "pretrain.recipe:TrainRecipe")
     sub = verb("plan", plan, "What a training will cost: parameters, memory, FLOPs, hours.")
-    _with_config(sub, "pretrain.train:TrainRecipe")
+    _with_config(sub, "pretrain.recipe:TrainRecipe")
     sub.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
     sub.add_argument("--gpu", default="h100", help="kind of GPU (default h100)")
     sub = verb("submit", submit, "Submit trainings, or prep, to SLURM, and keep them alive; or run them here.")

@@ -47,7 +47,7 @@ def table() -> bool:
     from pretrain.batches import MicroBatch
     from pretrain.data import open_datasets
     from pretrain.heldout import unigram_entropy
-    from pretrain.train import TrainRecipe
+    from pretrain.recipe import TrainRecipe
     from pretrain.validate import validate
     from sharebert.export import read_export
     from sharebert_recipe import load

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,8 @@ def _submit(
             gpus_per_node=recipe.gpus_per_node,
             stderr_to_stdout=True,
         )
-        return [local.submit(call).job_id for call in calls]
+        with _without_terminal():
+            return [local.submit(call).job_id for call in calls]
     try:
         executor = SlurmExecutor(files, python=_python(recipe))
     except RuntimeError as error:
@@ -147,6 +150,22 @@ def _submit(
     except (FailedJobError, FailedSubmissionError) as error:
         raise BadInput(f"sbatch refused the job: {' '.join(str(error).split())}") from error
     return [job.job_id for job in submitted]
+
+
+@contextmanager
+def _without_terminal() -> Iterator[None]:
+    """What starts in here has no standard streams: a job must not hold a pipe open that reads what `submit` says."""
+    kept = [os.dup(stream) for stream in (0, 1, 2)]
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    try:
+        for stream in (0, 1, 2):
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        for stream, copy in enumerate(kept):
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(nowhere)
 
 
 def _python(recipe: ClusterRecipe) -> str:

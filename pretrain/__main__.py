@@ -22,7 +22,8 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
     if under_torchrun:
         stop_with_the_launcher()
     from pretrain import distributed
-    from pretrain.train import BAD_INPUT, FAILED, FINISHED, STOPPED, TrainRecipe, train
+    from pretrain.recipe import TrainRecipe
+    from pretrain.train import BAD_INPUT, FAILED, FINISHED, STOPPED, train
 
     joined = False
     try:

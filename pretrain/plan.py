@@ -15,7 +15,7 @@ from sharebert import SIZES, ShareBertConfig, ShareBertForMaskedLM
 from sharebert_recipe import BadInput, nearest
 
 if TYPE_CHECKING:
-    from pretrain.train import TrainRecipe
+    from pretrain.recipe import TrainRecipe
 
 PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "a40": 150e12, "v100": 125e12}
 """Dense bf16 (V100: fp16) FLOP/s of one GPU, from the makers' data sheets (SXM where there is a choice)."""

@@ -8,26 +8,18 @@ together, so that neither the number of ranks nor the accumulation changes it.
 from __future__ import annotations
 
 import traceback
-from dataclasses import field
-from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from data_prep.shards import Dataset
 from pretrain import distributed
 from pretrain.bad_rows import BadRowsFile
 from pretrain.batches import MicroBatch
 from pretrain.changed_world import identity, report_changes
-from pretrain.checkpointer import CheckpointRecipe
-from pretrain.data import DataRecipe, Loader, StepBatch, micro_shape, open_datasets
+from pretrain.data import Loader, StepBatch, micro_shape, open_datasets
 from pretrain.distributed import World
 from pretrain.dry_run import dry_run
 from pretrain.engine import (
-    OptimizerRecipe,
-    Precision,
-    ScheduleRecipe,
     build_engine,
     check_zero,
     compile_layers,
@@ -38,7 +30,7 @@ from pretrain.engine import (
     set_learning_rate,
 )
 from pretrain.environment import environment
-from pretrain.faults import FaultsRecipe, SkippedSteps, SlowRanks, SpikeDetector
+from pretrain.faults import SkippedSteps, SlowRanks, SpikeDetector
 from pretrain.meter import Meter
 from pretrain.model import (
     ModelChoice,
@@ -47,59 +39,18 @@ from pretrain.model import (
     refuse_dropout_within_documents,
     refuse_other_tokenizer,
 )
-from pretrain.monitor import Monitor, MonitorRecipe
+from pretrain.monitor import Monitor
+from pretrain.recipe import TrainRecipe
 from pretrain.run_folder import RunFolder
 from pretrain.saving import Saver, find_checkpoint
 from pretrain.shard_check import ShardCheck
 from pretrain.stop import StopRequest
-from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate, validate
+from pretrain.validate import refuse_nothing_to_validate, validate
 from pretrain.watchdog import Watchdog
-from sharebert_recipe import STRICT, BadInput, plain, to_yaml
+from sharebert_recipe import BadInput, plain, to_yaml
 
 FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 """Exit codes of a launch."""
-
-
-@dataclass(config=STRICT, kw_only=True)
-class TrainRecipe:
-    """A training run. The same recipe started again goes on from the newest whole checkpoint."""
-
-    SHORTHAND: ClassVar[dict[str, str]] = {"model": "size", "zero": "stage", "data": "dataset"}
-
-    run: str
-    """Directory of the run."""
-    data: DataRecipe
-    """What it reads."""
-    steps: Annotated[int, Field(gt=0)] = 23_000
-    """Optimizer steps in all."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Of the first weights, order, masks and dropout."""
-    model: dict[str, Any] = field(default_factory=lambda: {"size": "sharebert-base"})
-    """`size` (sharebert-small, -base or -large), any key of config.json, `init` (variance or authors), or
-    `init_from`, an export to go on from."""
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    """AdamW."""
-    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
-    """Learning rate over the steps."""
-    precision: Precision = "bf16"
-    """Of the products: fp32, bf16, or (on CUDA) fp16. Master weights and moments are fp32."""
-    recompute: bool = False
-    """Keep the input of each layer alone, and make the rest again in the backward pass: a third more work, for
-    micro-batches that would not fit into memory otherwise."""
-    compile: bool = False
-    """Run the layers through torch.compile, in place of this project's kernels. Not with ZeRO 3."""
-    zero: dict[str, Any] = field(default_factory=lambda: {"stage": 1})
-    """`stage` (0 to 3) and any key of DeepSpeed's `zero_optimization`."""
-    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
-    """When checkpoints are made."""
-    validate: ValidateRecipe = field(default_factory=ValidateRecipe)
-    """When held-out rows are scored."""
-    monitor: MonitorRecipe = field(default_factory=MonitorRecipe)
-    """What is logged."""
-    faults: FaultsRecipe = field(default_factory=FaultsRecipe)
-    """What is done about steps that are not finite, spikes, ranks that hang or are slow, and memory."""
-    collective_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A collective that some rank does not join for so long ends the launch."""
 
 
 def train(recipe: TrainRecipe, world: World, stop: StopRequest) -> int:

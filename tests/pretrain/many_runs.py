@@ -30,6 +30,7 @@ import torch.distributed as dist
 from pretrain import distributed
 from pretrain import train as training
 from pretrain.distributed import World
+from pretrain.recipe import TrainRecipe
 from pretrain.run_folder import RunFolder
 from pretrain.stop import StopRequest
 from sharebert_recipe import load
@@ -80,7 +81,7 @@ class FaultyTrainer(training.Trainer):
 Trainer = training.Trainer
 
 
-def train(recipe: training.TrainRecipe, world: World, run: dict[str, Any]) -> int:
+def train(recipe: TrainRecipe, world: World, run: dict[str, Any]) -> int:
     faulty = any(key in run for key in ("bad_rows", "bad_steps", "slow_s"))
     training.Trainer = type("Faulty", (FaultyTrainer,), {"plan": run}) if faulty else Trainer
     stop = StopAfter(run["stop_after"]) if "stop_after" in run and world.is_main else StopRequest()
@@ -94,7 +95,7 @@ def copy_run(source: Path, target: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def save_again(recipe: training.TrainRecipe, world: World) -> None:
+def save_again(recipe: TrainRecipe, world: World) -> None:
     """Load and save without a step between: what comes out is what the engine holds. Facts for the test as well."""
     run = RunFolder(recipe.run)
     accepted = training._accept(recipe, run, world)
@@ -117,7 +118,7 @@ def main() -> None:
     world = distributed.join(timeout_s=120)
     results: list[dict[str, Any]] = []
     for run in json.loads(plan.read_text()):
-        recipe = load(training.TrainRecipe, None, run["overrides"])
+        recipe = load(TrainRecipe, None, run["overrides"])
         if "copy" in run and world.is_main:
             copy_run(Path(run["copy"][0]), Path(recipe.run), run["copy"][1])
         dist.barrier()
