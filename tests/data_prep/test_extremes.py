@@ -19,11 +19,11 @@ from data_prep import shards
 
 WORKER_BYTES = 1_500_000_000
 CLEANING = [
-    "unicode=nfc",
-    "max_symbols=0.99",
-    "max_repetition=0.9999999",
-    "exact_duplicates=true",
-    "near_duplicates=0.8",
+    "clean.unicode=nfc",
+    "clean.max_symbols=0.99",
+    "clean.max_repetition=0.9999999",
+    "clean.exact_duplicates=true",
+    "clean.near_duplicates=0.8",
 ]
 SHORT_WORDS = "a bc def " * (1 << 17)
 
