@@ -4,8 +4,8 @@
 
 Sizes are those of sharebert-small, rows of 128 tokens. `ours` is what `sharebert.kernels` and `sharebert.virtual`
 do on this device, `plain` the same in the obvious PyTorch; a round runs both in turn, and a ratio is the median over
-the rounds. Memory is the highest sum of what the operation allocated and had not yet freed. On a CPU the norm, GELU
-and attention of `sharebert.kernels` are the plain form, so they are compared on CUDA alone.
+the rounds. Memory is the highest sum of what the operation allocated and had not yet freed. Norm, GELU
+and attention are compared on CUDA alone.
 
 The last line holds the virtual weights against their own FLOPs: their products forward and backward, at the rate of a
 product of two 2048 x 2048 matrices in the same rounds (bar: 1.3 x).
