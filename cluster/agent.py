@@ -92,6 +92,9 @@ class Agent:
         given = {name: str(value) for name, value in self.training.recipe.env.items()}
         defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         defaults["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
+        # Workers that are started again in place would find the addresses of the dead in a store that they share with
+        # torchrun (torch 2.13), and wait for them without end.
+        defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         return after_setup(self.training.recipe.setup, defaults | dict(os.environ) | given)
 
     def _run(self, place: Place, folder: ClusterFolder, environment: dict[str, str], signals: Signals) -> int:
