@@ -21,6 +21,7 @@ class Run:
     def __init__(self, slurm: SlurmCluster, dataset: Path, folder: Path) -> None:
         self.slurm, self.dataset, self.path = slurm, dataset, folder / "run"
         self.folder = ClusterFolder(self.path)
+        folder.mkdir(exist_ok=True)
         self.recipe, self.cluster = folder / "tiny.yaml", folder / "cluster.yaml"
         self.recipe.write_text("precision: fp32\nfaults:\n  dry_run: false\n")
         self.cluster.write_text(RECIPE)
