@@ -57,4 +57,7 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")
     parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
     given = parser.parse_args()
-    sys.exit(launch(given.config, given.overrides, debug=given.debug))
+    code = launch(given.config, given.overrides, debug=given.debug)
+    from pretrain.distributed import exit_now
+
+    exit_now(code)

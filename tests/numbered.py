@@ -37,15 +37,21 @@ def numbers_of(original: np.ndarray) -> np.ndarray:
 
 
 def numbered_dataset(
-    folder: Path, train: Sequence[int], validation: Sequence[int] = (7,), first: int = 0, **manifest: Any
+    folder: Path,
+    train: Sequence[int],
+    validation: Sequence[int] = (7,),
+    first: int = 0,
+    prefix: str = "##",
+    **manifest: Any,
 ) -> Dataset:
     """A dataset with shards of so many rows; training rows say `first`, `first` + 1, …, validation rows 0, 1, ….
 
-    Other entries of the manifest may be given.
+    `prefix` is what the tokenizer writes before a piece that continues a word. Other entries of the manifest may be
+    given.
     """
     folder.mkdir(parents=True)
-    pieces = {f"w{i}": i for i in range(80)} | {f"##c{i}": i for i in range(80, VOCAB_SIZE)}
-    model = {"type": "WordPiece", "continuing_subword_prefix": "##", "vocab": pieces}
+    pieces = {f"w{i}": i for i in range(80)} | {f"{prefix}c{i}": i for i in range(80, VOCAB_SIZE)}
+    model = {"type": "WordPiece", "continuing_subword_prefix": prefix, "vocab": pieces}
     (folder / "tokenizer.json").write_text(json.dumps({"model": model}))
     splits: dict[str, Any] = {}
     for split, shard_rows, start in (("train", train, first), ("validation", validation, 0)):

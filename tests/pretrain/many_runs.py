@@ -134,6 +134,7 @@ def main() -> None:
     if world.is_main:
         plan.with_suffix(".results.json").write_text(json.dumps(results))
     distributed.leave()
+    distributed.exit_now(0)
 
 
 if __name__ == "__main__":
