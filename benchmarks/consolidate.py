@@ -1,7 +1,7 @@
 """Consolidation against `cp` and against DeepSpeed's `zero_to_fp32.py --safe_serialization`, at three model sizes.
 
-    python benchmarks/consolidate.py --save       write one engine's state (ZeRO 2, bf16, 4 ranks) in both formats
-    python benchmarks/consolidate.py --measure    time what was saved, and print the table
+    python -m benchmarks.consolidate --save       write one engine's state (ZeRO 2, bf16, 4 ranks) in both formats
+    python -m benchmarks.consolidate --measure    time what was saved, and print the table
 
 The model at 1 x has 46 million parameters; its vocabulary, and with it nearly all of it, is doubled for 2 x and 4 x.
 Each measurement is a process of its own, and the median of several is shown. Columns:
@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON_M = (sys.executable, "-m")
+THIS = "benchmarks.consolidate"
 OUT = ROOT / "out" / "benchmark-consolidate"
 MODEL: dict[str, Any] = {
     "vocab_size": 24576,
@@ -143,7 +145,7 @@ def measured(what: str, source: Path, folder: Path, repeats: int) -> dict[str, f
     found = []
     for _ in range(repeats):
         shutil.rmtree(out, ignore_errors=True)
-        command = [sys.executable, __file__, "--convert", what, str(source), str(out), str(folder / "config.json")]
+        command = [*PYTHON_M, THIS, "--convert", what, str(source), str(out), str(folder / "config.json")]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         whole = time.perf_counter() - started
@@ -194,7 +196,6 @@ def main() -> None:
     parser.add_argument("--save-on-this-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--convert", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     if given.convert:
         return convert(given.convert[0], *map(Path, given.convert[1:]))
     if given.save_on_this_rank:
@@ -203,8 +204,8 @@ def main() -> None:
     for times in given.times:
         if given.save or both:
             shutil.rmtree(OUT / f"{times}x", ignore_errors=True)
-            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-            subprocess.run([*start, __file__, "--save-on-this-rank", str(times)], check=True, cwd=ROOT)
+            start = [*PYTHON_M, "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+            subprocess.run([*start, "-m", THIS, "--save-on-this-rank", str(times)], check=True, cwd=ROOT)
         if given.measure or both:
             measure(times, given.repeats)
     if both:

@@ -1,6 +1,6 @@
 """Text to packed ids on disk: this project beside other pipelines, the cost of each filter, and how it scales.
 
-    python benchmarks/data_prep.py --text CORPUS.jsonl [--tokenizer tokenizer.json] [--rounds 3] [--only scaling]
+    python -m benchmarks.data_prep --text CORPUS.jsonl [--tokenizer tokenizer.json] [--rounds 3] [--only scaling]
 
 Each measurement is a process of its own; the clock runs from the call to the finished files, imports excluded,
 workers included. Processor time, of all processes together, is printed beside it: it tells the same on a machine
@@ -30,9 +30,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-# This script bears the name of a package that it imports: its folder comes last on the path.
-sys.path.sort(key=lambda folder: Path(folder or ".").resolve() == Path(__file__).resolve().parent)
 
 SEQ_LEN = 128
 MB = 1_000_000
@@ -221,7 +218,8 @@ def measure(name: str, corpus: Path, tokenizer: Path, *overrides: str) -> dict[s
     """Run one measurement in a fresh process."""
     command = [
         sys.executable,
-        __file__,
+        "-m",
+        "benchmarks.data_prep",
         "--one",
         name,
         "--text",

@@ -1,6 +1,6 @@
 """Everything about speed that waits for a GPU, in one command.
 
-    python benchmarks/gpu.py [--rows 64] [--steps 20] [--sizes sharebert-small,sharebert-base,sharebert-large]
+    python -m benchmarks.gpu [--rows 64] [--steps 20] [--sizes sharebert-small,sharebert-base,sharebert-large]
 
 Prints, in this order:
 
@@ -10,7 +10,7 @@ Prints, in this order:
     attention  within documents, by FlexAttention and by SDPA with a mask, forward and backward
     steps      of each size, bf16 autocast, dropout 0.1, a bare loop with fused AdamW: tokens/s, share of the peak
                (MFU), peak memory; and under torch.compile
-    forms      `benchmarks/kernels.py --device cuda --dtype bfloat16`
+    forms      `benchmarks.kernels --device cuda --dtype bfloat16`
 
 Times are medians, each after a wait for the device. `--device cpu` shows that the command works, and no more.
 """
@@ -29,7 +29,6 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[0] = str(ROOT)  # and not this folder, whose data_prep.py hides the package
 
 SEQ_LEN, MASK_RATE = 128, 0.15
 
@@ -211,9 +210,8 @@ def main() -> None:
             for compiled in (False, True):
                 step(size, given.rows, given.device, given.steps, compiled)
     if "forms" in wanted:
-        script = str(ROOT / "benchmarks" / "kernels.py")
         options = ["--device", given.device, "--dtype", "bfloat16", "--rows", str(given.rows)]
-        subprocess.run([sys.executable, script, *options], check=False)
+        subprocess.run([sys.executable, "-m", "benchmarks.kernels", *options], cwd=ROOT, check=False)
 
 
 if __name__ == "__main__":

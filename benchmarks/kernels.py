@@ -1,6 +1,6 @@
 """Each fused operation against its plain form, forward and backward: time, and the memory that it saves.
 
-    python benchmarks/kernels.py [--rows 64] [--rounds 5] [--threads 2] [--device cpu|cuda] [--dtype float32|bfloat16]
+    python -m benchmarks.kernels [--rows 64] [--rounds 5] [--threads 2] [--device cpu|cuda] [--dtype float32|bfloat16]
 
 Sizes are those of sharebert-small, rows of 128 tokens. `ours` is what `sharebert.kernels` and `sharebert.virtual`
 do on this device, `plain` the same in the obvious PyTorch; a round runs both in turn, and a ratio is the median over

@@ -1,6 +1,6 @@
 """Tokens a second that one process reads and masks: this project beside other loaders.
 
-    python benchmarks/loader.py [--dataset DATASET] [--rounds 7] [--seconds 1] [--batch 256]
+    python -m benchmarks.loader [--dataset DATASET] [--rounds 7] [--seconds 1] [--batch 256]
 
 Every peer reads the same rows in random order and masks them with `DataCollatorForLanguageModeling` of
 transformers. Each is a process of its own, frozen while another has its turn, because threads that read
@@ -24,7 +24,6 @@ import os
 import platform
 import signal
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -32,9 +31,6 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-# A script beside this one bears the name of a package that it imports: this folder comes last on the path.
-sys.path.sort(key=lambda folder: Path(folder or ".").resolve() == Path(__file__).resolve().parent)
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Where the seconds go between the command and the first optimizer step, for a tiny model on 2 ranks of one machine.
 
-    python benchmarks/start_up.py [--rounds 3] [--ranks 2]
+    python -m benchmarks.start_up [--rounds 3] [--ranks 2]
 
 Each line is a launch by torchrun that goes one stage further; a stage's cost is the difference of the medians:
 
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[0] = str(ROOT / "tests")  # its tiny dataset; and not this folder, whose data_prep.py hides the package
+sys.path.insert(0, str(ROOT / "tests"))  # its tiny dataset
 
 STAGES = {
     "agent": "",

@@ -1,6 +1,6 @@
 """A training step of this project beside BERT's, and beside what its matrix products alone cost.
 
-    python benchmarks/train_step.py [--batch 4] [--steps 5] [--threads 2]
+    python -m benchmarks.train_step [--batch 4] [--steps 5] [--threads 2]
 
 Three things, each step followed by a product of two 2048 x 2048 matrices, so that a ratio compares what the
 machine did in the same seconds; every number is a median over the steps:
@@ -26,8 +26,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).parents[1])  # and not this folder, whose data_prep.py hides the package
 
 SEQ_LEN = 128
 VOCAB_SIZE = 30_528
@@ -175,13 +173,13 @@ def measure(what: str, rows: int, steps: int, threads: int, stage: int) -> dict[
 
 
 def in_own_process(what: str, given: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--only", what, "--batch", str(given.batch), "--steps", str(given.steps)]
+    numbers = (f"--{name}={getattr(given, name)}" for name in ("batch", "steps", "threads", "stage"))
     done = subprocess.run(
-        [*command, "--threads", str(given.threads), "--stage", str(given.stage)],
+        [sys.executable, "-m", "benchmarks.train_step", "--only", what, *numbers],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(given.threads), "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"OMP_NUM_THREADS": str(given.threads)},
     )
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 

@@ -56,6 +56,8 @@ def find(pattern: str) -> list[FoundFile]:
     files = []
     for location, info in found.items():
         name = location[len(base) :].lstrip("/")
+        if info.get("islink") and Path(location).is_file():
+            info = fs.info(str(Path(location).resolve()))
         if info["type"] == "file" and not any(part.startswith(".") for part in PurePosixPath(name).parts):
             changed = str(info.get("mtime") or info.get("ETag") or info.get("etag") or info.get("LastModified") or "")
             place = fs.unstrip_protocol(location) if is_url(pattern) else location

@@ -131,6 +131,19 @@ def test_many_small_files_share_parts(tmp_path: Path) -> None:
     assert read(paths=tmp_path)[0] == TEXTS
 
 
+def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    real = tmp_path / "elsewhere" / "long name.txt"
+    real.write_text("one text", "utf-8")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b.txt").symlink_to(real)
+    (tmp_path / "links" / "broken.txt").symlink_to(tmp_path / "nothing")
+    for paths in (tmp_path / "links", tmp_path / "links" / "*.txt", tmp_path / "links" / "b.txt"):
+        (found,) = find_inputs(SourceConfig(paths=str(paths)))
+        assert (Path(found.name).name, found.bytes) == ("b.txt", len("one text"))
+        assert read(paths=paths)[0] == ["one text"]
+
+
 BAD_LINES = {
     "not JSON": b'{"text": "cut',
     "no text under 'text' (its keys: body)": b'{"body": "x"}',
