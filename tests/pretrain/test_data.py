@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numbered import SEQ_LEN, SPECIAL_IDS, VOCAB_SIZE, numbered_dataset, numbers_of, originals, real_rows, rows_saying
 
 from data_prep.shards import Dataset
 from pretrain.data import DataRecipe, Loader, StepBatch, micro_shape, open_datasets
+from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 from sharebert_recipe import BadInput, parse
 
 EPOCH_ROWS = 8000
@@ -68,7 +70,7 @@ def global_batches(dataset: Dataset, settings: DataRecipe, ranks: int, count: in
     return batches
 
 
-@pytest.mark.parametrize("ranks", [8, 96, 1024])
+@pytest.mark.parametrize("ranks", [8, 64, 96, 1024])
 def test_any_number_of_ranks_makes_the_same_global_batches(dataset: Dataset, ranks: int) -> None:
     settings = recipe(global_batch=4000, micro_batch=16)
     alone = global_batches(dataset, settings, 1, 2)
@@ -77,6 +79,26 @@ def test_any_number_of_ranks_makes_the_same_global_batches(dataset: Dataset, ran
     for one, many in zip(alone, global_batches(dataset, settings, ranks, 2), strict=True):
         for name, array in one.items():
             np.testing.assert_array_equal(array, many[name])
+
+
+def test_the_mean_of_64_ranks_gradients_is_the_gradient_of_one_process(dataset: Dataset) -> None:
+    """4,000 rows: 62 or 63 a rank. Each weighs its losses with ranks / masked tokens of all, as `Trainer.step` does."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ShareBertConfig(vocab_size=VOCAB_SIZE, factor_size=4, max_position_embeddings=SEQ_LEN, **sizes)
+    model = ShareBertForMaskedLM(config).double().eval()
+    initialize(model, "variance", 0)
+
+    def gradient(ranks: int) -> torch.Tensor:
+        settings = recipe(global_batch=4000, micro_batch=63)
+        shares = [steps(Loader([dataset], settings, 5, rank, ranks), 1)[0] for rank in range(ranks)]
+        masked = sum(share.masked for share in shares)
+        model.zero_grad()
+        for micro in itertools.chain.from_iterable(share.micro_batches for share in shares):
+            given = {"positions": micro.positions, "labels": micro.labels, "weights": micro.weights.double()}
+            (model(micro.tokens, **given).loss_sum * (ranks / masked)).backward()
+        return torch.cat([p.grad.flatten() / ranks for p in model.parameters() if p.grad is not None])
+
+    torch.testing.assert_close(gradient(64), gradient(1), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("global_batch", [1024, 1500, 7])
