@@ -7,7 +7,6 @@ Taken are a run of ours, a folder that DeepSpeed itself saved, or an export (for
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from data_prep.shard_file import file_sha256
 from pretrain.checkpoint import Checkpoint, all_whole, found, read_manifest
 from pretrain.deepspeed_folder import DeepSpeedMasters, is_deepspeed_folder
 from pretrain.masters import CheckpointMasters, ExportMasters, Masters, Mean, pieces
@@ -216,11 +216,10 @@ def _write_other_form(out: Path, training: Training, dtype: torch.dtype, form: s
 
 
 def _refuse_other_tokenizer(run: RunFolder, newest: Checkpoint) -> None:
-    expected = newest.training["tokenizer_sha256"]
     if not run.tokenizer.is_file():
         raise BadInput(f"{run.tokenizer}: missing")
-    found = hashlib.sha256(run.tokenizer.read_bytes()).hexdigest()
-    if found != expected:
+    expected = newest.training["tokenizer_sha256"]
+    if (found := file_sha256(run.tokenizer)) != expected:
         raise BadInput(f"{run.tokenizer}: sha256 {found}, the checkpoint was trained with {expected}")
 
 

@@ -9,6 +9,7 @@ project is not installed.
 
 from __future__ import annotations
 
+import errno
 import json
 import secrets
 import shutil
@@ -52,6 +53,8 @@ HUGGING_FACE_KEYS = frozenset(
     }
 )
 """Keys of a `config.json` saved by transformers that say nothing about the encoder and the MLM head."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -104,7 +107,7 @@ def write_export(
 def new_export(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, which takes its place when the block ends, and goes if the block raises.
 
-    Raises ShareBertError where `out` exists and is no export: nothing else is ever replaced.
+    Raises ShareBertError where the disk is full, and where `out` is there and is no export: nothing else is replaced.
     """
     out = Path(out)
     if out.exists() and not _replaceable(out):
@@ -122,8 +125,10 @@ def new_export(out: Path) -> Iterator[Path]:
             out.replace(old)
         folder.replace(out)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise ShareBertError(f"{out}: cannot be written ({error.strerror}); nothing was left there") from error
         raise
 
 

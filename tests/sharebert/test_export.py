@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,18 @@ def test_the_command_names_a_missing_or_damaged_file(tmp_path: Path, capsys: pyt
             assert (code, text.count("\n")) == (2, 1), text
             assert f"{file}: " in text
             shutil.rmtree(out)
+
+
+def test_a_full_disk_is_one_clear_line_and_nothing_is_left(tmp_path: Path) -> None:
+    """A disk of 64 kB, on which the files of the model's code alone have no room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        with pytest.raises(ShareBertError, match=r"out: cannot be written \(No space left on device\)"):
+            export(tiny_model(), disk / "out")
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
