@@ -36,7 +36,7 @@ _SAMPLE_CHARS = 1 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker knows. Pickled once for each of them."""
+    """What every worker knows. Pickled once a stage for each of them."""
 
     recipe: PrepRecipe
     work: Path

@@ -29,7 +29,7 @@ def stages(job: Job) -> Iterator[Stage]:
         yield Stage("scan", len(job.parts), scan)
         yield Stage("dedup", key_ranges(job), find_duplicates)
     yield Stage("encode", len(job.parts), encode)
-    yield Stage("pack", len(shards_of(layout(job))), pack_shard)
+    yield Stage("pack", len(shards_of(layout(job))), pack_shard, durable=True)
 
 
 def scan(job: Job, number: int, folder: Path) -> dict[str, Any]:
