@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as config_dataclass
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_prep.shards import SPECIAL_TOKENS
 from sharebert_recipe import STRICT, BadInput
 
 
-@dataclass(config=STRICT, kw_only=True)
+@config_dataclass(config=STRICT, kw_only=True)
 class TrainConfig:
     """A new vocabulary."""
 
@@ -32,7 +32,7 @@ class TrainConfig:
     """A pair of pieces that occurs less often is not merged."""
 
 
-@dataclass(config=STRICT, kw_only=True)
+@config_dataclass(config=STRICT, kw_only=True)
 class TokenizerConfig:
     """Which vocabulary, and what encodes with it."""
 
