@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
+from data_prep.tokenizer import parsed
 from sharebert_recipe import BadInput
 
 Encoder = Callable[[Sequence[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
@@ -51,7 +51,7 @@ def reference_encoder(tokenizer_json: str) -> Encoder:
     It takes some 700 bytes a token, so it is given a megabyte at a time, and a longer text in pieces, cut where no
     known pre-tokenizer joins anything. With an unknown one, a text is encoded whole and takes what it takes.
     """
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer = parsed(tokenizer_json)
     safe = _has_safe_cuts(json.loads(tokenizer_json))
 
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:

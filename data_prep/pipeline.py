@@ -66,7 +66,6 @@ def _prepare(recipe: PrepRecipe, task: tuple[int, int] | None) -> Path:
                 cores.run(stage, job, job.work, mine)
             if missing_parts(job.work, stage):
                 return output
-        cores.dismiss()
-        if task is None:
-            merge(job, output)
+    if task is None:
+        merge(job, output)
     return output

@@ -115,7 +115,7 @@ def layout(job: Job) -> shuffle.Layout:
         plan = shuffle.plan_shards(
             _runs(job), recipe.validation, recipe.seq_len, token_bytes, recipe.shards.bytes_per_shard
         )
-        write_atomically(file, json.dumps(asdict(plan)))
+        write_atomically(file, json.dumps(asdict(plan)), durable=False)
     return _read_layout(file)
 
 

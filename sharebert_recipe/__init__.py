@@ -136,14 +136,21 @@ def save(config: Any, path: Path) -> None:
     write_atomically(path, to_yaml(config))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path`: a reader sees the old file or the new one, never a part; nor does a crash leave one."""
+def write_atomically(path: Path, text: str, durable: bool = True) -> None:
+    """Write `text` to `path`: a reader sees the old file or the new one, never a part; nor does a crash leave one.
+
+    Args:
+        path: of the file.
+        text: the whole of it.
+        durable: survive a power cut, not only the end of the process; this waits for the disk, some 10 ms.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         with temporary.open("w", encoding="utf-8") as out:
             out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
+            if durable:
+                out.flush()
+                os.fsync(out.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
