@@ -9,10 +9,9 @@ import io
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
-
-from pydantic.dataclasses import dataclass
 
 from sharebert_recipe import BadInput
 

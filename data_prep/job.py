@@ -36,7 +36,7 @@ _SAMPLE_CHARS = 1 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker knows. Pickled once for each of them."""
+    """What every worker knows. Pickled once a stage for each of them."""
 
     recipe: PrepRecipe
     work: Path
@@ -85,7 +85,8 @@ def plan(recipe: PrepRecipe) -> Job:
     if not file.exists():
         if given is None:
             say(f"learning a vocabulary of {recipe.tokenizer.train.vocab_size} words")
-        write_atomically(file, given or train(lambda: _sample(Job(recipe, work, inputs, parts)), recipe.tokenizer))
+        text = given or train(lambda: _sample(Job(recipe, work, inputs, parts)), recipe.tokenizer)
+        write_atomically(file, text, durable=given is None)
     return Job(recipe, work, inputs, parts, Vocabulary.parse(file.read_text(encoding="utf-8")))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,12 @@ def merge(job: Job, output: Path) -> None:
                 path.unlink()
     staged = job.work / "merge"  # written here and moved: a kill leaves no temporary file in the dataset
     staged.mkdir(exist_ok=True)
-    write_atomically(staged / shards.TOKENIZER, job.vocab.json)
     manifest = {
         "seq_len": job.recipe.seq_len,
         "dtype": job.vocab.dtype.name,
         "segments_dtype": plan.segments_dtype,
         "vocab_size": job.vocab.size,
-        "tokenizer_sha256": shards.file_sha256(staged / shards.TOKENIZER),
+        "tokenizer_sha256": hashlib.sha256(job.vocab.json.encode()).hexdigest(),
         "special_ids": job.vocab.special_ids,
         "config": content_config(job.recipe),
         "sources": _sources(job.inputs),
@@ -59,10 +59,13 @@ def merge(job: Job, output: Path) -> None:
         for number in range(len(job.parts)):
             counts.update(part_stats(job.work, stage, number))
     report = Report(counts, splits, padding, job.recipe.seq_len)
-    write_atomically(staged / MARKDOWN, report.markdown())
-    write_atomically(staged / PAGE, report.page())
-    shards.write_manifest(staged, manifest)
-    for name in (shards.TOKENIZER, MARKDOWN, PAGE, shards.MANIFEST):
+    texts = {shards.TOKENIZER: job.vocab.json, MARKDOWN: report.markdown(), PAGE: report.page()}
+    with ThreadPoolExecutor() as threads:  # so that all wait for the disk at the same time
+        writes = [threads.submit(write_atomically, staged / name, text) for name, text in texts.items()]
+        writes.append(threads.submit(shards.write_manifest, staged, manifest))
+    for write in writes:
+        write.result()
+    for name in (*texts, shards.MANIFEST):
         _move(staged / name, output / name)
     shutil.rmtree(output / WORK, ignore_errors=True)
     say(f"done\n{report.text()}\n\n  with histograms: {output / PAGE}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shuffle import ShardText
+from data_prep.shuffle import ShardText, slices
 
 
 def pack(
@@ -34,15 +34,15 @@ def pack(
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         stops = np.minimum(ends[first : last + 1], stop)
         lengths = np.diff(stops, prepend=start)
-        document = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
+        # Numbers of the block's documents. They wrap around; their differences within a row are right all the same.
+        document = np.repeat(np.arange(1, len(lengths) + 1).astype(segments_dtype), lengths)
         shift = text.starts[first : last + 1] - (ends[first : last + 1] - text.lengths[first : last + 1])
-        source = np.repeat(shift, lengths)
-        source += np.arange(start, stop)
+        stream = np.concatenate(list(slices(text.tokens, shift + stops - lengths, lengths)))
         tokens = np.full((count, seq_len), special_ids["pad"], text.tokens.dtype)
         segments = np.zeros((count, seq_len), segments_dtype)
         tokens[:, 0] = special_ids["cls"]
         segments[:, 0] = 1
-        for out, values in ((tokens, text.tokens[source]), (segments, document)):
+        for out, values in ((tokens, stream), (segments, document)):
             full = len(values) // width
             whole = values[: full * width].reshape(full, width)
             rest = values[full * width :]

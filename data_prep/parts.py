@@ -13,12 +13,14 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +31,7 @@ from data_prep.progress import StageProgress
 from sharebert_recipe import BadInput
 
 _STATS = "stats.json"
+_ENDING = 4  # parts that are being put in their place; a disk flushes four files in about the time of one
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Stage:
     name: str
     parts: int
     work: Callable[[Any, int, Path], dict[str, Any]]
+    durable: bool = False
+    """Its files become the dataset's: they are on the disk when a part counts as done, and survive a power cut. Those
+    of the other stages survive no more than a kill of the process."""
 
 
 def part_folder(work: Path, stage: str, number: int) -> Path:
@@ -64,109 +70,170 @@ class LocalCores:
     """Runs parts on the cores of this machine; a context manager. This process is one of the workers.
 
     Args:
-        job: handed to every part's work.
-        work: the folder of the results.
-        workers: processes, this one included.
+        workers: processes, this one included. The others start at once, so that their imports, which take longest of
+            all in a small run, go on while this process plans.
     """
 
-    def __init__(self, job: Any, work: Path, workers: int) -> None:
-        self._job, self._work, self._workers = job, work, workers
-        self._pool: ProcessPoolExecutor | None = None
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._taken: Any = None
+        self._processes: list[tuple[Any, Connection]] = []
 
     def __enter__(self) -> LocalCores:
         if self._workers > 1:
             # Spawned, not forked: libraries with thread pools (tokenizers, Arrow) do not survive a fork.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers - 1, context, _start_worker, (self._job, self._work))
+            self._taken = context.Value("q")
+            for _ in range(self._workers - 1):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, self._taken), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append((process, ours))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        for process, _ in self._processes:
+            process.terminate()  # it does nothing now, and to take its interpreter apart would take it 60 ms
+            process.join()
 
-    def run(self, stage: Stage, numbers: Sequence[int]) -> None:
+    def run(self, stage: Stage, job: Any, work: Path, numbers: Sequence[int]) -> None:
         """Do these parts of a stage.
 
         Raises what a part raised; BadInput where a worker was killed.
         """
-        (self._work / stage.name).mkdir(parents=True, exist_ok=True)
+        (work / stage.name).mkdir(parents=True, exist_ok=True)
         with StageProgress(stage.name, len(numbers)) as progress:
-            try:
-                for stats in self._results(stage, numbers):
-                    progress.advance(stats.get("bytes", 0), stats.get("tokens", 0))
-            except BrokenProcessPool as error:
-                raise BadInput(
-                    f"{stage.name}: a worker was killed, most likely for memory; run again with fewer workers, "
-                    "what is done is kept"
-                ) from error
+            for stats in self._results(stage, job, work, numbers):
+                progress.advance(stats.get("bytes", 0), stats.get("tokens", 0))
 
-    def _results(self, stage: Stage, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        if self._pool is None or len(numbers) == 1:
-            for number in numbers:
-                yield _run_part(stage, self._job, self._work, number)
+    def _results(self, stage: Stage, job: Any, work: Path, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        if not self._processes or len(numbers) == 1:
+            yield from _run_parts(stage, job, work, numbers)
             return
-        # The pool takes parts from the front, this process from the back those that the pool has not begun.
-        futures = {number: self._pool.submit(_run_part_in_worker, stage, number) for number in numbers}
-        while futures:
-            number, future = futures.popitem()
-            if not future.cancel():
-                futures[number] = future
-                break
-            yield _run_part(stage, self._job, self._work, number)
-            for number in [number for number, future in futures.items() if future.done()]:
-                yield futures.pop(number).result()
-        for future in as_completed(futures.values()):
-            yield future.result()
+        results: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._taken.value = 0
+        task = stage, job, work, numbers
+        with ThreadPoolExecutor(len(self._processes)) as threads:
+            others = [threads.submit(_attend, connection, task, results) for _, connection in self._processes]
+            try:
+                for stats in _run_parts(stage, job, work, _untaken(numbers, self._taken)):
+                    yield stats
+                    yield from _received(results)
+                    for other in others:
+                        if other.done():
+                            other.result()
+                for other in as_completed(others):
+                    other.result()
+                    yield from _received(results)
+            finally:
+                self._taken.value = len(numbers)  # after an error nobody begins another part
 
 
-_worker: tuple[Any, Path]
+def _attend(connection: Connection, task: Any, results: SimpleQueue[dict[str, Any]]) -> None:
+    """On a thread for each worker: give it its share in a stage, and take what it says of each part."""
+    try:
+        connection.send(task)
+        while isinstance(message := connection.recv(), dict):
+            results.put(message)
+    except (EOFError, ConnectionError) as error:
+        raise BadInput(
+            "a worker was killed, most likely for memory; run again with fewer workers, what is done is kept"
+        ) from error
+    if message is not None:
+        raised, trace = message
+        raise raised from RuntimeError(f"in a worker:\n{trace}")
 
 
-def _start_worker(job: Any, work: Path) -> None:
-    global _worker
-    _worker = job, work
+def _received(results: SimpleQueue[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    while not results.empty():
+        yield results.get()
+
+
+def _serve(connection: Connection, taken: Any) -> None:
+    """What a worker does: parts of one stage after the other, until its parent dismisses it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a worker for every core already
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    while True:
+        try:
+            stage, job, work, numbers = connection.recv()
+        except (EOFError, ConnectionError):  # the parent is gone
+            return
+        try:
+            for stats in _run_parts(stage, job, work, _untaken(numbers, taken)):
+                connection.send(stats)
+            connection.send(None)
+        except Exception as error:
+            connection.send((error, traceback.format_exc()))
 
 
 def _die_with_parent() -> None:
-    """A pool's worker waits for ever where its parent was killed; this one does not."""
+    """A part may take minutes yet where the parent was killed; the worker does not finish it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _run_part_in_worker(stage: Stage, number: int) -> dict[str, Any]:
-    return _run_part(stage, *_worker, number)
+def _untaken(numbers: Sequence[int], taken: Any) -> Iterator[int]:
+    """Take the parts that no other process has taken, one at a time: none idles while another has two to do."""
+    while True:
+        with taken.get_lock():
+            place = taken.value
+            taken.value = place + 1
+        if place >= len(numbers):
+            return
+        yield numbers[place]
 
 
-def _run_part(stage: Stage, job: Any, work: Path, number: int) -> dict[str, Any]:
-    target = part_folder(work, stage.name, number)
-    with _whole_folder(target) as folder:
-        stats = stage.work(job, number, folder)
-        (folder / _STATS).write_text(json.dumps(stats))
-    return stats
+def _run_parts(stage: Stage, job: Any, work: Path, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Do parts. Each is put in its place while the next are computed: to wait for a disk takes no processor."""
+    ending: deque[Future[dict[str, Any]]] = deque()
+    with ThreadPoolExecutor(_ENDING) as aside:
+        for number in numbers:
+            ending.append(aside.submit(_compute(stage, job, work, number).complete))
+            while ending and (len(ending) > _ENDING or ending[0].done()):
+                yield ending.popleft().result()
+        for part in ending:
+            yield part.result()
 
 
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` at the end; where another process was first, its result stays.
+@dataclass(frozen=True)
+class _Computed:
+    """The result of a part, in a temporary folder."""
 
-    Not flushed to disk: it survives a kill of the process, and only the finished dataset must survive a power cut.
-    """
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield folder
+    folder: Path
+    target: Path
+    stats: dict[str, Any]
+    durable: bool
+
+    def complete(self) -> dict[str, Any]:
+        """Make it appear under its name; where another process was first, its result stays."""
         try:
-            folder.rename(target)
+            if self.durable:
+                for path in filter(Path.is_file, self.folder.rglob("*")):
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            (self.folder / _STATS).write_text(json.dumps(self.stats))
+            self.folder.rename(self.target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    finally:
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return self.stats
+
+
+def _compute(stage: Stage, job: Any, work: Path, number: int) -> _Computed:
+    target = part_folder(work, stage.name, number)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        return _Computed(folder, target, stage.work(job, number, folder), stage.durable)
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:

@@ -57,13 +57,13 @@ def _prepare(recipe: PrepRecipe, task: tuple[int, int] | None) -> Path:
         check_same(recipe, output)
         shutil.rmtree(output / WORK, ignore_errors=True)  # a merge may have been killed after its last step but this
         return output
-    job = plan(recipe)
-    with LocalCores(job, job.work, recipe.workers or len(os.sched_getaffinity(0))) as cores:
+    with LocalCores(recipe.workers or len(os.sched_getaffinity(0))) as cores:
+        job = plan(recipe)
         for stage in stages(job):
             missing = missing_parts(job.work, stage)
             mine = [number for number in missing if task is None or number % task[1] == task[0]]
             if mine:
-                cores.run(stage, mine)
+                cores.run(stage, job, job.work, mine)
             if missing_parts(job.work, stage):
                 return output
     if task is None:

@@ -31,7 +31,7 @@ DOCUMENT = np.dtype([("order", "<u8"), ("split", "<u8"), ("start", "<i8"), ("len
 _BINS = 1 << 16
 _BIN_SHIFT = 48
 _SEGMENTS = 256
-_WRITE_TOKENS = 1 << 20
+_WRITE_BYTES = 1 << 20
 _FEW_SHARDS, _SMALL_SHARD_BYTES = 16, 4 << 20
 
 
@@ -67,11 +67,7 @@ class RunWriter:
         documents["order"] = order_keys(self._seed, self._part, numbers)
         documents["split"] = [xxhash.xxh3_64_intdigest(text.encode(), self._seed) for text in texts]
         self._documents.append(documents[documents["length"] > 1])
-        tokens = np.full(len(ids) + len(texts), self._sep, self._dtype)
-        from_ids = np.ones(len(tokens), bool)
-        from_ids[offsets[1:] + np.arange(len(texts))] = False
-        tokens[from_ids] = ids
-        self._tokens.append(tokens)
+        self._tokens.append(np.insert(ids.astype(self._dtype), offsets[1:], self._sep))
         self._held += len(ids) + len(texts)
         if self._held >= RUN_TOKENS:
             self._flush()
@@ -84,9 +80,8 @@ class RunWriter:
     def _flush(self) -> None:
         documents, tokens = np.concatenate(self._documents), np.concatenate(self._tokens)
         documents = documents[np.argsort(documents["order"], kind="stable")]
-        with (self._folder / f"run-{self._runs:04d}.tokens.bin").open("wb") as file:
-            for piece in _in_order(tokens, documents):
-                file.write(piece.data)
+        with (self._folder / f"run-{self._runs:04d}.tokens.bin").open("wb", _WRITE_BYTES) as file:
+            file.writelines(piece.data for piece in slices(tokens, documents["start"], documents["length"]))
         documents["start"] = np.cumsum(documents["length"]) - documents["length"]
         save_array(self._folder / f"run-{self._runs:04d}.documents.npy", documents)
         self._tokens, self._documents, self._held = [], [], 0
@@ -197,26 +192,10 @@ def order_keys(seed: int, part: int, numbers: NDArray[np.int64]) -> NDArray[np.u
     return mix(stream + numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
-def ranges(starts: NDArray[np.int64], lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """The numbers `starts[i]` … `starts[i] + lengths[i] - 1` for every i, one after the other."""
-    before = np.cumsum(lengths, dtype=np.int64) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
-
-
-def _in_order(tokens: NDArray[Any], documents: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """The tokens of some documents, one after the other, about a million at a time: indices are 8 bytes a token."""
-    if len(documents):
-        turn, large = (
-            np.cumsum(documents["length"], dtype=np.int64) // _WRITE_TOKENS,
-            documents["length"] > _WRITE_TOKENS,
-        )
-        breaks = np.flatnonzero((turn[1:] != turn[:-1]) | large[1:] | large[:-1]) + 1
-        for first, last in pairwise([0, *breaks.tolist(), len(documents)]):
-            starts, lengths = documents["start"][first:last], documents["length"][first:last]
-            if last - first == 1:
-                yield tokens[starts[0] : starts[0] + lengths[0]]
-            else:
-                yield tokens[ranges(starts, lengths)]
+def slices(tokens: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """`tokens[starts[i] : starts[i] + lengths[i]]` for every i: quicker to copy than through an index of each token."""
+    for start, stop in zip(starts.tolist(), (starts + lengths).tolist(), strict=True):
+        yield tokens[start:stop]
 
 
 def _documents(runs: Sequence[Path]) -> Iterator[NDArray[Any]]:

@@ -7,12 +7,13 @@ makes the dataset the same, byte for byte, however many machines made it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as config_dataclass
 
 from data_prep import files, tables
 from sharebert_recipe import STRICT, BadInput
@@ -31,7 +32,7 @@ _PARTS = 64  # enough for the cores of one machine on a small corpus …
 _PART_BYTES = (4 << 20, 256 << 20)  # … and on a large one, parts that cost minutes, not hours, to lose
 
 
-@dataclass(config=STRICT, kw_only=True)
+@config_dataclass(config=STRICT, kw_only=True)
 class SourceConfig:
     """Where documents come from and what to do with those that cannot be read."""
 

@@ -29,7 +29,7 @@ def stages(job: Job) -> Iterator[Stage]:
         yield Stage("scan", len(job.parts), scan)
         yield Stage("dedup", key_ranges(job), find_duplicates)
     yield Stage("encode", len(job.parts), encode)
-    yield Stage("pack", len(shards_of(layout(job))), pack_shard)
+    yield Stage("pack", len(shards_of(layout(job))), pack_shard, durable=True)
 
 
 def scan(job: Job, number: int, folder: Path) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def layout(job: Job) -> shuffle.Layout:
         plan = shuffle.plan_shards(
             _runs(job), recipe.validation, recipe.seq_len, token_bytes, recipe.shards.bytes_per_shard
         )
-        write_atomically(file, json.dumps(asdict(plan)))
+        write_atomically(file, json.dumps(asdict(plan)), durable=False)
     return _read_layout(file)
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import field
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as config_dataclass
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_prep.shards import SPECIAL_TOKENS
 from sharebert_recipe import STRICT, BadInput
 
 
-@dataclass(config=STRICT, kw_only=True)
+@config_dataclass(config=STRICT, kw_only=True)
 class TrainConfig:
     """A new vocabulary."""
 
@@ -32,7 +33,7 @@ class TrainConfig:
     """A pair of pieces that occurs less often is not merged."""
 
 
-@dataclass(config=STRICT, kw_only=True)
+@config_dataclass(config=STRICT, kw_only=True)
 class TokenizerConfig:
     """Which vocabulary, and what encodes with it."""
 
@@ -57,13 +58,19 @@ class Vocabulary:
     @classmethod
     def parse(cls, text: str) -> Vocabulary:
         """From the text of a tokenizer.json."""
-        words = Tokenizer.from_str(text).get_vocab()
+        words = parsed(text).get_vocab()
         return cls(text, max(words.values()) + 1, {key: words[token] for key, token in SPECIAL_TOKENS.items()})
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of token ids on disk."""
         return np.dtype("<u2" if self.size <= 1 << 16 else "<u4")
+
+
+@lru_cache(maxsize=1)
+def parsed(text: str) -> Tokenizer:
+    """The tokenizer of the text of a tokenizer.json. To parse one takes 30 ms, and a run asks for the same again."""
+    return Tokenizer.from_str(text)
 
 
 UNTRAINED = Vocabulary("", 0, {})
@@ -91,7 +98,7 @@ def load(path: str, lowercase: bool) -> str:
         raise BadInput(f"tokenizer.path: {path}: {error.strerror}") from error
     except Exception as error:
         raise BadInput(f"{path}: not readable as a tokenizer ({' '.join(str(error).split())[:200]})") from error
-    _require_special(path, tokenizer.get_vocab())
+    _require_special(path, [word for word in SPECIAL_TOKENS.values() if tokenizer.token_to_id(word) is not None])
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return str(tokenizer.to_str())

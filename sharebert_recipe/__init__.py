@@ -7,24 +7,29 @@ ranges and unknown keys. Merge order: defaults of the dataclass < YAML < `key=va
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
 import os
+import textwrap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from yaml import YAMLError
 
 T = TypeVar("T")
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-"""The pydantic config of every recipe dataclass: `@dataclass(config=STRICT, kw_only=True)`."""
+STRICT = ConfigDict(extra="forbid", defer_build=True)
+"""The pydantic config of every recipe dataclass: `@dataclass(config=STRICT, kw_only=True)`.
+
+Validators are built when a recipe is read, and docstrings are read for `--help`: the many processes that import a
+recipe to unpickle it need neither, and both together take longer than the import of NumPy.
+"""
 
 
 class BadInput(ValueError):
@@ -75,6 +80,10 @@ def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str] = 
     Raises:
         BadInput: unreadable YAML, an unknown key (the nearest known one is named), a wrong value.
     """
+    from omegaconf import DictConfig, ListConfig, OmegaConf  # 50 ms that a worker does without: it gets a recipe whole
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
     where = "command line"
     merged: DictConfig | ListConfig = OmegaConf.create({})
     if recipe is not None:
@@ -117,6 +126,8 @@ def plain(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """A resolved config as YAML text."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
@@ -125,14 +136,21 @@ def save(config: Any, path: Path) -> None:
     write_atomically(path, to_yaml(config))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path`: a reader sees the old file or the new one, never a part; nor does a crash leave one."""
+def write_atomically(path: Path, text: str, durable: bool = True) -> None:
+    """Write `text` to `path`: a reader sees the old file or the new one, never a part; nor does a crash leave one.
+
+    Args:
+        path: of the file.
+        text: the whole of it.
+        durable: survive a power cut, not only the end of the process; this waits for the disk, some 10 ms.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         with temporary.open("w", encoding="utf-8") as out:
             out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
+            if durable:
+                out.flush()
+                os.fsync(out.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -141,13 +159,12 @@ def write_atomically(path: Path, text: str) -> None:
 def describe(schema: type) -> str:
     """The keys of a schema, with types, defaults and docstrings, for `--help`."""
     lines = []
-    for name, key_type, info in _keys(schema):
+    for name, key_type, info, text in _keys(schema):
         default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
         if _dataclasses_in(key_type):
-            lines.append(f"  {name}: {_one_line(info.description)}".rstrip())
+            lines.append(f"  {name}: {text}".rstrip())
         else:
-            text = f"{_one_line(info.description)} [{_type_name(key_type)}, {default}]"
-            lines.append(f"  {name}: {text.strip()}")
+            lines.append(f"  {name}: {text} [{_type_name(key_type)}, {default}]")
     return "\n".join(lines)
 
 
@@ -155,10 +172,21 @@ def _own_fields(schema: type) -> dict[str, FieldInfo]:
     return schema.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
 
 
-def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:
-    hints = get_type_hints(schema, include_extras=False)
+def _docstrings(schema: type) -> dict[str, str]:
+    """The string below each key of a schema, in one line."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    found = {}
+    for two in pairwise(getattr(definition, "body", [])):
+        match two:
+            case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[key] = " ".join(text.split())
+    return found
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo, str]]:
+    hints, texts = get_type_hints(schema, include_extras=False), _docstrings(schema)
     for name, info in _own_fields(schema).items():
-        yield prefix + name, hints[name], info
+        yield prefix + name, hints[name], info, texts.get(name, "")
         for inner in _dataclasses_in(hints[name]):
             yield from _keys(inner, f"{prefix}{name}.")
 
@@ -173,10 +201,6 @@ def _type_name(key_type: Any) -> str:
     if isinstance(key_type, type) and not get_args(key_type):
         return key_type.__name__
     return str(key_type).replace("typing.", "").replace("NoneType", "none")
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
 
 
 def _explain(schema: type, error: Any) -> str:

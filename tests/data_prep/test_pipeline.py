@@ -105,9 +105,9 @@ def test_a_rerun_does_only_what_is_missing(
     ours = recipe(tmp_path / "ours", corpus)
     prepare(ours, task=(1, 2))
     ran: list[int] = []
-    original = parts._run_part
+    original = parts._compute
     monkeypatch.setattr(
-        parts, "_run_part", lambda stage, job, work, n: (ran.append(n), original(stage, job, work, n))[1]
+        parts, "_compute", lambda stage, job, work, n: (ran.append(n), original(stage, job, work, n))[1]
     )
     prepare(ours)
     encoded = len(plan(recipe(tmp_path / "count", corpus)).parts)

@@ -54,7 +54,6 @@ def test_every_document_once_and_validation_as_asked(
 ) -> None:
     monkeypatch.setattr(shuffle, "RUN_TOKENS", run_tokens)
     monkeypatch.setattr(shuffle, "_SMALL_SHARD_BYTES", 3000)
-    monkeypatch.setattr(shuffle, "_WRITE_TOKENS", 45)  # fewer than some documents have, more than others
     parts = made(5)
     parts[2][3] = []  # a document without tokens is left out
     runs = write(tmp_path, parts)
