@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.shard_file import file_sha256
+from data_prep.shards import file_sha256
 from pretrain.checkpoint import Checkpoint, all_whole, found, read_manifest
 from pretrain.deepspeed_folder import DeepSpeedMasters, is_deepspeed_folder
 from pretrain.masters import CheckpointMasters, ExportMasters, Masters, Mean, pieces
