@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLAYS := $(VENV)/.plays
 
-.PHONY: install demo demo-quick test test-slow test-slurm lint clean
+.PHONY: install demo demo-quick test test-slow test-slurm soak lint clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,10 @@ test-slurm: $(VENV)/.installed
 	@command -v slurmctld munged slurmdbd mariadbd ip iptables > /dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM); }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm
+
+# A training under 44 injected faults, and the table of what became of them; at most 15 minutes.
+soak: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.faults
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

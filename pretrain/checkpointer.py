@@ -25,6 +25,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from pretrain.checkpoint import FORMAT, GENERATOR, folder_name, found, manifest_checksum, rank_file, step_of
+from pretrain.past_cache import BLOCK_BYTES, write_past_cache
 from pretrain.slices import STATES, Slice
 from sharebert.tensor_file import Layout, lay_out
 from sharebert_recipe import STRICT, write_atomically
@@ -125,7 +126,7 @@ class Checkpointer:
         layout = lay_out(specs, {"format": "sharebert-checkpoint", "slices": json.dumps(_spans(slices))})
         if self._layout is None or layout.header != self._layout.header:
             self._layout = layout
-            self._buffer = torch.zeros(layout.total_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._buffer = _aligned_zeros(layout.total_bytes)
             self._buffer[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         return self._layout
 
@@ -173,11 +174,7 @@ class Checkpointer:
     def _write_rank_file(self, partial: Path, entry: dict[str, Any]) -> None:
         assert self._buffer is not None
         data = self._buffer.numpy().data
-        path = partial / rank_file(self.rank)
-        with path.open("wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+        write_past_cache(partial / rank_file(self.rank), data)
         note = entry | {"bytes": len(data), "xxh3_128": xxhash.xxh3_128(data).hexdigest()}
         write_atomically(_note(partial, self.rank), json.dumps(note))
 
@@ -232,6 +229,12 @@ class Checkpointer:
 
 def _spans(slices: Sequence[Slice]) -> dict[str, list[int]]:
     return {s.name: [s.start, s.length] for s in slices}
+
+
+def _aligned_zeros(size: int) -> torch.Tensor:
+    """Bytes [size] whose address is a multiple of BLOCK_BYTES, as direct writes want; pinned where CUDA is."""
+    memory = torch.zeros(size + BLOCK_BYTES, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return memory[-memory.data_ptr() % BLOCK_BYTES :][:size]
 
 
 def _note(partial: Path, rank: int) -> Path:

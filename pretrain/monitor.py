@@ -100,17 +100,22 @@ class Monitor:
         values = {key: value for key, value in values.items() if value is not None} | {"time": time.time()}
         for output in (self._log, self._board):
             output.waiting.append(values)
-            try:
-                output.write()
-            except OSError as error:
-                self._run.say(
-                    f"{output.path}: {error.strerror or error}; {len(output.waiting)} lines wait to be written"
-                )
+            self._write(output)
         self._show(values)
 
+    def _write(self, output: _LogFile | _Board) -> None:
+        try:
+            output.write()
+        except OSError as error:
+            self._run.say(f"{output.path}: {error.strerror or error}; {len(output.waiting)} lines wait to be written")
+
     def close(self) -> None:
-        """Close the files; what could not be written is gone."""
+        """Close the files. Lines that wait are tried once more, for the last checkpoint may have waited for room as
+        well; what cannot be written now is gone."""
         if self._enabled:
+            for output in (self._log, self._board):
+                if output.waiting:
+                    self._write(output)
             if self._bar is not None:
                 self._bar.stop()
             self._board.close()
@@ -167,7 +172,7 @@ class _Board:
         self.waiting: list[dict[str, Any]] = []
         self._writer: SummaryWriter | None = None
         self._config_yaml = "" if resumed_from else config_yaml
-        self._purge_step = resumed_from + 1 if resumed_from else None
+        self._purge_step = resumed_from + 1 if resumed_from else 0  # a launch before may have died at once
 
     def write(self) -> None:
         """Write the points of the lines that wait. Raises OSError where the disk does not take them."""

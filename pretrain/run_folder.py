@@ -213,11 +213,14 @@ class RunFolder:
         return 0
 
     def cut_log(self, step: int) -> None:
-        """Drop the lines of `log.jsonl` after `step`: a run that goes on from there will write them again."""
-        kept = 0
+        """Drop the lines of `log.jsonl` after `step`: a run that goes on from there will write them again.
+
+        One that starts from nothing also writes that of step 0, its first validation.
+        """
+        kept, last = 0, step or -1
         try:
             for line in self.log.read_bytes().splitlines(keepends=True):
-                if not json.loads(line)["step"] <= step or not line.endswith(b"\n"):
+                if not json.loads(line)["step"] <= last or not line.endswith(b"\n"):
                     break
                 kept += len(line)
         except FileNotFoundError:

@@ -100,7 +100,7 @@ def save_again(recipe: TrainRecipe, world: World) -> None:
     run = RunFolder(recipe.run)
     accepted = training._accept(recipe, run, world)
     trainer = training.Trainer(recipe, run, world, StopRequest(), *accepted)
-    if recipe.zero["stage"] == 3:
+    if recipe.zero["stage"] == 3 and world.ranks > 1:  # a rank alone holds all of everything
         named = dict(trainer.engine.module.named_parameters())
         for name in ("sharebert.word_embeddings.weight", "sharebert.factor_linear_all.weight"):
             local, full = named[name].numel(), named[name].ds_numel

@@ -82,6 +82,15 @@ def test_the_log_is_cut_where_a_launch_goes_on(run: RunFolder) -> None:
     assert run.log.read_text().endswith("}\n"), "a line without its end is half a line"
 
 
+def test_a_launch_from_nothing_cuts_the_whole_log(run: RunFolder) -> None:
+    """It validates at step 0 once more."""
+    log(run, 0, 1)
+    run.cut_log(1)
+    assert [json.loads(line)["step"] for line in run.log.read_text().splitlines()] == [0, 1]
+    run.cut_log(0)
+    assert run.log.read_text() == ""
+
+
 def holder(path: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     """A process that holds a run for 2 s; its launcher is a shell, which is killed at once."""
     code = (

@@ -1,0 +1,144 @@
+"""What a save costs a training: this project's, in the background, against DeepSpeed's own with fsync.
+
+The shape is sharebert-base (30,522 words, untied head) at ZeRO 1 on two ranks of this machine. In every round, one
+after another, on the same engine:
+
+    20 steps                                       the plain time
+    a save, and the 20 steps after it              its cost is what they take beyond the plain time: copying the
+                                                   state, and what writing beside the steps slows them
+    DeepSpeed's save_checkpoint, files fsynced     its cost is all of its time, for training waits
+
+Printed are the medians over the rounds and their ratio; the bar is 15 %. Steps are as short as the shape allows (one
+row of a few tokens a rank), which is hard on us: a save must hide behind 20 of them. They still take seconds on a CPU,
+and the cost is a small difference of long times: the machine must be quiet, with a core for each rank.
+
+    python -m benchmarks.checkpoint [--rounds 5] [--precision fp32|bf16] [--folder FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+STEPS_AFTER = 20
+ROW_TOKENS = 16
+BAR = 0.15
+
+
+def worker(rounds: int, precision: Any, folder: Path) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from pretrain import distributed, slices
+    from pretrain.checkpointer import Checkpointer, CheckpointRecipe
+    from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config, optimizer_step, set_learning_rate
+    from pretrain.generators import generators
+    from pretrain.model import build_model, choose_model
+
+    world = distributed.join(600)
+    torch.set_num_threads(1)
+    choice = choose_model({"size": "sharebert-base"}, 30_522, ROW_TOKENS)
+    model = build_model(choice, seed=0)
+    parameters = sum(p.numel() for p in model.parameters())
+    config = deepspeed_config(
+        zero={"stage": 1}, precision=precision, clip=0.5, micro_batch=1, micro_batches=1, parameters=parameters
+    )
+    engine = build_engine(model, config, OptimizerRecipe())
+    set_learning_rate(engine, 1e-4)
+    tokens = torch.randint(5, 30_522, (1, ROW_TOKENS), generator=torch.Generator().manual_seed(world.rank))
+    positions = torch.tensor([3, 7])
+    saver = Checkpointer(
+        folder / "ours", CheckpointRecipe(keep=1), world.rank, world.ranks, token="benchmark", report=print
+    )
+
+    def step() -> None:
+        output = engine(tokens, positions=positions, labels=tokens[0, positions], weights=torch.ones(2))
+        engine.backward(output.loss_sum, scale_wrt_gas=False)
+        optimizer_step(engine, 0.5)
+
+    def steps() -> None:
+        for _ in range(STEPS_AFTER):
+            step()
+
+    def save_ours(number: int) -> None:
+        started = time.perf_counter()
+        saver.save(number, slices.owned(engine, world), slices.shapes(engine), generators(), {})
+        copied.append(time.perf_counter() - started)
+
+    def save_deepspeed() -> None:
+        engine.save_checkpoint(str(folder / "deepspeed"), tag="benchmark")
+        dist.barrier()
+        files = sorted(file for file in (folder / "deepspeed").rglob("*") if file.is_file())
+        for file in files[world.rank :: world.ranks]:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+    def seconds(work: Callable[[], None]) -> float:
+        dist.barrier()
+        started = time.perf_counter()
+        work()
+        dist.barrier()
+        return time.perf_counter() - started
+
+    for _ in range(3):
+        step()
+    saver.prepare(slices.owned(engine, world), generators())  # as at the start of a launch
+    plain, ours, written, theirs = [], [], [], []
+    copied: list[float] = []
+    for number in range(1, rounds + 1):
+        plain.append(seconds(steps))
+        ours.append(seconds(lambda number=number: (save_ours(number), steps())))  # type: ignore[misc]
+        written.append(seconds(lambda: saver.finish() and None))
+        theirs.append(seconds(save_deepspeed))
+        if world.is_main:
+            shutil.rmtree(folder / "deepspeed")
+    plain.append(seconds(steps))
+    if world.is_main:
+        size = sum(file.stat().st_size for file in (folder / "ours").rglob("*.safetensors"))
+        around = [(before + after) / 2 for before, after in pairwise(plain)]
+        extra = median(mine - base for mine, base in zip(ours, around, strict=True))
+        print(f"sharebert-base, {parameters:,} parameters, {precision}, ZeRO 1, 2 ranks; {size / 1e6:,.0f} MB of state")
+        print(f"  a step                                          {median(plain) / STEPS_AFTER:8.3f} s")
+        print(f"  DeepSpeed's save with fsync                     {median(theirs):8.3f} s")
+        print(f"  ours: beyond the plain time of {STEPS_AFTER} steps         {extra:8.3f} s")
+        print(f"  ours: of that, copying the state                {median(copied):8.3f} s")
+        print(f"  ours: left to write after these steps           {median(written):8.3f} s")
+        print(f"  ratio {extra / median(theirs):.1%} (bar {BAR:.0%})")
+    distributed.leave()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        worker(given.rounds, given.precision, given.folder)
+        return
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        keys = [
+            "-m",
+            "benchmarks.checkpoint",
+            "--worker",
+            f"--rounds={given.rounds}",
+            f"--precision={given.precision}",
+            f"--folder={folder}",
+        ]
+        subprocess.run([*start, *keys], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+if __name__ == "__main__":
+    main()

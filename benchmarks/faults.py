@@ -1,0 +1,340 @@
+"""`make soak`: a training under many injected faults, unattended, against one that nothing happens to.
+
+A demo-size training is hurt at random moments, and started again with the same command whenever its launch has
+ended, until it is finished. Two campaigns, each with its own undisturbed run:
+
+    elastic   the number of ranks (1 to 3), the ZeRO stage and the micro-batch change again and again, dropout off:
+              every loss must be within 2e-6 relative of that of the undisturbed run, which is on one rank
+    exact     two ranks, dropout on: every loss must be bitwise that of the undisturbed run
+
+The table has, for each kind of fault, how many were injected and survived (the run came further than it was), and how
+many optimizer steps they cost: steps that were in the log and had to be made again. The exit code is 0 only where at
+least 40 were injected (or as many as were asked for), all survived, and the losses are as promised.
+
+    python -m benchmarks.faults [--faults 44] [--minutes 15] [--seed 0]
+
+The full disk is a tmpfs of 16 MiB under the run, for which Linux wants root; without it the fault is left out, and the
+table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+from benchmarks.faulty_run import EVERY, VALIDATE_EVERY, Run, make_dataset, wait_until
+
+ENOUGH = 40
+"""Faults that are injected at least: on a slow machine the time is over before all are."""
+STEPS_A_FAULT = 18
+"""About how many steps the run comes further between two faults; the last ones are left to an unhurt run."""
+LONGEST_CALM = 12
+"""Steps between the recovery from a fault and the next one, at most."""
+START_S = 12.0
+"""About what a launch takes before its first step."""
+STALL_S = 180.0
+"""A fault after which the run comes no further for so long was not survived."""
+TRIED_AGAIN = b"it is tried again in"
+DISK_BYTES = 16 << 20
+ELASTIC = 2e-6
+WORLDS = [(2, 1, 8), (1, 3, 6), (3, 2, 8), (2, 0, 12), (1, 2, 24), (3, 3, 4)]
+"""Ranks, ZeRO stage, micro-batch."""
+
+
+# Each fault below hurts a run that is alive, at a random moment of its own, and returns.
+
+
+def kill_a_rank(run: Run, chance: random.Random) -> None:
+    run.send(signal.SIGKILL, [chance.choice(run.workers())])
+
+
+def kill_the_launcher(run: Run, chance: random.Random) -> None:
+    assert run.process is not None
+    run.process.kill()
+    run.process.wait()
+
+
+def kill_all(run: Run, chance: random.Random) -> None:
+    run.kill_group()
+
+
+def kill_all_while_it_starts(run: Run, chance: random.Random) -> None:
+    """A launch that dies anywhere in its start, also in loading the checkpoint, changes nothing."""
+    run.kill_group()
+    run.launch()
+    wait_until(lambda: run.ended, chance.random() * START_S)
+    run.kill_group()
+
+
+def kill_all_in_a_save(run: Run, chance: random.Random) -> None:
+    wait_until(lambda: list(run.folder.glob("checkpoints/.step-*")) or run.ended, 30)
+    time.sleep(chance.random() * 0.01)
+    run.kill_group()
+
+
+def kill_all_in_a_validation(run: Run, chance: random.Random) -> None:
+    def is_due() -> bool:
+        return run.step % VALIDATE_EVERY == 0 and "loss" in run.last_line
+
+    wait_until(lambda: is_due() or run.ended, 30)
+    time.sleep(chance.random() * 0.1)
+    run.kill_group()
+
+
+def damage_the_newest_checkpoint(run: Run, chance: random.Random) -> None:
+    run.kill_group()
+    newest = max(run.folder.glob("checkpoints/step-*"), default=None)
+    if newest is None:
+        return
+    file = chance.choice(sorted(newest.iterdir()))
+    kind = chance.choice(("cut", "flipped", "missing"))
+    if kind == "missing":
+        file.unlink()
+    elif kind == "cut":
+        os.truncate(file, chance.randrange(file.stat().st_size))
+    else:
+        data = bytearray(file.read_bytes())
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        file.write_bytes(data)
+
+
+def cut_a_shard(run: Run, chance: random.Random) -> None:
+    """The ranks end and say which; somebody copies the shard again."""
+    shard = chance.choice(sorted(run.dataset.glob("train/*.tar")))
+    whole = shard.read_bytes()
+    ranks = run.workers()
+    os.truncate(shard, chance.randrange(len(whole)))
+    wait_until(lambda: run.ended or run.workers() != ranks, 60)
+    copy = shard.with_suffix(".copy")
+    copy.write_bytes(whole)
+    copy.replace(shard)
+
+
+def fill_the_disk(run: Run, chance: random.Random) -> None:
+    """Until a write of a checkpoint has failed; then there is room again, and the next checkpoints come."""
+    filler, failed = run.folder.parent / "filler", run.said.read_bytes().count(TRIED_AGAIN)
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as out:
+        while True:
+            out.write(bytes(4096))
+    wait_until(lambda: run.said.read_bytes().count(TRIED_AGAIN) > failed or run.ended, 30)
+    time.sleep(chance.random())
+    filler.unlink()
+    until = run.step + EVERY
+    wait_until(lambda: run.step >= until or run.ended, 30)
+
+
+def signals_in_bursts(run: Run, chance: random.Random) -> None:
+    """Of all kinds to the ranks, and half of the time TERM to the launcher, which passes it on."""
+    ranks = run.workers()
+    launcher = [run.process.pid] if run.process and chance.random() < 0.5 else []
+    while not run.ended:
+        run.send(chance.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)), ranks)
+        run.send(signal.SIGTERM, launcher)
+        time.sleep(chance.random() * 0.01)
+
+
+def stop_file(run: Run, chance: random.Random) -> None:
+    (run.folder / "stop").touch()
+    wait_until(lambda: run.ended, 60)
+
+
+def change_the_ranks(run: Run, chance: random.Random) -> None:
+    """A stop, or a kill; then it is started with other numbers."""
+    chance.choice((stop_file, kill_all))(run, chance)
+    now = (run.ranks, run.stage, run.micro_batch)
+    run.ranks, run.stage, run.micro_batch = chance.choice([world for world in WORLDS if world != now])
+
+
+Fault = Callable[[Run, random.Random], None]
+
+EXACT: dict[Fault, int] = {
+    kill_a_rank: 5,
+    kill_the_launcher: 4,
+    kill_all: 2,
+    kill_all_while_it_starts: 3,
+    kill_all_in_a_save: 4,
+    kill_all_in_a_validation: 3,
+    damage_the_newest_checkpoint: 4,
+    cut_a_shard: 3,
+    fill_the_disk: 4,
+    signals_in_bursts: 4,
+    stop_file: 1,
+}
+"""How often each comes, out of all."""
+ELASTIC_FAULTS: dict[Fault, int] = {change_the_ranks: 6, damage_the_newest_checkpoint: 1, kill_a_rank: 2}
+
+
+@dataclass
+class Tally:
+    """What became of the faults of one kind."""
+
+    injected: int = 0
+    survived: int = 0
+    lost: list[int] = field(default_factory=list)
+
+
+def endure(run: Run, faults: list[Fault], chance: random.Random, deadline: float, tally: dict[str, Tally]) -> None:
+    """Hurt `run` with one fault after another, then let it finish."""
+    for number, fault in enumerate(faults, start=1):
+        target = run.step + chance.randrange(1, LONGEST_CALM)
+        arrived = advance(run, lambda target=target: run.finished or run.step >= target)  # type: ignore[misc]
+        if not arrived or run.finished or time.monotonic() > deadline:
+            why = "no time is left" if time.monotonic() > deadline else "the run is finished or stands still"
+            print(f"  faults {number} to {len(faults)} are not injected: {why}", flush=True)
+            break
+        time.sleep(chance.random() * 0.2)
+        name = fault.__name__.replace("_", " ")
+        entry = tally.setdefault(name, Tally())
+        entry.injected += 1
+        step, resumed_from = hurt(run, fault, chance)
+        entry.survived += resumed_from is not None
+        entry.lost.append(max(0, step - (resumed_from or 0)))
+        outcome = "LOST" if resumed_from is None else f"went on from step {min(step, resumed_from)}"
+        print(f"  {number:3} of {len(faults)}: {name} at step {step}: {outcome}", flush=True)
+    advance(run, lambda: run.finished and run.ended)
+
+
+def hurt(run: Run, fault: Fault, chance: random.Random) -> tuple[int, int | None]:
+    """The step at which a fault found the run, and that from which it went on; None where it came no further."""
+    restarts = run.state.get("restarts", 0)
+    fault(run, chance)
+    before = run.step
+    resumed_from: list[int] = []
+
+    def further() -> bool:
+        state = run.state
+        if not resumed_from and state.get("restarts", 0) > restarts:
+            resumed_from.append(int(state["resumed_from"]))
+        return run.finished or (run.step > before and (bool(resumed_from) or fault is fill_the_disk))
+
+    survived = advance(run, further)
+    return before, (resumed_from[0] if resumed_from else before) if survived else None
+
+
+def advance(run: Run, condition: Callable[[], bool]) -> bool:
+    """Keep `run` alive until `condition`; whether it came before the run stalled."""
+    deadline = time.monotonic() + STALL_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        run.keep_alive()
+        time.sleep(0.01)
+    return True
+
+
+def train_undisturbed(run: Run) -> None:
+    """All steps, in one launch."""
+    run.launch()
+    assert run.process is not None
+    if run.process.wait() != 0:
+        sys.exit(f"the undisturbed run failed:\n{run.said.read_text()[-4000:]}")
+
+
+def compare(run: Run, whole: Run) -> tuple[bool, float]:
+    """Whether all losses, also of validations, are bitwise those of `whole`, and the largest relative difference.
+
+    A step that is in the log twice or not at all is printed, and makes them differ by infinity.
+    """
+    ours, theirs = (
+        [((line["step"], key), line[key]) for line in r.log() for key in ("loss", "valid_loss") if key in line]
+        for r in (run, whole)
+    )
+    for (mine, _), (its, _) in zip_longest(ours, theirs, fillvalue=("nothing", 0.0)):
+        if mine != its:
+            print(f"the log has {mine}, that of the undisturbed run {its}")
+            return False, float("inf")
+    return ours == theirs, max(abs(a[1] - b[1]) / b[1] for a, b in zip(ours, theirs, strict=True))
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """`folder` as a disk of its own; whether that was possible."""
+    folder.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], check=False, capture_output=True
+        ).returncode
+    )
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=False)
+
+
+def drawn(kinds: dict[Fault, int], count: int, chance: random.Random) -> list[Fault]:
+    """`count` faults in about the proportions of `kinds`, every kind at least once, in random order."""
+    pool = [fault for fault, times in kinds.items() for _ in range(times)]
+    faults = [*kinds, *(pool[i % len(pool)] for i in chance.sample(range(len(pool)), len(pool)))][:count]
+    faults += chance.choices(pool, k=count - len(faults))
+    chance.shuffle(faults)
+    return faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=44, help="how many, in all (default 44)")
+    parser.add_argument("--minutes", type=float, default=15, help="no fault is injected in the last tenth of it")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of faults and moments")
+    given = parser.parse_args()
+    chance, started = random.Random(given.seed), time.monotonic()
+    deadline = started + given.minutes * 60 * 0.9
+    tally: dict[str, Tally] = {}
+    verdicts = []
+    with tempfile.TemporaryDirectory() as name, small_disk(Path(name) / "disk") as has_disk:
+        folder = Path(name)
+        dataset = make_dataset(folder / "dataset")
+        if not has_disk:
+            del EXACT[fill_the_disk]
+            print("no disk of its own can be mounted here (not root): no full disk among the faults")
+        elastic_count = given.faults // 4
+        for campaign, kinds, count, dropout in (
+            ("elastic", ELASTIC_FAULTS, elastic_count, 0.0),
+            ("exact", EXACT, given.faults - elastic_count, 0.1),
+        ):
+            steps = (count + 2) * STEPS_A_FAULT
+            place = folder / "disk" if campaign == "exact" else folder
+            run = Run(place / campaign, dataset, steps, dropout, folder / f"{campaign}.said")
+            whole = Run(folder / f"whole-{campaign}", dataset, steps, dropout, folder / f"whole-{campaign}.said")
+            whole.ranks = 1 if campaign == "elastic" else run.ranks
+            print(f"{campaign}: {steps} steps, {count} faults", flush=True)
+            try:
+                train_undisturbed(whole)
+                endure(run, drawn(kinds, count, chance), chance, deadline, tally)
+            finally:
+                for either in (whole, run):
+                    either.kill_group()
+            same, worst = compare(run, whole)
+            good = run.finished and (same if campaign == "exact" else worst <= ELASTIC)
+            verdicts.append((campaign, good, same, worst))
+            if not good:
+                print(run.said.read_text()[-4000:])
+    print(f"\n{'fault':32}{'injected':>10}{'survived':>10}{'steps lost to each':>24}")
+    for fault, entry in tally.items():
+        lost = f"{min(entry.lost)} to {max(entry.lost)}, mean {sum(entry.lost) / len(entry.lost):.1f}"
+        print(f"{fault:32}{entry.injected:>10}{entry.survived:>10}{lost:>24}")
+    injected, survived = (sum(getattr(e, k) for e in tally.values()) for k in ("injected", "survived"))
+    print(f"{'all':32}{injected:>10}{survived:>10}")
+    for campaign, good, same, worst in verdicts:
+        print(f"{campaign}: losses {'bitwise equal' if same else f'differ by {worst:.1e} relative'} "
+              f"to those of the undisturbed run: {'as promised' if good else 'NOT AS PROMISED'}")  # fmt: skip
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    enough = injected >= min(given.faults, ENOUGH)
+    sys.exit(0 if enough and survived == injected and all(good for _, good, _, _ in verdicts) else 1)
+
+
+if __name__ == "__main__":
+    main()

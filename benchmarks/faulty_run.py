@@ -1,0 +1,202 @@
+"""A demo-size training that is launched as users launch it, and can be hurt; for `faults.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EVERY, VALIDATE_EVERY = 5, 7
+"""Steps between checkpoints, and between validations."""
+SEQ_LEN, WORDS = 64, 1000
+
+
+def make_dataset(folder: Path) -> Path:
+    """Rows of made-up words that follow each other most of the time, in eight shards."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    from data_prep.shards import file_sha256, shard_name, write_manifest, write_shard
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + [f"word{i}" for i in range(WORDS)]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(special)
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    splits: dict[str, Any] = {}
+    for split, shards, rows in (("train", 8, 500), ("validation", 1, 256)):
+        entries = []
+        for number in range(shards):
+            steps = np.where(rng.random((rows, SEQ_LEN)) < 0.9, 1, rng.integers(1, WORDS, (rows, SEQ_LEN)))
+            tokens = (len(special) + np.cumsum(steps, axis=1) % WORDS).astype(np.uint16)
+            tokens[:, 0], tokens[:, -1] = 2, 3
+            entries.append(write_shard(folder, shard_name(split, number), [(tokens, np.ones_like(tokens, np.uint8))]))
+        splits[split] = {"rows": shards * rows, "shards": entries}
+    write_manifest(
+        folder,
+        {
+            "seq_len": SEQ_LEN,
+            "dtype": "uint16",
+            "segments_dtype": "uint8",
+            "vocab_size": len(words),
+            "tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
+            "special_ids": {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4},
+            "splits": splits,
+        },
+    )
+    return folder
+
+
+@dataclass
+class Run:
+    """A training and the launch of it that is alive, if one is."""
+
+    folder: Path
+    dataset: Path
+    steps: int
+    dropout: float
+    said: Path
+    """Takes what the launches say."""
+    ranks: int = 2
+    stage: int = 1
+    micro_batch: int = 8
+    process: subprocess.Popen[bytes] | None = None
+
+    def launch(self) -> None:
+        """Start it, as a user would, with the one command; what it says goes into a file beside it."""
+        keys = {
+            "run": self.folder,
+            "data.dataset": self.dataset,
+            "data.global_batch": 24,
+            "data.micro_batch": self.micro_batch,
+            "steps": self.steps,
+            "precision": "fp32",
+            "zero.stage": self.stage,
+            # At 2e-3 gradients jump after 90 steps and rounding grows without bound: two runs that nothing happened
+            # to, with micro-batches of 8 and of 24, then differ by 1e-2; here by 1.5e-7.
+            "optimizer.lr": 5e-4,
+            "model.hidden_size": 64,
+            "model.intermediate_size": 128,
+            "model.num_hidden_layers": 4,
+            "model.num_attention_heads": 4,
+            "model.factor_size": 16,
+            "model.mlm_head": "tied",
+            "model.hidden_dropout_prob": self.dropout,
+            "model.attention_probs_dropout_prob": self.dropout,
+            "monitor.every": 1,
+            "validate.every": VALIDATE_EVERY,
+            "validate.rows": 256,
+            "checkpoint.every": EVERY,
+            "checkpoint.keep": 3,
+            "faults.hang_s": 20,
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}",
+                   "--max-restarts=3", "-m", "pretrain", self._empty_recipe()]  # fmt: skip
+        with self.said.open("ab") as said:
+            self.process = subprocess.Popen(
+                [*command, *(f"{key}={value}" for key, value in keys.items())],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stderr=said,
+                stdout=said,
+                start_new_session=True,
+            )
+
+    def _empty_recipe(self) -> str:
+        """Everything is given as overrides."""
+        file = self.said.with_suffix(".yaml")
+        file.write_text("seed: 1\n")
+        return str(file)
+
+    def keep_alive(self) -> None:
+        """What an unattended launcher does: start it again whenever it has ended and is not finished."""
+        if self.process is None or (self.process.poll() is not None and not self.finished):
+            self.launch()
+
+    @property
+    def ended(self) -> bool:
+        """Whether no launch is alive."""
+        return self.process is None or self.process.poll() is not None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """`state.json`, if it is there."""
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads((self.folder / "state.json").read_text()))
+        return {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made."""
+        return self.state.get("state") == "finished"
+
+    def log(self) -> list[dict[str, Any]]:
+        """Whole lines of the log so far."""
+        try:
+            text = (self.folder / "log.jsonl").read_text()
+        except OSError:
+            return []
+        found = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    @property
+    def step(self) -> int:
+        """The last step in the log."""
+        return int(self.last_line.get("step", 0))
+
+    @property
+    def last_line(self) -> dict[str, Any]:
+        """The last whole line of the log; empty where there is none."""
+        with contextlib.suppress(OSError), (self.folder / "log.jsonl").open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+            for line in reversed(log.read().splitlines()):
+                with contextlib.suppress(ValueError):
+                    return dict(json.loads(line))
+        return {}
+
+    def workers(self) -> list[int]:
+        """Process ids, in the order of their ranks."""
+        assert self.process is not None
+        found = {}
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            for child in children:
+                variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                found |= {int(v.removeprefix(b"RANK=")): int(child) for v in variables if v.startswith(b"RANK=")}
+        return [found[rank] for rank in sorted(found)]
+
+    def send(self, number: int, pids: list[int]) -> None:
+        """A signal to each that still lives."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill_group(self) -> None:
+        """Launcher and all ranks, at once; nothing where no launch is alive."""
+        if self.process is not None and self.process.poll() is None:
+            self.send(signal.SIGKILL, [self.process.pid, *self.workers()])
+            self.process.wait()
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float) -> bool:
+    """Whether `condition` came true in time; looks every few milliseconds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.004)
+    return True
