@@ -102,6 +102,8 @@ def worker(rounds: int, precision: Any, folder: Path) -> None:
         theirs.append(seconds(save_deepspeed))
         if world.is_main:
             shutil.rmtree(folder / "deepspeed")
+            took = f"{plain[-1]:.1f} s, with our save {ours[-1]:.1f} s; DeepSpeed's save {theirs[-1]:.1f} s"
+            print(f"  round {number}: {STEPS_AFTER} steps {took}", flush=True)
     plain.append(seconds(steps))
     if world.is_main:
         size = sum(file.stat().st_size for file in (folder / "ours").rglob("*.safetensors"))
