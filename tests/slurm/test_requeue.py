@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 def test_three_preemptions(
     run: Run, slurm: SlurmCluster, high_priority: Callable[[], str], baseline: list[float]
 ) -> None:
-    job = run.submit()
+    steps = 3 * BASELINE_STEPS  # a launch makes some 45 before it is preempted, and must not come to the end
+    job = run.submit(steps=steps)
     for number in range(1, 4):
         run.wait_for_step(run.step + 25)
         high_priority()
@@ -25,7 +26,7 @@ def test_three_preemptions(
     run.same_as(baseline)
     launches = run.steps_of_each_launch()
     assert len(launches) == 4
-    assert list(chain(*launches)) == list(range(1, BASELINE_STEPS + 1)), "a step was done twice, or never"
+    assert list(chain(*launches)) == list(range(1, steps + 1)), "a step was done twice, or never"
 
 
 def test_requeue_by_hand_and_a_signal(run: Run, slurm: SlurmCluster, baseline: list[float]) -> None:
