@@ -132,13 +132,14 @@ def symbol_shares(texts: Sequence[str]) -> NDArray[np.float64]:
 
 def repetition_shares(texts: Sequence[str], n: int = 5) -> NDArray[np.float64]:
     """Of each text, the share of its word n-grams that have occurred before in it."""
-    hashes, offsets = ngram_hashes(texts, n)
+    keys, offsets = ngram_hashes(texts, n)  # of a large document they are most of what a worker holds
     grams = np.diff(offsets)
-    document = np.repeat(np.arange(len(texts)), grams)
-    keys = hashes ^ mix(document.astype(np.uint64))
+    keys ^= np.repeat(mix(np.arange(len(texts), dtype=np.uint64)), grams)
     order = np.argsort(keys)
-    repeated = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
-    return np.bincount(document[order[repeated]], minlength=len(texts)) / np.maximum(grams, 1)
+    keys = keys[order]
+    repeated = order[1:][keys[1:] == keys[:-1]]
+    document = np.searchsorted(offsets, repeated, side="right") - 1
+    return np.bincount(document, minlength=len(texts)) / np.maximum(grams, 1)
 
 
 def shared(texts: Sequence[str], wanted: NDArray[np.uint64], n: int) -> NDArray[np.bool_]:

@@ -80,7 +80,9 @@ class _Reader:
             for offset, block in self._blocks(piece):
                 if not offset and block.startswith(_BOM):
                     offset, block = len(_BOM), block[len(_BOM) :]
-                yield self._text_records(offset, block) if self._is_text else self._json_lines(offset, block)
+                texts = self._text_records(offset, block) if self._is_text else self._json_lines(offset, block)
+                block = b""
+                yield texts
 
     def _columns(self, piece: Piece) -> Iterator[list[str]]:
         key, source = self.config.text_key, self.config
@@ -140,9 +142,12 @@ class _Reader:
                     offset += end or len(buffer)
                     buffer, skipping = buffer[end:] if end else b"", not end
                 cut = max(buffer.rfind(s) + len(s) if s in buffer else 0 for s in self._separators)
+                # Nothing here keeps what is handed on: it may be one large document, and what is done with it takes memory.
+                whole, carry = [buffer[:cut]], buffer[cut:]
+                del data, buffer
                 if cut:
-                    yield offset, buffer[:cut]
-                offset, carry = offset + cut, buffer[cut:]
+                    yield offset, whole.pop()
+                offset += cut
                 if len(carry) > limit and not self._is_text:
                     self._too_long(len(carry), offset)
                     offset, carry, skipping = offset + len(carry), b"", True
@@ -151,8 +156,10 @@ class _Reader:
                     self.counts["splits"] += 1
                     yield offset, carry[:cut]
                     offset, carry = offset + cut, carry[cut:]
-            if carry:
-                yield offset, carry
+            whole = [carry]
+            del carry
+            if whole[0]:
+                yield offset, whole.pop()
 
     def _boundary(self, stream: Stream, nominal: int) -> int:
         """The byte where the first document after `nominal` begins; inside a long text, a place near its limit."""
