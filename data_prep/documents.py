@@ -142,7 +142,7 @@ class _Reader:
                     offset += end or len(buffer)
                     buffer, skipping = buffer[end:] if end else b"", not end
                 cut = max(buffer.rfind(s) + len(s) if s in buffer else 0 for s in self._separators)
-                # Nothing here keeps what is handed on: it may be one large document, and what is done with it takes memory.
+                # Nothing is kept of what is handed on: it may be one large document, and work on it takes memory.
                 whole, carry = [buffer[:cut]], buffer[cut:]
                 del data, buffer
                 if cut:
