@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain import checkpoint
+from pretrain.checkpoint import Checkpoint
+
 MANY_RUNS = Path(__file__).parent / "pretrain" / "many_runs.py"
 
 
@@ -77,3 +80,10 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 def losses(run: Path) -> list[float]:
     """The loss of each logged step."""
     return [line["loss"] for line in log_of(run) if "loss" in line]
+
+
+def whole(run: Path, step: int, folder: str = "checkpoints") -> Checkpoint:
+    """A run's checkpoint of a step, with its checksums compared."""
+    found = checkpoint.read_manifest(run / folder / checkpoint.folder_name(step))
+    checkpoint.verify(found)
+    return found

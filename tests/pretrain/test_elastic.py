@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import log_of, losses, train_arguments, train_many
+from tiny_runs import log_of, losses, train_arguments, train_many, whole
 
 from pretrain import checkpoint
-from pretrain.checkpoint import Checkpoint
 from pretrain.slices import STATES
 
 pytestmark = pytest.mark.slow
@@ -46,12 +45,6 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         said.append(train_many(plan, ranks, folder))
     (folder / "said").write_text("\n".join(said))
     return folder
-
-
-def whole(run: Path, step: int, folder: str = "checkpoints") -> Checkpoint:
-    found = checkpoint.read_manifest(run / folder / checkpoint.folder_name(step))
-    checkpoint.verify(found)
-    return found
 
 
 @pytest.mark.parametrize("precision", BARS)

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import log_of, losses, train_arguments, train_many
+from tiny_runs import log_of, losses, train_arguments, train_many, whole
 
 from pretrain import checkpoint
-from pretrain.checkpoint import Checkpoint
 from pretrain.slices import STATES
 
 STEPS = 200
@@ -86,12 +85,6 @@ def matrix(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             plan.append({"overrides": train_arguments(dataset, on, **extra), "save_again": True})
     train_many(plan, 2, folder)
     return folder
-
-
-def whole(run: Path, step: int, folder: str = "checkpoints") -> Checkpoint:
-    found = checkpoint.read_manifest(run / folder / checkpoint.folder_name(step))
-    checkpoint.verify(found)
-    return found
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
