@@ -33,7 +33,8 @@ most of all the gradients, it leaves at the start of the backward pass, with the
 
 LARGE_BLOCK_BYTES = 4 * 2**20
 """On a CPU, blocks from this size on come from the system and go back to it at once. The step of benchmarks/train_step
-took the processor time that it takes without, and a fifth less memory at its peak; from 1 MiB on it took a fifth more."""
+then takes the processor time that it takes without, and a fifth less memory at its peak; from 1 MiB on, a fifth more
+time."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -208,13 +209,14 @@ def compile_layers(model: ShareBertForMaskedLM, backend: str = "inductor") -> No
 def hand_back_large_blocks() -> None:
     """Have glibc's allocator give each freed block of LARGE_BLOCK_BYTES or more back to the system; for good.
 
-    By itself it raises that size to the largest block it saw freed, up to 32 MiB, and cuts smaller ones from heaps, where
-    what stays alive between them keeps the memory of the others from being used again. Other allocators are left alone.
+    By itself it raises that size to the largest block it saw freed, up to 32 MiB, and cuts smaller ones from heaps,
+    where what stays alive between them keeps the memory of the others from being used again. Other allocators are left
+    alone.
     """
-    M_MMAP_THRESHOLD = -3  # <malloc.h>
+    m_mmap_threshold = -3  # <malloc.h>
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        libc.mallopt(m_mmap_threshold, LARGE_BLOCK_BYTES)
 
 
 def build_engine(model: torch.nn.Module, config: dict[str, Any], optimizer: OptimizerRecipe) -> Any:

@@ -3,8 +3,8 @@
 `reads`: by stage, how often an optimizer step reads a tensor's value on the host. On a GPU each read waits for all that
 the device has to do. The counted step is one after the first two, which set up the optimizer's state.
 
-`kept`: of 80 MiB in blocks that are freed while what was allocated between them lives on, the MiB that the process still
-holds, before there was an engine and with it.
+`kept`: of 80 MiB in blocks that are freed while what was allocated between them lives on, the MiB that the process
+still holds, before there was an engine and with it.
 """
 
 from __future__ import annotations
