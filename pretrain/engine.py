@@ -14,7 +14,7 @@ import importlib
 import logging
 import math
 import os
-import sys
+import platform
 from typing import Annotated, Any, Literal
 
 import torch
@@ -217,9 +217,8 @@ def hand_back_large_blocks() -> None:
     alone.
     """
     m_mmap_threshold = -3  # <malloc.h>
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(m_mmap_threshold, LARGE_BLOCK_BYTES)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, LARGE_BLOCK_BYTES)
 
 
 def build_engine(model: torch.nn.Module, config: dict[str, Any], optimizer: OptimizerRecipe) -> Any:
