@@ -1,10 +1,9 @@
-"""What the engine costs: how often a step makes the host wait for the device, and memory that is not given back."""
+"""What the engine costs: how often a step makes the host wait for the device, and whether large blocks are given back."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +36,9 @@ def test_reads_of_an_optimizer_step(costs: dict[str, Any]) -> None:
         assert costs["reads"][stage] <= most, f"ZeRO {stage}: {costs['reads'][stage]} reads"
 
 
-def test_freed_blocks_go_back_to_the_system_for_models_of_published_sizes(costs: dict[str, Any]) -> None:
-    small, published = costs["kept"]
-    assert published < 8
-    if platform.libc_ver()[0] == "glibc":
-        assert small > 40
+def test_large_blocks_are_mapped_on_their_own_for_models_of_published_sizes(costs: dict[str, Any]) -> None:
+    if costs["mapped"][0] is None:
+        pytest.skip("glibc's mallinfo2 is not there to count mapped blocks (glibc 2.33 or later)")
+    small, published = costs["mapped"]
+    assert small == 0
+    assert published > 5  # some fit into what the heap had free
