@@ -62,10 +62,8 @@ def reads_of(stage: int) -> int:
 class MallInfo(ctypes.Structure):
     """glibc's `struct mallinfo2`; `hblks` is the number of mapped blocks."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES]
 
 
 HELD: list[torch.Tensor] = []

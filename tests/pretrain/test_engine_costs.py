@@ -1,4 +1,4 @@
-"""What the engine costs: how often a step makes the host wait for the device, and whether large blocks are given back."""
+"""What the engine costs: how often a step makes the host wait, and whether large blocks are given back."""
 
 from __future__ import annotations
 
