@@ -243,6 +243,8 @@ def build_engine(model: torch.nn.Module, config: dict[str, Any], optimizer: Opti
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
     with contextlib.redirect_stdout(None) if stage == 3 else contextlib.nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    if stage == 0 and torch.distributed.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # there is nobody to add to, and it copies every gradient twice
     if getattr(getattr(engine.optimizer, "loss_scaler", None), "dynamic", False):
         # At the lowest scale DeepSpeed would raise; to us such a step is one that is not finite, and is skipped.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -266,6 +268,9 @@ def optimizer_step(engine: Any, clip: float) -> bool:
     if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
         if engine.torch_autocast_z0_gradscaler:
             engine.torch_autocast_z0_gradscaler.unscale_(engine.optimizer)
+        for parameter in engine.module.parameters():
+            if parameter.grad is None:  # the pooler's; where ranks add up their gradients, DeepSpeed does the same
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or math.inf)
         if not torch.isfinite(norm):
             norm.fill_(math.inf)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import ShareBertError
+from .kernels_cpu import Dropout, DropoutAttention
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time in `linear_cross_entropy`: 64 MiB in float32, 549 rows of a 30,528-word vocabulary."""
@@ -45,6 +46,11 @@ def load_triton() -> TritonKernels | None:
 def triton_for(x: Tensor) -> TritonKernels | None:
     """The Triton kernels where they serve for `x`, and None where the reference does."""
     return load_triton() if x.is_cuda and not torch.compiler.is_compiling() else None
+
+
+def on_plain_cpu(x: Tensor) -> bool:
+    """Whether what `kernels_cpu` offers serves for `x`."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -164,31 +170,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def dropped(x: Tensor, dropout: float) -> Tensor:
     """Dropout with probability `dropout` above 0, on a CPU to 16 bits of it."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, dropout)
-    return _CpuDropout.apply(x, dropout)  # type: ignore[no-any-return]
-
-
-class _CpuDropout(torch.autograd.Function):
-    """Four elements share a 64-bit random number: 1.5 ms for [512, 2048], where `F.dropout` takes 12.5 ms.
-
-    The mask takes a byte an element, and not the four of `F.dropout` on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: float) -> Tensor:
-        drops = max(1, min(2**16 - 1, round(dropout * 2**16)))
-        random = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = random.view(torch.int16)[: x.numel()].view(x.shape) >= drops - 2**15
-        ctx.save_for_backward(kept)
-        ctx.scale = 2**16 / (2**16 - drops)
-        return (x * kept).mul_(ctx.scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        return (gradient * kept).mul_(ctx.scale), None
+    if on_plain_cpu(x):
+        return Dropout.apply(x, dropout)  # type: ignore[no-any-return]
+    return F.dropout(x, dropout)
 
 
 def add_dropout_norm(
@@ -251,12 +235,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float
         from .kernels_flex import attention_within
 
         return attention_within(query, key, value, mask, scale)
-    if dropout and query.device.type == "cpu":  # where SDPA has no fused kernel for it either
-        scores = (query * scale) @ key.mT
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        probabilities = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(value.dtype)
-        return dropped(probabilities, dropout) @ value
+    if dropout and on_plain_cpu(query):  # where SDPA has no fused kernel for it either
+        sums = accumulation_dtype(query.dtype)
+        return DropoutAttention.apply(query, key, value, mask, scale, dropout, sums)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 

@@ -157,12 +157,40 @@ def test_dropout_on_a_cpu_has_the_rate_asked_for_and_one_mask_for_both_passes() 
     torch.testing.assert_close(gradient, kept / 0.9, rtol=1e-4, atol=0)
 
 
-def test_attention_with_dropout_masks_and_scales_as_without() -> None:
-    query, key, value = torch.randn(3, 2, 2, 5, 4).unbind()
-    mask = torch.tensor([1, 1, 1, 0, 0], dtype=torch.bool).view(1, 1, 1, 5)
-    expected = attention(query, key, value, mask, 0.3, 0.0)
-    rare = attention(query, key, value, mask, 0.3, 1e-9)  # drops each with a chance of 1/65,536
-    torch.testing.assert_close(rare, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("seen", [None, (1, 1, 1, 7), (3, 1, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_with_dropout_on_a_cpu_is_the_plain_formula(dtype: torch.dtype, seen: tuple[int, ...] | None) -> None:
+    """With the mask that `dropped` draws from the same random state; forward and gradients."""
+    torch.manual_seed(0)
+    query, key, value, gradient = (torch.randn(3, n, 2, 8, dtype=dtype).transpose(1, 2) for n in (5, 7, 7, 5))
+    given = [x.requires_grad_() for x in (query, key, value)]
+    mask = None if seen is None else torch.rand(seen) < 0.7
+    if mask is not None:
+        mask[..., 0] = True
+
+    torch.manual_seed(1)
+    kept = dropped(torch.ones(3, 2, 5, 7, dtype=torch.float64), 0.3)
+    scores = query.double() @ key.double().mT * 0.4
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    expected = (scores.softmax(-1) * kept) @ value.double()
+    expected_gradients = torch.autograd.grad(expected, given, gradient.double())
+
+    torch.manual_seed(1)
+    output = attention(*given, mask, 0.4, 0.3)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(torch.autograd.grad(output, given, gradient), expected_gradients, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs.to(dtype), rtol=tolerance, atol=tolerance)
+
+
+def test_attention_with_dropout_on_a_cpu_copies_no_layout() -> None:
+    """Output and gradients lie as the layers' products take them: [B, T, heads, d] in memory."""
+    query, key, value = torch.randn(3, 2, 5, 3, 4).requires_grad_().transpose(2, 3).unbind()
+    output = attention(query, key, value, None, 1.0, 0.1)
+    for made in (output, *torch.autograd.grad(output.sum(), (query, key, value))):
+        assert made.transpose(1, 2).is_contiguous()
 
 
 def test_attention_scale_and_mask() -> None:
