@@ -4,8 +4,8 @@
 
 Sizes are those of sharebert-small, rows of 128 tokens. `ours` is what `sharebert.kernels` and `sharebert.virtual`
 do on this device, `plain` the same in the obvious PyTorch; a round runs both in turn, and a ratio is the median over
-the rounds. Memory is the highest sum of what the operation allocated and had not yet freed. Norm, GELU
-and attention are compared on CUDA alone.
+the rounds. Memory is the highest sum of what the operation allocated and had not yet freed. GELU is compared on CUDA
+alone, and attention on CPUs alone: on the other, both are one.
 
 The last line holds the virtual weights against their own FLOPs: their products forward and backward, at the rate of a
 product of two 2048 x 2048 matrices in the same rounds (bar: 1.3 x).
@@ -28,6 +28,7 @@ from sharebert import SIZES, ShareBertConfig, kernels, virtual
 
 SEQ_LEN, MASK_RATE, DROPOUT, PRODUCT = 128, 0.15, 0.1, 2048
 CONFIG = ShareBertConfig(**SIZES["sharebert-small"])
+HEAD = CONFIG.hidden_size // CONFIG.num_attention_heads
 
 
 class Operation(NamedTuple):
@@ -98,27 +99,44 @@ def operations(tokens: int) -> list[Operation]:
             lambda: torch.autograd.grad(weights_plain(*given), given, gradients),
         ),
     ]
+    stream, branch, scale, shift = made(tokens, hidden), made(tokens, hidden), made(hidden), made(hidden)
+    norm = [stream, branch, scale, shift]
+
+    def plain_norm() -> None:
+        summed = stream + F.dropout(branch, DROPOUT)
+        backward([summed, F.layer_norm(summed, (hidden,), scale, shift)], norm)
+
+    found.append(
+        Operation(
+            "dropout + add + norm",
+            lambda: backward(list(kernels.add_dropout_norm(*norm, 1e-5, DROPOUT)), norm),
+            plain_norm,
+        )
+    )
     if torch.get_default_device().type == "cuda":
-        stream, branch, scale, shift = made(tokens, hidden), made(tokens, hidden), made(hidden), made(hidden)
         x, matrix, bias = made(tokens, hidden), made(hidden, inner), made(inner)
-        norm = [stream, branch, scale, shift]
-
-        def plain_norm() -> None:
-            summed = stream + F.dropout(branch, DROPOUT)
-            backward([summed, F.layer_norm(summed, (hidden,), scale, shift)], norm)
-
-        found += [
-            Operation(
-                "dropout + add + norm",
-                lambda: backward(list(kernels.add_dropout_norm(*norm, 1e-5, DROPOUT)), norm),
-                plain_norm,
-            ),
+        found.append(
             Operation(
                 "linear + bias + GELU",
                 lambda: backward([kernels.linear_gelu(x, matrix, bias)], [x, matrix, bias]),
                 lambda: backward([F.gelu(torch.addmm(bias, x, matrix))], [x, matrix, bias]),
-            ),
-        ]
+            )
+        )
+    else:
+        query, key, value = (
+            made(tokens, hidden).view(-1, SEQ_LEN, CONFIG.num_attention_heads, HEAD).transpose(1, 2) for _ in range(3)
+        )
+
+        def attention_with(attend: Callable[[], Tensor]) -> Callable[[], object]:
+            return lambda: backward([attend().transpose(1, 2).flatten(2)], [query, key, value])
+
+        found.append(
+            Operation(
+                "attention with dropout",
+                attention_with(lambda: kernels.attention(query, key, value, None, HEAD**-0.5, DROPOUT)),
+                attention_with(lambda: F.scaled_dot_product_attention(query, key, value, dropout_p=DROPOUT)),
+            )
+        )
     return found
 
 
