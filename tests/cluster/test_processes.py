@@ -56,9 +56,10 @@ def test_workers_of_a_killed_command_are_ended(tmp_path: Path) -> None:
 
 
 def test_a_command_ends_when_its_agent_is_killed(tmp_path: Path) -> None:
-    """SIGHUP is what torchrun gets; what it does then is its own."""
+    """SIGHUP is what torchrun gets; what it does then is its own. (The tests may run under nohup, which ignores it.)"""
     code = (
-        "import os, sys, time; from cluster import processes\n"
+        "import os, signal, time; from cluster import processes\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "command = processes.start(['sleep', '60'], dict(os.environ)); print(command.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as agent:
