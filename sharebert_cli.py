@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sharebert_recipe import BadInput, describe, load
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import describe, load
 
 FINISHED, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -42,7 +43,7 @@ def plan(given: argparse.Namespace) -> int:
 
 
 def consolidate(given: argparse.Namespace) -> int:
-    from pretrain.consolidate import consolidate
+    from pretrain.export.consolidate import consolidate
 
     done = consolidate(
         given.source,
@@ -58,7 +59,7 @@ def consolidate(given: argparse.Namespace) -> int:
 
 
 def import_authors(given: argparse.Namespace) -> int:
-    from sharebert.authors import import_authors
+    from exports.authors import import_authors
 
     import_authors(given.folder, given.out)
     print(given.out)
@@ -78,7 +79,7 @@ def evaluate(given: argparse.Namespace) -> int:
 
 
 def fill(given: argparse.Namespace) -> int:
-    from sharebert.fill import fill
+    from exports.fill import fill
 
     for number, words in enumerate(fill(given.export, given.text, top=given.top), 1):
         print(f"mask {number}: " + "  ".join(f"{word} {probability:.3f}" for word, probability in words))
@@ -130,7 +131,7 @@ def _trainings(configs: list[str], overrides: list[str], on: Any) -> tuple[list[
     from cluster.folder import ClusterFolder
     from cluster.launch import Training
     from pretrain.recipe import TrainRecipe
-    from sharebert_recipe import to_yaml
+    from sharebert_common.recipe import to_yaml
 
     trainings, recipes = [], []
     for config in configs:
@@ -148,7 +149,7 @@ def _trainings(configs: list[str], overrides: list[str], on: Any) -> tuple[list[
 
 def _submit_prep(configs: list[str], overrides: list[str], on: Any, *, show: bool) -> int:
     from cluster.submit import submit_prep
-    from data_prep.dedup import rules
+    from data_prep.filter.dedup import rules
     from data_prep.pipeline import PrepRecipe
 
     if len(configs) > 1 or show:

@@ -44,10 +44,17 @@ def worker(rounds: int, precision: Any, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from pretrain import distributed, slices
-    from pretrain.checkpointer import Checkpointer, CheckpointRecipe
-    from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config, optimizer_step, set_learning_rate
-    from pretrain.generators import generators
+    from pretrain import distributed
+    from pretrain.checkpoint.rng_state import generators
+    from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
+    from pretrain.engine import fragments as slices
+    from pretrain.engine.engine import (
+        OptimizerRecipe,
+        build_engine,
+        deepspeed_config,
+        optimizer_step,
+        set_learning_rate,
+    )
     from pretrain.model import build_model, choose_model
 
     world = distributed.join(600)
@@ -62,12 +69,12 @@ def worker(rounds: int, precision: Any, folder: Path) -> None:
     set_learning_rate(engine, 1e-4)
     tokens = torch.randint(5, 30_522, (1, ROW_TOKENS), generator=torch.Generator().manual_seed(world.rank))
     positions = torch.tensor([3, 7])
-    saver = Checkpointer(
-        folder / "ours", CheckpointRecipe(keep=2), world.rank, world.ranks, token="benchmark", report=print
+    saver = CheckpointWriter(
+        folder / "ours", CheckpointRecipe(keep=2), world.rank, world.world_size, token="benchmark", report=print
     )
 
     def real_step() -> None:
-        output = engine(tokens, positions=positions, labels=tokens[0, positions], weights=torch.ones(2))
+        output = engine(tokens, positions=positions, labels=tokens[0, positions], loss_weights=torch.ones(2))
         engine.backward(output.loss_sum, scale_wrt_gas=False)
         optimizer_step(engine, 0.5)
 
@@ -92,7 +99,7 @@ def worker(rounds: int, precision: Any, folder: Path) -> None:
         engine.save_checkpoint(str(folder / "deepspeed"), tag="benchmark")
         dist.barrier()
         files = sorted(file for file in (folder / "deepspeed").rglob("*") if file.is_file())
-        for file in files[world.rank :: world.ranks]:
+        for file in files[world.rank :: world.world_size]:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
 

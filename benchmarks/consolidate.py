@@ -55,9 +55,10 @@ def save(times: int) -> None:
     """On each rank: an engine with made-up weights and moments, saved by DeepSpeed and by us."""
     import torch
 
-    from pretrain import distributed, slices
-    from pretrain.checkpointer import Checkpointer, CheckpointRecipe
-    from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config
+    from pretrain import distributed
+    from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
+    from pretrain.engine import fragments as slices
+    from pretrain.engine.engine import OptimizerRecipe, build_engine, deepspeed_config
     from sharebert import ShareBertForMaskedLM
 
     world = distributed.join(timeout_s=600)
@@ -74,7 +75,7 @@ def save(times: int) -> None:
     folder = OUT / f"{times}x"
     engine.save_checkpoint(str(folder / "theirs"))
     run = folder / "run"
-    saver = Checkpointer(run / "checkpoints", CheckpointRecipe(), world.rank, world.ranks, "token", print)
+    saver = CheckpointWriter(run / "checkpoints", CheckpointRecipe(), world.rank, world.world_size, "token", print)
     torch.distributed.barrier()  # rank 0 clears the folder first
     if world.is_main:
         (folder / "config.json").write_text(json.dumps(model_config(times).to_dict()))
@@ -126,7 +127,7 @@ def convert(what: str, source: Path, out: Path, config: Path) -> None:
         def work() -> None:
             zero_to_fp32.convert_zero_checkpoint_to_state_dict(str(source), str(out), safe_serialization=True)
     else:
-        from pretrain.consolidate import consolidate
+        from pretrain.export.consolidate import consolidate
 
         def work() -> None:
             consolidate(source, out, config=config if what == "ours, their folder" else None)
@@ -170,7 +171,7 @@ def copying(checkpoint: Path, export: Path, folder: Path, repeats: int) -> float
 
 
 def measure(times: int, repeats: int) -> None:
-    from sharebert.export import tensor_shapes
+    from exports.export import tensor_shapes
 
     folder = OUT / f"{times}x"
     sizes = [math.prod(shape) for shape in tensor_shapes(model_config(times)).values()]

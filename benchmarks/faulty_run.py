@@ -26,7 +26,8 @@ def make_dataset(folder: Path) -> Path:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    from data_prep.shards import file_sha256, shard_name, write_manifest, write_shard
+    from data_prep.shards.reader import shard_name, write_manifest, write_shard
+    from sharebert_common.files import file_sha256
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = special + [f"word{i}" for i in range(WORDS)]
@@ -69,7 +70,7 @@ class Run:
     dropout: float
     said: Path
     """Takes what the launches say."""
-    ranks: int = 2
+    world_size: int = 2
     stage: int = 1
     micro_batch: int = 8
     process: subprocess.Popen[bytes] | None = None
@@ -102,7 +103,7 @@ class Run:
             "checkpoint.keep": 3,
             "faults.hang_s": 20,
         }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}",
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world_size}",
                    "--max-restarts=3", "-m", "pretrain", self._empty_recipe()]  # fmt: skip
         with self.said.open("ab") as said:
             self.process = subprocess.Popen(

@@ -138,11 +138,11 @@ def documents(rows: int, device: str, repeats: int) -> None:
         shape = (max(1, rows * 128 // length), 16, length, 128)
         trains = device == "cuda"  # FlexAttention has no backward on a CPU
         q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_(trains) for _ in range(3))
-        segments = (torch.arange(length, device=device) * 4 // length).expand(shape[0], -1).contiguous()
-        dense = segments[:, None, :, None] == segments[:, None, None, :]
+        document_ids = (torch.arange(length, device=device) * 4 // length).expand(shape[0], -1).contiguous()
+        dense = document_ids[:, None, :, None] == document_ids[:, None, None, :]
 
-        def flex(segments: torch.Tensor = segments, q: Any = q, k: Any = k, v: Any = v) -> torch.Tensor:
-            return attention_within(q, k, v, document_mask(segments), 0.1)
+        def flex(document_ids: torch.Tensor = document_ids, q: Any = q, k: Any = k, v: Any = v) -> torch.Tensor:
+            return attention_within(q, k, v, document_mask(document_ids), 0.1)
 
         def sdpa(dense: torch.Tensor = dense, q: Any = q, k: Any = k, v: Any = v) -> torch.Tensor:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense, scale=0.1)
@@ -153,7 +153,7 @@ def documents(rows: int, device: str, repeats: int) -> None:
 
 
 def step(size: str, rows: int, device: str, steps: int, compiled: bool) -> None:
-    from pretrain.engine import OptimizerRecipe, optimizer_groups
+    from pretrain.engine.engine import OptimizerRecipe, optimizer_groups
     from pretrain.plan import PEAK_FLOPS, flops_per_token
     from sharebert import SIZES, ShareBertConfig, ShareBertForMaskedLM, initialize
 
@@ -169,7 +169,7 @@ def step(size: str, rows: int, device: str, steps: int, compiled: bool) -> None:
 
     def one() -> None:
         with torch.autocast(device, torch.bfloat16):
-            loss_sum = run_model(tokens, positions=positions, labels=labels, weights=weights).loss_sum
+            loss_sum = run_model(tokens, positions=positions, labels=labels, loss_weights=weights).loss_sum
         (loss_sum / len(positions)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         adamw.step()

@@ -35,8 +35,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.shards import Dataset, file_sha256, open_dataset, shard_name, write_manifest, write_shard
-from pretrain.data import DataRecipe, Loader, WeightedDataset
+from data_prep.shards.reader import Dataset, open_dataset, shard_name, write_manifest, write_shard
+from pretrain.data.loader import DataRecipe, Loader, WeightedDataset
+from sharebert_common.files import file_sha256
 
 SEQ_LEN = 128
 VOCAB_SIZE = 30_522
@@ -82,7 +83,7 @@ def ours(dataset: Dataset, batch: int, folder: Path, **keys: Any) -> Tokens:
     recipe = DataRecipe(
         dataset=[WeightedDataset(path=str(dataset.path))], global_batch=batch, micro_batch=batch, **keys
     )
-    for step in Loader([dataset], recipe, seed=0, rank=0, ranks=1):
+    for step in Loader([dataset], recipe, seed=0, rank=0, world_size=1):
         yield sum(micro.tokens.numel() for micro in step.micro_batches)
 
 
@@ -231,7 +232,7 @@ def start_anywhere_s(dataset: Dataset, batch: int) -> float:
     """Seconds from nothing to the first batch at a position far into a run."""
     started = time.perf_counter()
     recipe = DataRecipe(dataset=[WeightedDataset(path=str(dataset.path))], global_batch=batch, micro_batch=batch)
-    loader = Loader([open_dataset(dataset.path)], recipe, seed=0, rank=0, ranks=1)
+    loader = Loader([open_dataset(dataset.path)], recipe, seed=0, rank=0, world_size=1)
     loader.load_state(loader.state() | {"rows_consumed": 10**12})
     next(loader)
     seconds = time.perf_counter() - started

@@ -69,7 +69,7 @@ def batch_of(rows: int) -> dict[str, Any]:
     positions = (columns + SEQ_LEN * torch.arange(rows)[:, None]).flatten()
     labels = tokens.flatten()[positions].clone()
     tokens.view(-1)[positions] = 103
-    return {"tokens": tokens, "positions": positions, "labels": labels, "weights": torch.ones(len(labels))}
+    return {"tokens": tokens, "positions": positions, "labels": labels, "loss_weights": torch.ones(len(labels))}
 
 
 def sharebert() -> Any:
@@ -88,7 +88,13 @@ def sharebert() -> Any:
 def engine_step(rows: int, stage: int) -> Step:
     """A step as `pretrain.train` makes it."""
     from pretrain import distributed
-    from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config, optimizer_step, set_learning_rate
+    from pretrain.engine.engine import (
+        OptimizerRecipe,
+        build_engine,
+        deepspeed_config,
+        optimizer_step,
+        set_learning_rate,
+    )
 
     distributed.join(timeout_s=60)
     model, recipe, batch = sharebert(), OptimizerRecipe(), batch_of(rows)
@@ -115,7 +121,7 @@ def bare_step(rows: int) -> Step:
     """The same without DeepSpeed."""
     import torch
 
-    from pretrain.engine import OptimizerRecipe, optimizer_groups
+    from pretrain.engine.engine import OptimizerRecipe, optimizer_groups
 
     model, recipe, batch = sharebert(), OptimizerRecipe(), batch_of(rows)
     groups = optimizer_groups(model, recipe.weight_decay)

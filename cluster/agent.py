@@ -15,13 +15,13 @@ import time
 from dataclasses import dataclass
 
 from cluster import preflight, processes
-from cluster.again import CRASHES, Again, GivenUp
+from cluster.allocation import Place, here
 from cluster.folder import ClusterFolder
 from cluster.launch import Training, after_setup, torchrun
 from cluster.logs import first_failure
-from cluster.place import Place, here
 from cluster.processes import Signals
-from sharebert_recipe import BadInput
+from cluster.requeue import CRASHES, Again, GivenUp
+from sharebert_common.errors import BadInput
 
 ENDED = ("finished", "stopped")
 LOOK_S = 0.2

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sharebert_recipe import BadInput, write_atomically
+from sharebert_common.errors import BadInput
+from sharebert_common.files import write_atomically
 
 
 class ClusterFolder:

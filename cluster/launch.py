@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.place import Place
+from cluster.allocation import Place
 from cluster.recipe import ClusterRecipe
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.folder import ClusterFolder
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 TRACEBACK = "Traceback (most recent call last)"
 TAIL_LINES = 10
@@ -78,7 +78,7 @@ def rank_0(run: Path, *, follow: bool) -> Iterator[str]:
 
 
 def _is_over(folder: ClusterFolder) -> bool:
-    from cluster.jobs import is_over
+    from cluster.scheduler import is_over
 
     newest = folder.submissions[-1]
     return is_over(newest["job"], newest["launcher"])

@@ -26,10 +26,10 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 
 from cluster import processes
-from cluster.facts import differences, facts_of
+from cluster.allocation import Place
 from cluster.launch import Training, elastic
-from cluster.place import Place
-from sharebert_recipe import BadInput
+from cluster.node_facts import differences, facts_of
+from sharebert_common.errors import BadInput
 
 REACH_S = 30.0
 """How long nodes may take to reach the first one: they do not start at the same moment."""

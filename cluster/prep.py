@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass
 
 from cluster import processes
-from cluster.again import Again
+from cluster.allocation import here
 from cluster.launch import after_setup
-from cluster.place import here
 from cluster.recipe import ClusterRecipe
-from sharebert_recipe import BadInput
+from cluster.requeue import Again
+from sharebert_common.errors import BadInput
 
 LOOK_S = 0.2
 BAD_INPUT = 2

@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from sharebert_recipe import STRICT, BadInput, load
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT, load
 
 
 def _text(value: Any) -> Any:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import jobs
+from cluster import scheduler
 from cluster.folder import ClusterFolder, known_runs
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 OVER = ("finished", "failed", "stopped")
 
@@ -71,14 +71,14 @@ def status(run: Path) -> Status:
     newest, state = submissions[-1], folder.state
     lines = [line for line in folder.log if "loss" in line]
     last: dict[str, Any] = lines[-1] if lines else {}
-    scheduler = jobs.state_of(newest["job"], newest["launcher"])
-    how = _state(str(state.get("state", "")), scheduler, submitted=newest["time"], updated=state.get("updated", 0.0))
+    in_queue = scheduler.state_of(newest["job"], newest["launcher"])
+    how = _state(str(state.get("state", "")), in_queue, submitted=newest["time"], updated=state.get("updated", 0.0))
     step = max(int(state.get("step", 0)), int(last.get("step", 0)))
     steps = int(state.get("steps", 0))
-    nodes = jobs.job_facts(newest["job"]).get("NodeList", "") if newest["launcher"] == "slurm" else "this machine"
+    nodes = scheduler.job_facts(newest["job"]).get("NodeList", "") if newest["launcher"] == "slurm" else "this machine"
     return Status(
         run=folder.run,
-        job=f"{newest['job']} ({scheduler.lower()})",
+        job=f"{newest['job']} ({in_queue.lower()})",
         state=how,
         reason=str(state.get("reason", "")) if how in ("stopped", "failed") else "",
         nodes="" if nodes == "(null)" else nodes,
@@ -117,25 +117,25 @@ def stop(run: Path) -> str:
     if not folder.submissions:
         raise BadInput(f"{run}: was not submitted to a cluster; a file named `stop` in it ends a training")
     newest = folder.submissions[-1]
-    state = jobs.state_of(newest["job"], newest["launcher"])
-    if state not in jobs.ALIVE:
+    state = scheduler.state_of(newest["job"], newest["launcher"])
+    if state not in scheduler.ALIVE:
         raise BadInput(f"{run}: job {newest['job']} is over ({state.lower()})")
     folder.ask_for_stop()
     if state == "PENDING":
-        jobs.cancel(newest["job"])
+        scheduler.cancel(newest["job"])
         return f"{run}: job {newest['job']} was taken out of the queue"
     return f"{run}: job {newest['job']} will save and end; `sharebert submit` goes on from there"
 
 
-def _state(state: str, scheduler: str, *, submitted: float, updated: float) -> str:
+def _state(state: str, in_queue: str, *, submitted: float, updated: float) -> str:
     """The run's state in one word: what it wrote itself, and where that is old, what its job does."""
-    if state in OVER and updated > submitted and scheduler not in ("PENDING", "RUNNING", "CONFIGURING"):
+    if state in OVER and updated > submitted and in_queue not in ("PENDING", "RUNNING", "CONFIGURING"):
         return state
-    if scheduler in ("PENDING", "CONFIGURING", "REQUEUED"):
+    if in_queue in ("PENDING", "CONFIGURING", "REQUEUED"):
         return "queued"
-    if scheduler in jobs.ALIVE:
+    if in_queue in scheduler.ALIVE:
         return state if state == "finished" else "running"
-    if scheduler == "CANCELLED":
+    if in_queue == "CANCELLED":
         return "stopped"
     return "failed" if state in ("running", "") or updated < submitted else state
 

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster import again, jobs
+from cluster import requeue, scheduler
 from cluster.agent import Agent
+from cluster.allocation import Place
 from cluster.folder import ClusterFolder, remember
 from cluster.launch import Training, torchrun
-from cluster.place import Place
 from cluster.prep import PrepTask
 from cluster.recipe import ClusterRecipe, minutes
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 YEAR_MINUTES = 365 * 24 * 60
 """Time limit of a local job that has none."""
@@ -95,7 +95,7 @@ def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[st
     if box and box.kind == "pyxis":
         srun += [f"--container-image={box.image}", *box.options]
     options: dict[str, Any] = {"requeue": True, "mem": recipe.memory, "time": recipe.time}
-    after = [line.replace("FOLDER", shlex.quote(str(folder))) for line in again.AFTER]
+    after = [line.replace("FOLDER", shlex.quote(str(folder))) for line in requeue.AFTER]
     return {
         "job_name": name,
         "nodes": recipe.nodes,
@@ -111,7 +111,7 @@ def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[st
         "wckey": None,
         "signal_delay_s": recipe.signal_s,
         "stderr_to_stdout": True,
-        "setup": list(again.BEFORE),
+        "setup": list(requeue.BEFORE),
         "teardown": after,
         "srun_args": srun,
         "additional_parameters": {key: value for key, value in options.items() if value is not None} | recipe.sbatch,
@@ -186,8 +186,8 @@ def _after(parameters: dict[str, Any], arrays: Sequence[str]) -> dict[str, Any]:
 
 def _refuse_second_job(folder: ClusterFolder) -> None:
     for entry in folder.submissions[-1:]:
-        state = jobs.state_of(entry["job"], entry["launcher"])
-        if state in jobs.ALIVE:
+        state = scheduler.state_of(entry["job"], entry["launcher"])
+        if state in scheduler.ALIVE:
             raise BadInput(
                 f"{folder.run}: job {entry['job']} of this run is {state.lower()}; "
                 f"`sharebert stop {folder.run}` ends it"

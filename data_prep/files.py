@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 T = TypeVar("T")
 

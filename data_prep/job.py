@@ -14,16 +14,18 @@ from uuid import uuid4
 
 import numpy as np
 
-from data_prep.clean import Cleaner, normalise
-from data_prep.documents import Batch, read_part
-from data_prep.evaluation import evaluation_ngrams
 from data_prep.files import is_url
+from data_prep.filter.clean import Cleaner, normalise
+from data_prep.filter.decontaminate import evaluation_ngrams
 from data_prep.parts import save_array
 from data_prep.progress import say
+from data_prep.read.documents import Batch, read_part
+from data_prep.read.sources import Input, Part, find_inputs, plan_parts
 from data_prep.recipe import PrepRecipe
-from data_prep.sources import Input, Part, find_inputs, plan_parts
-from data_prep.tokenizer import UNTRAINED, Vocabulary, load, train
-from sharebert_recipe import BadInput, plain, write_atomically
+from data_prep.tokens.tokenizer import UNTRAINED, Vocabulary, load, train
+from sharebert_common.errors import BadInput
+from sharebert_common.files import write_atomically
+from sharebert_common.recipe import plain
 
 WORK = ".work"
 """Folder inside the output; gone when the dataset is whole."""

@@ -10,16 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep import shards
-from data_prep.dedup import rules
+from data_prep.filter.dedup import rules
 from data_prep.job import WORK, Job, content_config, given_vocabulary
 from data_prep.parts import part_folder, part_stats
 from data_prep.progress import say
+from data_prep.read.sources import Input, find_inputs
 from data_prep.recipe import PrepRecipe
 from data_prep.report import MARKDOWN, PAGE, Report
-from data_prep.sources import Input, find_inputs
+from data_prep.shards import reader as shards
 from data_prep.stages import layout, shards_of
-from sharebert_recipe import BadInput, write_atomically
+from sharebert_common.errors import BadInput
+from sharebert_common.files import write_atomically
 
 
 def merge(job: Job, output: Path) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.progress import StageProgress
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 _STATS = "stats.json"
 _ENDING = 4  # parts that are being put in their place; a disk flushes four files in about the time of one

@@ -20,9 +20,9 @@ from data_prep.job import WORK, plan
 from data_prep.merge import check_same, merge
 from data_prep.parts import LocalCores, missing_parts
 from data_prep.recipe import PrepRecipe
-from data_prep.shards import MANIFEST
+from data_prep.shards.reader import MANIFEST
 from data_prep.stages import stages
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 __all__ = ["PrepRecipe", "prepare"]
 

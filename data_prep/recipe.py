@@ -8,10 +8,10 @@ from typing import ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.clean import CleanConfig
-from data_prep.sources import SourceConfig
-from data_prep.tokenizer import TokenizerConfig
-from sharebert_recipe import STRICT
+from data_prep.filter.clean import CleanConfig
+from data_prep.read.sources import SourceConfig
+from data_prep.tokens.tokenizer import TokenizerConfig
+from sharebert_common.recipe import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import dedup, shards, shuffle
-from data_prep.clean import drop
-from data_prep.documents import Batch, utf8_bytes
-from data_prep.encode import CheckedEncoder
+from data_prep.filter import dedup
+from data_prep.filter.clean import drop
 from data_prep.job import Job
-from data_prep.pack import pack
 from data_prep.parts import Stage, part_folder, part_stats, save_array
+from data_prep.read.documents import Batch, utf8_bytes
 from data_prep.report import count_sizes
-from sharebert_recipe import write_atomically
+from data_prep.shards import reader as shards
+from data_prep.tokens import shuffle
+from data_prep.tokens.encode import CheckedEncoder
+from data_prep.tokens.pack import pack
+from sharebert_common.files import write_atomically
 
 
 def stages(job: Job) -> Iterator[Stage]:

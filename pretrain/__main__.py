@@ -8,8 +8,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from pretrain.stop import StopRequest, stop_with_the_launcher
-from sharebert_recipe import BadInput, load
+from pretrain.faults.stop import StopRequest, stop_with_the_launcher
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import load
 
 
 def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:

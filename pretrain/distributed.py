@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
@@ -29,7 +29,7 @@ class World:
     """This process among all processes of the run."""
 
     rank: int
-    ranks: int
+    world_size: int
     local_rank: int
     device: torch.device
 
@@ -46,13 +46,13 @@ def join(timeout_s: float) -> World:
     machine both listen on its loopback interface, unless their variables say otherwise. A collective that
     a rank does not join within `timeout_s` ends the group.
     """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    on_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == ranks
+    on_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == world_size
     if on_one_machine:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, LOOPBACK)
@@ -63,13 +63,13 @@ def join(timeout_s: float) -> World:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt-{attempt}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     elif "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed asks for them
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return World(rank, ranks, local_rank, device)
+    return World(rank, world_size, local_rank, device)
 
 
 def leave() -> None:
@@ -89,7 +89,7 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def same_everywhere(value: str) -> str:
+def broadcast_from_main(value: str) -> str:
     """Rank 0's `value`, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -119,7 +119,7 @@ def hosts() -> list[str]:
     return names
 
 
-def sum_soon(*numbers: int) -> Callable[[], list[int]]:
+def all_reduce_async(*numbers: int) -> Callable[[], list[int]]:
     """Start to sum each of `numbers` over all ranks; what comes back waits for the sums.
 
     They go from host to host, so that neither the device nor a read from it waits.
@@ -140,9 +140,9 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def share_of(total: int, rank: int, ranks: int) -> range:
+def share_of(total: int, rank: int, world_size: int) -> range:
     """The contiguous share of `total` items that `rank` takes; shares differ by at most one."""
-    return range(total * rank // ranks, total * (rank + 1) // ranks)
+    return range(total * rank // world_size, total * (rank + 1) // world_size)
 
 
 def summed(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from data_prep.shards import Dataset, file_sha256
+from data_prep.shards.reader import Dataset
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
-from sharebert_recipe import BadInput, nearest
+from sharebert_common.errors import BadInput, nearest
+from sharebert_common.files import file_sha256
 
 INITS = ("variance", "authors")
 CHOICE_KEYS = ("size", "init", "init_from")
@@ -48,7 +49,7 @@ def choose_model(settings: Mapping[str, Any], vocab_size: int, seq_len: int) -> 
     try:
         base: dict[str, Any] = {"vocab_size": vocab_size, "max_position_embeddings": seq_len}
         if init_from is not None:
-            from sharebert.export import read_config
+            from exports.export import read_config
 
             base = read_config(init_from).to_dict()
         config = ShareBertConfig.from_dict(base | SIZES.get(size or "", {}) | values)
@@ -102,7 +103,7 @@ def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:
 
 def _take_weights(model: ShareBertForMaskedLM, export: Path) -> None:
     """Copy an export's weights. Where there are more positions here, those that the export lacks start new."""
-    from sharebert.export import read_export
+    from exports.export import read_export
 
     try:
         source = dict(read_export(export).named_parameters())

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.data import micro_shape, open_datasets
+from pretrain.data.loader import micro_shape, open_datasets
 from pretrain.model import choose_model
 from sharebert import SIZES, ShareBertConfig, ShareBertForMaskedLM
-from sharebert_recipe import BadInput, nearest
+from sharebert_common.errors import BadInput, nearest
 
 if TYPE_CHECKING:
     from pretrain.recipe import TrainRecipe
@@ -55,12 +55,12 @@ def count_parameters(config: ShareBertConfig) -> int:
         return sum(p.numel() for p in ShareBertForMaskedLM(config).parameters())
 
 
-def state_bytes(parameters: int, ranks: int, stage: int, precision: str) -> int:
+def state_bytes(parameters: int, world_size: int, stage: int, precision: str) -> int:
     """Bytes on each rank for weights, gradients and Adam's fp32 state (Rajbhandari et al. 2020, section 3.1)."""
     working = 2 if precision != "fp32" and stage else 4
     whole = {"weights": working, "gradients": 4, "optimizer": 8 if stage == 0 else 12}
     split = {0: (), 1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}[stage]
-    return sum(-(-parameters * size // (ranks if part in split else 1)) for part, size in whole.items())
+    return sum(-(-parameters * size // (world_size if part in split else 1)) for part, size in whole.items())
 
 
 def peak_flops_of(device: torch.device) -> float:

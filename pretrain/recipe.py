@@ -8,13 +8,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pretrain.checkpointer import CheckpointRecipe
-from pretrain.data import DataRecipe
-from pretrain.engine import OptimizerRecipe, Precision, ScheduleRecipe
-from pretrain.faults import FaultsRecipe
-from pretrain.monitor import MonitorRecipe
+from pretrain.checkpoint.writer import CheckpointRecipe
+from pretrain.data.loader import DataRecipe
+from pretrain.engine.engine import OptimizerRecipe, Precision, ScheduleRecipe
+from pretrain.faults.detection import FaultsRecipe
+from pretrain.run.metric_log import MonitorRecipe
 from pretrain.validate import ValidateRecipe
-from sharebert_recipe import STRICT
+from sharebert_common.recipe import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -11,15 +11,14 @@ import traceback
 
 import torch
 
-from data_prep.shards import Dataset
+from data_prep.shards.reader import Dataset
 from pretrain import distributed
-from pretrain.bad_rows import BadRowsFile
-from pretrain.batches import MicroBatch
-from pretrain.changed_world import identity, report_changes
-from pretrain.data import Loader, StepBatch, micro_shape, open_datasets
+from pretrain.checkpoint.identity import identity, report_changes
+from pretrain.checkpoint.training_state import Saver, find_checkpoint
+from pretrain.data.batches import MicroBatch
+from pretrain.data.loader import Loader, StepBatch, micro_shape, open_datasets
 from pretrain.distributed import World
-from pretrain.dry_run import dry_run
-from pretrain.engine import (
+from pretrain.engine.engine import (
     build_engine,
     check_zero,
     compile_layers,
@@ -29,9 +28,12 @@ from pretrain.engine import (
     scale_can_fall,
     set_learning_rate,
 )
-from pretrain.environment import environment
-from pretrain.faults import SkippedSteps, SlowRanks, SpikeDetector
-from pretrain.meter import Meter
+from pretrain.faults.detection import SkippedSteps, SlowRanks, SpikeDetector
+from pretrain.faults.memory_probe import dry_run
+from pretrain.faults.shard_check import ShardCheck
+from pretrain.faults.skipping import BadRowsFile
+from pretrain.faults.stop import StopRequest
+from pretrain.faults.watchdog import Watchdog
 from pretrain.model import (
     ModelChoice,
     build_model,
@@ -39,15 +41,14 @@ from pretrain.model import (
     refuse_dropout_within_documents,
     refuse_other_tokenizer,
 )
-from pretrain.monitor import Monitor
 from pretrain.recipe import TrainRecipe
-from pretrain.run_folder import RunFolder
-from pretrain.saving import Saver, find_checkpoint
-from pretrain.shard_check import ShardCheck
-from pretrain.stop import StopRequest
+from pretrain.run.environment import environment
+from pretrain.run.folder import RunFolder
+from pretrain.run.meter import Meter
+from pretrain.run.metric_log import Monitor
 from pretrain.validate import refuse_nothing_to_validate, validate
-from pretrain.watchdog import Watchdog
-from sharebert_recipe import BadInput, plain, to_yaml
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import plain, to_yaml
 
 FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 """Exit codes of a launch."""
@@ -83,7 +84,7 @@ def _accept(recipe: TrainRecipe, run: RunFolder, world: World) -> tuple[list[Dat
         if recipe.compile and recipe.zero.get("stage") == 3:
             raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")
         datasets = open_datasets(recipe.data)
-        micro_shape(recipe.data, world.ranks)
+        micro_shape(recipe.data, world.world_size)
         refuse_nothing_to_validate(datasets, recipe.validate)
         choice = choose_model(recipe.model, datasets[0].vocab_size, datasets[0].seq_len)
         refuse_other_tokenizer(choice, datasets[0])
@@ -112,8 +113,8 @@ class Trainer:
     ) -> None:
         self.recipe, self.run, self.world, self.stop = recipe, run, world, stop
         self.datasets = datasets
-        self.shard_check = ShardCheck(datasets, world.rank, world.ranks)
-        self.loader = Loader(datasets, recipe.data, recipe.seed, world.rank, world.ranks)
+        self.shard_check = ShardCheck(datasets, world.rank, world.world_size)
+        self.loader = Loader(datasets, recipe.data, recipe.seed, world.rank, world.world_size)
         self.bad_rows = BadRowsFile(run.bad_rows, world, self.report)
         self.skips = SkippedSteps(recipe.faults, self.bad_rows, self.report)
         self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
@@ -126,7 +127,7 @@ class Trainer:
         model.sharebert.recompute = recipe.recompute
         if recipe.compile:
             compile_layers(model)
-        micro_batches, micro_rows = micro_shape(recipe.data, world.ranks)
+        micro_batches, micro_rows = micro_shape(recipe.data, world.world_size)
         self.deepspeed_keys = deepspeed_config(
             zero=recipe.zero,
             precision=recipe.precision,
@@ -192,7 +193,7 @@ class Trainer:
         set_learning_rate(
             self.engine, learning_rate(step, self.recipe.steps, self.recipe.optimizer.lr, self.recipe.schedule)
         )
-        sums = distributed.sum_soon(batch.masked, int(self.stop.asked))
+        sums = distributed.all_reduce_async(batch.masked, int(self.stop.asked))
         skipped = False
         for micro in batch.micro_batches:
             self.watchdog.at(f"step {step}, forward")
@@ -202,7 +203,7 @@ class Trainer:
             masked, stops = sums()
             # DeepSpeed averages gradients over the ranks; times ranks, over the masked tokens of all of
             # them, that average is the gradient of the global mean.
-            self.engine.backward(loss_sum * (self.world.ranks / masked), scale_wrt_gas=False)
+            self.engine.backward(loss_sum * (self.world.world_size / masked), scale_wrt_gas=False)
             skipped = optimizer_step(self.engine, self.recipe.optimizer.clip)
             self.meter.add(loss_sum, correct)
         self.meter.end_step(batch, skipped=skipped)
@@ -218,11 +219,11 @@ class Trainer:
         output = self.engine(
             micro.tokens,
             # With a mask in some steps and none in others a compiled layer would be two.
-            attention_mask=micro.segments if (micro.padded or self.recipe.compile) and not within else None,
-            segments=micro.segments if within else None,
+            attention_mask=micro.document_ids if (micro.padded or self.recipe.compile) and not within else None,
+            document_ids=micro.document_ids if within else None,
             positions=micro.positions,
             labels=micro.labels,
-            weights=micro.weights,
+            loss_weights=micro.loss_weights,
         )
         return output.loss_sum, output.correct
 
@@ -247,7 +248,7 @@ class Trainer:
             mask_rate=self.recipe.data.mask_rate,
             whole_word=self.recipe.data.whole_word,
             rank=self.world.rank,
-            ranks=self.world.ranks,
+            world_size=self.world.world_size,
         )
         self.engine.train()
         self.monitor.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})

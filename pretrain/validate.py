@@ -10,10 +10,11 @@ import torch.distributed as dist
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.shards import Dataset
-from pretrain.batches import MicroBatch
-from pretrain.heldout import validation_blocks
-from sharebert_recipe import STRICT, BadInput
+from data_prep.shards.reader import Dataset
+from pretrain.data.batches import MicroBatch
+from pretrain.data.heldout import validation_blocks
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -49,7 +50,7 @@ def validate(
     mask_rate: float,
     whole_word: bool,
     rank: int = 0,
-    ranks: int = 1,
+    world_size: int = 1,
     hide: Literal["chosen", "all"] = "chosen",
 ) -> Score:
     """Score held-out rows in fixed blocks, summed in block order in float64.
@@ -64,7 +65,7 @@ def validate(
         mask_rate: share of a row's tokens that are chosen.
         whole_word: whether whole words are chosen.
         rank: of this process.
-        ranks: of the group.
+        world_size: of the group.
         hide: `chosen` puts [MASK] on the chosen positions; `all` on every other word of the row, too.
     """
     sums = torch.zeros(-(-recipe.rows // recipe.block), 3, dtype=torch.float64)
@@ -74,7 +75,7 @@ def validate(
         whole_word=whole_word,
         block_rows=recipe.block,
         rank=rank,
-        ranks=ranks,
+        world_size=world_size,
         rows=recipe.rows,
         hide=hide,
     )
@@ -83,8 +84,8 @@ def validate(
             loss_sum, correct = forward(block.batch)
             if block.number is not None:
                 sums[block.number, :2] = torch.stack([loss_sum, correct]).cpu()
-                sums[block.number, 2] = block.batch.weights.sum()
-    if ranks > 1:
+                sums[block.number, 2] = block.batch.loss_weights.sum()
+    if world_size > 1:
         dist.all_reduce(sums)  # each element comes from one rank, so adding loses nothing
     loss, correct_count, weight = (sum(column) for column in sums.T.tolist())
     return Score(loss / weight, correct_count / weight)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scoring.recipe import DataConfig
 from scoring.tables import SUFFIXES, Table, find_table, read_table
 from scoring.tasks import HUB, TASKS, Task
-from sharebert_recipe import BadInput, nearest
+from sharebert_common.errors import BadInput, nearest
 
 TRAIN, TEST = "train", "test"
 SHUFFLE_SEED = 0  # of subsets: the same rows for every model, seed and machine

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exports.export import CONFIG, TOKENIZER, check_tensors, load_tokenizer, read_config, words_of, write_export
+from exports.weights import read_weights
 from scoring.data import Texts
 from scoring.recipe import FineTuneConfig
 from scoring.tasks import Task
 from sharebert import ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert.config import MODEL_TYPE
-from sharebert.export import CONFIG, TOKENIZER, check_tensors, load_tokenizer, read_config, words_of, write_export
-from sharebert.weights import read_weights
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # None would ask on the terminal
 RANDOM = "random:"  # before a folder: its architecture, with new weights for each seed

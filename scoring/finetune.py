@@ -21,7 +21,7 @@ from torch import nn
 from scoring.data import TaskData, Texts
 from scoring.encoders import Encoded, Encoder
 from scoring.recipe import FineTuneConfig
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 WINDOW = 50  # batches among which rows are sorted by length
 PREDICT_BATCH = 128

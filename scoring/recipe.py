@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from sharebert_recipe import STRICT
+from sharebert_common.recipe import STRICT
 
 
 def _as_list(value: Any) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from sharebert_recipe import BadInput, write_atomically
+from sharebert_common.errors import BadInput
+from sharebert_common.files import write_atomically
 
 TABLE, BOARD = "results.md", "tensorboard"
 

@@ -20,7 +20,8 @@ from scoring.finetune import Classifier, Diverged, fine_tune, latency_ms
 from scoring.metrics import measure
 from scoring.recipe import EvaluateRecipe
 from scoring.report import Board, Result, file_name, read_results, table, write_result
-from sharebert_recipe import BadInput, plain
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import plain
 
 BASELINES: dict[str, Callable[[TaskData], Baseline]] = {MAJORITY: fit_majority, TFIDF: fit_tfidf}
 LOG_EVERY = 20  # steps between points of the loss's curve

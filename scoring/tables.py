@@ -14,7 +14,7 @@ import pandas
 from numpy.typing import NDArray
 from pandas.errors import EmptyDataError, ParserError, ParserWarning
 
-from sharebert_recipe import BadInput, nearest
+from sharebert_common.errors import BadInput, nearest
 
 SUFFIXES = (".tsv", ".csv", ".parquet", ".jsonl")
 

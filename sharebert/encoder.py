@@ -107,7 +107,7 @@ class ShareBert(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         *,
-        segments: Tensor | None = None,
+        document_ids: Tensor | None = None,
         pool: bool = True,
     ) -> Encoded:
         """Encode a batch of rows.
@@ -123,7 +123,7 @@ class ShareBert(nn.Module):
         """
         weights = self.generate(pool)
         stream, branch = self._embed(tokens, token_type_ids), None
-        mask = visible(attention_mask, segments)
+        mask = visible(attention_mask, document_ids)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 stream, branch = checkpoint(layer, stream, branch, weights, mask, use_reentrant=False)
@@ -160,16 +160,16 @@ class ShareBert(nn.Module):
         return F.dropout(words + positions + types, self.config.hidden_dropout_prob, self.training)
 
 
-def visible(attention_mask: Tensor | None, segments: Tensor | None) -> Any:
+def visible(attention_mask: Tensor | None, document_ids: Tensor | None) -> Any:
     """What `kernels.attention` takes as a mask; None where all positions see all.
 
     A position that would see nothing (in a row of padding alone) sees everything instead: its output is not
     used, but must not be NaN.
     """
-    if segments is not None:
+    if document_ids is not None:
         if attention_mask is not None:  # padding becomes a document of its own
-            segments = torch.where(attention_mask.bool(), segments.to(torch.int32), -1)
-        return document_mask(segments)
+            document_ids = torch.where(attention_mask.bool(), document_ids.to(torch.int32), -1)
+        return document_mask(document_ids)
     if attention_mask is None:
         return None
     mask = attention_mask.bool()[:, None, None, :]

@@ -13,7 +13,7 @@ from .kernels import add_dropout_norm, linear_cross_entropy, linear_gelu
 
 
 class MlmOutput(NamedTuple):
-    """Sums over the chosen positions of a batch; divide by a sum of weights for means."""
+    """Sums over the chosen positions of a batch; divide by a sum of loss weights for means."""
 
     loss_sum: Tensor
     """Scalar, float32: Σ weight · cross-entropy, in nats."""
@@ -36,9 +36,9 @@ class MlmHead(nn.Module):
             self.decoder = nn.Linear(width, config.vocab_size, bias=False)
 
     def forward(
-        self, hidden: Tensor, embedding: Tensor | None, labels: Tensor | None = None, weights: Tensor | None = None
+        self, hidden: Tensor, embedding: Tensor | None, labels: Tensor | None = None, loss_weights: Tensor | None = None
     ) -> Tensor | MlmOutput:
-        """Logits [N, V] of `hidden` [N, H], or their loss where labels and weights [N] are given.
+        """Logits [N, V] of `hidden` [N, H], or their loss where labels and loss weights [N] are given.
 
         `embedding` is E [V, F] where the head is tied, and None where it is not.
         """
@@ -47,9 +47,9 @@ class MlmHead(nn.Module):
         matrix = embedding if self.tied else self.decoder.weight
         bias = self.bias if self.tied else None
         assert matrix is not None
-        if labels is None or weights is None:
+        if labels is None or loss_weights is None:
             return nn.functional.linear(x, matrix, bias)
-        return MlmOutput(*linear_cross_entropy(x, matrix, bias, labels, weights))
+        return MlmOutput(*linear_cross_entropy(x, matrix, bias, labels, loss_weights))
 
 
 class ShareBertForMaskedLM(nn.Module):
@@ -70,10 +70,10 @@ class ShareBertForMaskedLM(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         *,
-        segments: Tensor | None = None,
+        document_ids: Tensor | None = None,
         positions: Tensor,
         labels: Tensor,
-        weights: Tensor,
+        loss_weights: Tensor,
     ) -> MlmOutput:
         """The loss at chosen positions of a batch.
 
@@ -81,11 +81,13 @@ class ShareBertForMaskedLM(nn.Module):
             tokens: [B, T], as `ShareBert.forward` takes them, and so the next three.
             positions: [N], int64: flat indices into B·T. N is a capacity: unused entries have weight 0.
             labels: [N], int64: the word at each position.
-            weights: [N], float32.
+            loss_weights: [N], float32.
 
         Raises ShareBertError where the model has no MLM head.
         """
-        output = self._head(self._rows(tokens, attention_mask, token_type_ids, segments, positions), labels, weights)
+        output = self._head(
+            self._rows(tokens, attention_mask, token_type_ids, document_ids, positions), labels, loss_weights
+        )
         assert isinstance(output, MlmOutput)
         return output
 
@@ -95,14 +97,14 @@ class ShareBertForMaskedLM(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         *,
-        segments: Tensor | None = None,
+        document_ids: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """Scores of all words: [N, V] at flat `positions` [N], or [B, T, V] at every position.
 
         Raises ShareBertError where the model has no MLM head.
         """
-        scores = self._head(self._rows(tokens, attention_mask, token_type_ids, segments, positions))
+        scores = self._head(self._rows(tokens, attention_mask, token_type_ids, document_ids, positions))
         assert isinstance(scores, Tensor)
         return scores if positions is not None else scores.unflatten(0, tuple(tokens.shape))
 
@@ -111,16 +113,18 @@ class ShareBertForMaskedLM(nn.Module):
         tokens: Tensor,
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
-        segments: Tensor | None,
+        document_ids: Tensor | None,
         positions: Tensor | None,
     ) -> Tensor:
         """Hidden states [N, H] at flat `positions`, or at all of them."""
-        encoded = self.sharebert(tokens, attention_mask, token_type_ids, segments=segments, pool=False)
+        encoded = self.sharebert(tokens, attention_mask, token_type_ids, document_ids=document_ids, pool=False)
         rows = encoded.hidden.flatten(0, 1)
         return rows if positions is None else rows.index_select(0, positions)
 
-    def _head(self, rows: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor | MlmOutput:
+    def _head(
+        self, rows: Tensor, labels: Tensor | None = None, loss_weights: Tensor | None = None
+    ) -> Tensor | MlmOutput:
         if self.mlm_head is None:
             raise ShareBertError("this model has no MLM head (mlm_head: none), so it has no loss and scores no words")
         tied = self.sharebert.word_embeddings.weight if self.mlm_head.tied else None
-        return self.mlm_head(rows, tied, labels, weights)  # type: ignore[no-any-return]
+        return self.mlm_head(rows, tied, labels, loss_weights)  # type: ignore[no-any-return]

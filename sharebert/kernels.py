@@ -202,17 +202,17 @@ def flex_serves(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def document_mask(segments: Tensor) -> Any:
+def document_mask(document_ids: Tensor) -> Any:
     """What `attention` takes as a mask to keep the documents of rows apart.
 
     Args:
-        segments: [B, T], the number of each position's document. Padding is a document like the others.
+        document_ids: [B, T], the number of each position's document. Padding is a document like the others.
     """
-    if flex_serves(segments):
+    if flex_serves(document_ids):
         from .kernels_flex import document_mask as flex_mask
 
-        return flex_mask(segments)
-    return segments[:, None, :, None] == segments[:, None, None, :]
+        return flex_mask(document_ids)
+    return document_ids[:, None, :, None] == document_ids[:, None, None, :]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, dropout: float) -> Tensor:
@@ -242,7 +242,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropies of hidden·weightᵀ + bias, and of the right guesses.
 
@@ -253,20 +253,20 @@ def linear_cross_entropy(
         weight: [V, K].
         bias: [V] or None.
         labels: [N], int64, from 0 to V - 1 (also where the weight is 0).
-        weights: [N], float32; 0 leaves a row out.
+        loss_weights: [N], float32; 0 leaves a row out.
 
     Returns:
         Two scalars, float32 (float64 for float64 input): Σ weightsᵢ·(−log p(labelᵢ)), which has a gradient,
         and Σ weightsᵢ·[argmax = labelᵢ], which has none.
     """
     loss_sum, correct = _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, weights, compute_dtype(hidden), torch.is_grad_enabled()
+        hidden, weight, bias, labels, loss_weights, compute_dtype(hidden), torch.is_grad_enabled()
     )
     return loss_sum, correct
 
 
 def chunk_cross_entropy(
-    logits: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor, with_gradient: bool
+    logits: Tensor, bias: Tensor | None, labels: Tensor, loss_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The two sums of `linear_cross_entropy` over a chunk of rows, and the gradient of the first.
 
@@ -274,7 +274,7 @@ def chunk_cross_entropy(
         logits: [n, V], without the bias; the gradient may be written over them.
         bias: [V] or None.
         labels: [n], int64.
-        weights: [n].
+        loss_weights: [n].
         with_gradient: where it is false, what is returned third means nothing.
 
     Returns:
@@ -282,7 +282,7 @@ def chunk_cross_entropy(
     """
     dtype = logits.dtype
     logits = logits.to(accumulation_dtype(dtype))
-    target, row_weights = labels.unsqueeze(1), weights.to(logits.dtype).unsqueeze(1)
+    target, row_weights = labels.unsqueeze(1), loss_weights.to(logits.dtype).unsqueeze(1)
     if bias is not None:
         logits += bias
     log_z = logits.logsumexp(1, keepdim=True)
@@ -308,7 +308,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        weights: Tensor,
+        loss_weights: Tensor,
         dtype: torch.dtype,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -325,7 +325,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(hidden), rows_at_once):
             rows = slice(first, first + rows_at_once)
             logits = x[rows] @ w.t()
-            loss, hits, grad_logits = one_chunk(logits, bias, labels[rows], weights[rows], with_gradient)
+            loss, hits, grad_logits = one_chunk(logits, bias, labels[rows], loss_weights[rows], with_gradient)
             loss_sum += loss
             correct += hits
             if for_bias:

@@ -23,15 +23,15 @@ def _for_device(kind: str) -> tuple[Any, Any]:
     return torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=False)
 
 
-def document_mask(segments: Tensor) -> BlockMask:
+def document_mask(document_ids: Tensor) -> BlockMask:
     """Which blocks of [T, T] have a pair of positions of one document, from `segments` [B, T]."""
-    make, _ = _for_device(segments.device.type)
+    make, _ = _for_device(document_ids.device.type)
 
     def same_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return segments[row, query] == segments[row, key]
+        return document_ids[row, query] == document_ids[row, key]
 
-    rows, length = segments.shape
-    return make(same_document, rows, None, length, length, device=segments.device)  # type: ignore[no-any-return]
+    rows, length = document_ids.shape
+    return make(same_document, rows, None, length, length, device=document_ids.device)  # type: ignore[no-any-return]
 
 
 def attention_within(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:

@@ -36,7 +36,7 @@ import importlib.util, json, sys
 from pathlib import Path
 
 compact, dense, copy, snippets = sys.argv[1:5]
-for name in ("sharebert", "pretrain", "sharebert_recipe", "triton", "deepspeed", "datasets", "omegaconf", "accelerate"):
+for name in ("sharebert", "pretrain", "sharebert_common", "triton", "deepspeed", "datasets", "omegaconf", "accelerate"):
     assert importlib.util.find_spec(name) is None, f"{name} is here"
 
 import torch

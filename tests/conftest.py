@@ -23,7 +23,8 @@ def make_dataset(folder: Path, *, train_rows: int = 192, validation_rows: int = 
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
 
-    from data_prep.shards import file_sha256, write_manifest, write_shard
+    from data_prep.shards.reader import write_manifest, write_shard
+    from sharebert_common.files import file_sha256
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = special + [f"word{i}" for i in range(WORDS)]
@@ -38,20 +39,20 @@ def make_dataset(folder: Path, *, train_rows: int = 192, validation_rows: int = 
     def rows_of(count: int) -> tuple[np.ndarray, np.ndarray]:
         steps = np.where(rng.random((count, SEQ_LEN)) < 0.9, 1, rng.integers(1, WORDS, (count, SEQ_LEN)))
         tokens = (len(special) + np.cumsum(steps, axis=1) % WORDS).astype(np.uint16)
-        segments = np.ones_like(tokens, dtype=np.uint8)
+        document_ids = np.ones_like(tokens, dtype=np.uint8)
         tokens[:, 0], tokens[:, -1] = 2, 3
-        tokens[0, -5:], segments[0, -5:] = 0, 0  # one row has padding
-        return tokens, segments
+        tokens[0, -5:], document_ids[0, -5:] = 0, 0  # one row has padding
+        return tokens, document_ids
 
     splits: dict[str, Any] = {}
     for split, count in (("train", train_rows), ("validation", validation_rows)):
-        tokens, segments = rows_of(count)
-        blocks = [(tokens[i : i + 16], segments[i : i + 16]) for i in range(0, count, 16)]
+        tokens, document_ids = rows_of(count)
+        blocks = [(tokens[i : i + 16], document_ids[i : i + 16]) for i in range(0, count, 16)]
         shards = [
             write_shard(folder, f"{split}/shard-{n:06d}.tar", blocks[i : i + 3])
             for n, i in enumerate(range(0, len(blocks), 3))
         ]
-        splits[split] = {"rows": count, "tokens": int((segments > 0).sum()), "documents": count, "shards": shards}
+        splits[split] = {"rows": count, "tokens": int((document_ids > 0).sum()), "documents": count, "shards": shards}
     write_manifest(
         folder,
         {

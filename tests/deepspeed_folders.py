@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from pretrain import distributed, slices
-from pretrain.checkpointer import Checkpointer, CheckpointRecipe
+from pretrain import distributed
+from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
 from pretrain.distributed import World
-from pretrain.engine import OptimizerRecipe, build_engine, deepspeed_config, set_learning_rate
+from pretrain.engine import fragments as slices
+from pretrain.engine.engine import OptimizerRecipe, build_engine, deepspeed_config, set_learning_rate
 from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 
 STEPS = 3
@@ -63,14 +64,14 @@ def save_both(folder: Path, world: World, case: dict[str, Any]) -> None:
     engine = build_engine(model, config, OptimizerRecipe())
     set_learning_rate(engine, LR)
     for step in range(STEPS):
-        generator = torch.Generator().manual_seed(step * world.ranks + world.rank)
+        generator = torch.Generator().manual_seed(step * world.world_size + world.rank)
         tokens = torch.randint(5, 300, (2, 16), generator=generator)
-        output = engine(tokens, positions=torch.arange(8), labels=tokens.flatten()[:8], weights=torch.ones(8))
+        output = engine(tokens, positions=torch.arange(8), labels=tokens.flatten()[:8], loss_weights=torch.ones(8))
         engine.backward(output.loss_sum / 8)
         engine.step()
     engine.save_checkpoint(str(folder / "theirs"))
     if not case.get("frozen"):
-        saver = Checkpointer(folder / "ours", CheckpointRecipe(), world.rank, world.ranks, "token", print)
+        saver = CheckpointWriter(folder / "ours", CheckpointRecipe(), world.rank, world.world_size, "token", print)
         torch.distributed.barrier()  # rank 0 clears the folder first
         saver.save(STEPS, slices.owned(engine, world), slices.shapes(engine), {}, {})
         saver.finish()

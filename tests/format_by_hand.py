@@ -79,7 +79,7 @@ def pattern(slots: Sequence[int]) -> list[int]:
 
 def mask(
     tokens: Sequence[int],
-    segments: Sequence[int],
+    document_ids: Sequence[int],
     *,
     seed: int,
     epoch: int,
@@ -91,7 +91,7 @@ def mask(
     continues: Sequence[bool] | None = None,
 ) -> tuple[list[int], list[int]]:
     """(columns chosen, tokens as the model sees them)."""
-    ordinary = [s != 0 and t not in special_ids for t, s in zip(tokens, segments, strict=True)]
+    ordinary = [s != 0 and t not in special_ids for t, s in zip(tokens, document_ids, strict=True)]
     k = key(seed, MASKS, epoch, row)
     low_bits = 2 ** (len(tokens) - 1).bit_length()
     ranks = []
@@ -105,7 +105,7 @@ def mask(
         number = high if start % 2 else low
         if ordinary[column]:
             ranks.append(number // low_bits * low_bits + column)
-    wanted = max(1, round(rate * sum(s != 0 for s in segments)))
+    wanted = max(1, round(rate * sum(s != 0 for s in document_ids)))
     columns = sorted(rank % low_bits for rank in sorted(ranks)[:wanted])
     words = [t for t in range(vocab_size) if t not in special_ids]
     seen = list(tokens)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tiny_models import tiny_model, tiny_tokenizer
 
-from sharebert.export import write_export
+from exports.export import write_export
 
 
 def rows(count: int, seed: int) -> list[tuple[str, int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.pipeline import PrepRecipe
-from sharebert_recipe import load
+from sharebert_common.recipe import load
 
 ODD = [
     "naïve café",

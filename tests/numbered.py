@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.shards import Dataset, file_sha256, open_dataset, shard_name, write_manifest, write_shard
-from pretrain.batches import MicroBatch
+from data_prep.shards.reader import Dataset, open_dataset, shard_name, write_manifest, write_shard
+from pretrain.data.batches import MicroBatch
+from sharebert_common.files import file_sha256
 
 SPECIAL_IDS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 DIGIT = 5
@@ -24,11 +25,11 @@ def rows_saying(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     tokens = DIGIT + (numbers[:, None] * 31 + np.arange(SEQ_LEN) * 17) % (VOCAB_SIZE - DIGIT)
     tokens[:, 1:4] = DIGIT + numbers[:, None] // [BASE**2, BASE, 1] % BASE
     tokens[:, 0], tokens[:, -1] = SPECIAL_IDS["cls"], SPECIAL_IDS["sep"]
-    segments = np.ones(tokens.shape, np.uint8)
+    document_ids = np.ones(tokens.shape, np.uint8)
     short = numbers % 5 == 0
     tokens[short, -4] = SPECIAL_IDS["sep"]
-    tokens[short, -3:], segments[short, -3:] = SPECIAL_IDS["pad"], 0
-    return tokens.astype(np.uint16), segments
+    tokens[short, -3:], document_ids[short, -3:] = SPECIAL_IDS["pad"], 0
+    return tokens.astype(np.uint16), document_ids
 
 
 def numbers_of(original: np.ndarray) -> np.ndarray:
@@ -78,11 +79,11 @@ def numbered_dataset(
 def originals(batch: MicroBatch) -> np.ndarray:
     """The tokens [rows, seq_len] before they were masked, from the labels; filling rows stay masked."""
     tokens = batch.tokens.numpy().copy()
-    used = batch.weights.numpy() > 0
+    used = batch.loss_weights.numpy() > 0
     tokens.ravel()[batch.positions.numpy()[used]] = batch.labels.numpy()[used]
     return tokens
 
 
 def real_rows(batch: MicroBatch) -> np.ndarray:
     """[rows] whether a row counts."""
-    return batch.weights.numpy().reshape(len(batch.tokens), -1).any(axis=1)
+    return batch.loss_weights.numpy().reshape(len(batch.tokens), -1).any(axis=1)

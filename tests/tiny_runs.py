@@ -10,27 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain import checkpoint
-from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint import format as checkpoint
+from pretrain.checkpoint.format import Checkpoint
 
 MANY_RUNS = Path(__file__).parent / "pretrain" / "many_runs.py"
 
 
-def torchrun(ranks: int, *arguments: str, restarts: int = 0) -> list[str]:
+def torchrun(world_size: int, *arguments: str, restarts: int = 0) -> list[str]:
     """The command that starts `ranks` workers on this machine, and starts them again when one dies."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     return [*start, f"--max-restarts={restarts}", *arguments]
 
 
-def train_many(plan: Sequence[dict[str, Any]], ranks: int, folder: Path) -> str:
+def train_many(plan: Sequence[dict[str, Any]], world_size: int, folder: Path) -> str:
     """Run `many_runs.py` on `ranks` processes; what it said.
 
     Fails the test where a run of the plan failed, or one with `error` did not fail in saying so.
     """
-    file = folder / f"plan-{ranks}.json"
+    file = folder / f"plan-{world_size}.json"
     file.write_text(json.dumps(plan))
     done = subprocess.run(
-        torchrun(ranks, str(MANY_RUNS), str(file)),
+        torchrun(world_size, str(MANY_RUNS), str(file)),
         capture_output=True,
         text=True,
         timeout=280,

@@ -14,7 +14,7 @@ import pytest
 from tiny_runs import log_of, train_arguments
 
 from cluster.folder import ClusterFolder
-from cluster.jobs import is_over
+from cluster.scheduler import is_over
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from cluster import preflight
-from cluster.facts import facts_of
+from cluster.allocation import Place
 from cluster.launch import Training
-from cluster.place import Place
+from cluster.node_facts import facts_of
 from cluster.recipe import ClusterRecipe
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.allocation import PORTS, port_of
 from cluster.launch import Training, after_setup
-from cluster.place import PORTS, port_of
 from cluster.recipe import ClusterRecipe, load_cluster, minutes
 from cluster.submit import dry_run, sbatch_parameters
-from sharebert_recipe import BadInput, parse
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import parse
 
 
 def training(**keys: object) -> Training:

@@ -11,7 +11,7 @@ import pytest
 from cluster.folder import ClusterFolder
 from cluster.logs import newest_failure, rank_0
 from cluster.status import goodput, status, stop
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 
 def test_goodput_counts_each_step_once() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from made_texts import made_texts, tree, write_jsonl
 
-from data_prep import shards
+from data_prep.shards import reader as shards
 
 WORKER_BYTES = 1_500_000_000
 CLEANING = [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from data_prep.parts import LocalCores, Stage, missing_parts, part_stats
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 
 def write(job: Any, number: int, folder: Path) -> dict[str, Any]:

@@ -17,10 +17,14 @@ import webdataset
 from made_texts import made_texts, recipe, tree, write_jsonl
 from tokenizers import Tokenizer
 
-from data_prep import parts, shards, shuffle, sources
+from data_prep import parts
 from data_prep.job import plan
 from data_prep.pipeline import PrepRecipe, prepare
-from sharebert_recipe import BadInput, load
+from data_prep.read import sources
+from data_prep.shards import reader as shards
+from data_prep.tokens import shuffle
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import load
 
 TEXTS = made_texts(400, seed=11, words=60)
 
@@ -47,15 +51,15 @@ def test_every_token_of_every_document_is_there_once(corpus: Path, tmp_path: Pat
     documents: dict[str, Counter[tuple[int, ...]]] = {}
     for name in shards.SPLITS:
         split, entry = dataset.split(name), dataset.manifest["splits"][name]
-        tokens, segments = split.read(np.arange(split.rows))
+        tokens, document_ids = split.read(np.arange(split.rows))
         assert (tokens[:, 0] == special["cls"]).all()
-        assert ((tokens == special["pad"]) == (segments == 0)).all()
-        stream = tokens[:, 1:][segments[:, 1:] > 0].tolist()
+        assert ((tokens == special["pad"]) == (document_ids == 0)).all()
+        stream = tokens[:, 1:][document_ids[:, 1:] > 0].tolist()
         found.update(token for token in stream if token != special["sep"])
         text = f" {' '.join(map(str, stream))} ".split(f" {special['sep']} ")
         documents[name] = Counter(tuple(map(int, document.split())) for document in text if document)
         assert sum(documents[name].values()) == entry["documents"]
-        assert (segments == 0).mean() < 0.05  # only the last row of each of these tiny shards is padded
+        assert (document_ids == 0).mean() < 0.05  # only the last row of each of these tiny shards is padded
     assert found == expected
     assert not documents["train"].keys() & documents["validation"].keys()
     assert sum(documents["validation"].values()) > 10
@@ -67,8 +71,8 @@ def test_every_token_of_every_document_is_there_once(corpus: Path, tmp_path: Pat
 def test_padding_is_under_half_a_percent(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", made_texts(1500, seed=1))
     dataset = shards.open_dataset(prepare(recipe(tmp_path / "d", corpus, validation=0)))
-    _, segments = dataset.split("train").read(np.arange(dataset.split("train").rows))
-    assert (segments == 0).mean() < 0.005
+    _, document_ids = dataset.split("train").read(np.arange(dataset.split("train").rows))
+    assert (document_ids == 0).mean() < 0.005
 
 
 def test_who_runs_the_parts_does_not_show(corpus: Path, tmp_path: Path) -> None:
@@ -165,8 +169,8 @@ def test_vocabularies_and_long_rows(corpus: Path, tmp_path: Path) -> None:
     bpe = recipe(tmp_path / "bpe", corpus, tokenizer__train__type="bpe", seq_len=512)
     dataset = shards.open_dataset(prepare(bpe))
     assert dataset.seq_len == 512
-    tokens, segments = dataset.split("train").read(np.array([0]))
-    text = Tokenizer.from_file(str(dataset.tokenizer_path)).decode(tokens[0][segments[0] == 2].tolist())
+    tokens, document_ids = dataset.split("train").read(np.array([0]))
+    text = Tokenizer.from_file(str(dataset.tokenizer_path)).decode(tokens[0][document_ids[0] == 2].tolist())
     assert text in TEXTS
     urls = str(tmp_path / "bpe" / "train" / "shard-000000.tar")
     assert next(iter(webdataset.WebDataset(urls, shardshuffle=False).decode()))["tokens.npy"].shape[1] == 512

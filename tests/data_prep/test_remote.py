@@ -20,9 +20,10 @@ from made_texts import made_texts, recipe, write_jsonl
 from data_prep import files
 from data_prep.files import open_binary
 from data_prep.pipeline import prepare
-from data_prep.shards import CacheConfig, open_dataset
-from pretrain.data import DataRecipe, Loader, open_datasets
-from sharebert_recipe import BadInput, parse
+from data_prep.shards.reader import CacheConfig, open_dataset
+from pretrain.data.loader import DataRecipe, Loader, open_datasets
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import parse
 
 TEXTS = made_texts(300, seed=8)
 FAULTS = ["error", "cut"]
@@ -31,7 +32,7 @@ FAULTS = ["error", "cut"]
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr("data_prep.cache.FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("data_prep.shards.cache.FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "corpus.jsonl", TEXTS)
     pq.write_table(pa.table({"text": TEXTS}), folder / "corpus.parquet", row_group_size=50)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.shuffle._FEW_SHARDS", 80)
-        patch.setattr("data_prep.shuffle._SMALL_SHARD_BYTES", 2000)
+        patch.setattr("data_prep.tokens.shuffle._FEW_SHARDS", 80)
+        patch.setattr("data_prep.tokens.shuffle._SMALL_SHARD_BYTES", 2000)
         prepare(recipe(folder / "dataset", folder / "corpus.jsonl", validation=0.05))
     return folder
 
@@ -157,7 +158,7 @@ def test_an_epoch_through_a_small_cache_reads_each_byte_once(local: Path, server
     assert len(shards) > 50
     data = {"dataset": url, "global_batch": 4, "micro_batch": 1, "window_shards": 2, "prefetch": 1}
     settings = parse(DataRecipe, data | {"cache": {"folder": str(folder), "max_bytes": total // 10}}, "test")
-    ranks = [Loader(open_datasets(settings), settings, seed=3, rank=rank, ranks=4) for rank in range(4)]
+    ranks = [Loader(open_datasets(settings), settings, seed=3, rank=rank, world_size=4) for rank in range(4)]
     rows = sum(shard["rows"] for shard in shards)
     largest_kept = 0
     for epoch in (1, 2):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from made_texts import made_texts, recipe, write_jsonl
 
-from data_prep import shards
 from data_prep.pipeline import prepare
+from data_prep.shards import reader as shards
 
 
 def table(text: str) -> dict[str, str]:

@@ -30,10 +30,10 @@ import torch.distributed as dist
 from pretrain import distributed
 from pretrain import train as training
 from pretrain.distributed import World
+from pretrain.faults.stop import StopRequest
 from pretrain.recipe import TrainRecipe
-from pretrain.run_folder import RunFolder
-from pretrain.stop import StopRequest
-from sharebert_recipe import load
+from pretrain.run.folder import RunFolder
+from sharebert_common.recipe import load
 
 build_model, deepspeed_config = training.build_model, training.deepspeed_config
 
@@ -68,12 +68,12 @@ class FaultyTrainer(training.Trainer):
         first, end = self.plan.get("bad_rows", [0, 0])
         bad = first < batch.rows_consumed and batch.rows_consumed - self.recipe.data.global_batch < end
         first, end = self.plan.get("bad_steps", [0, 0])
-        self.bad = (bad or first <= step < end) and self.world.rank == self.world.ranks - 1
+        self.bad = (bad or first <= step < end) and self.world.rank == self.world.world_size - 1
         return super().step(step, batch)
 
     def forward(self, micro: training.MicroBatch) -> Any:
         loss_sum, correct = super().forward(micro)
-        if self.world.rank == self.world.ranks - 1:
+        if self.world.rank == self.world.world_size - 1:
             time.sleep(self.plan.get("slow_s", 0))
         return (loss_sum * math.nan if getattr(self, "bad", False) else loss_sum), correct
 
@@ -100,7 +100,7 @@ def save_again(recipe: TrainRecipe, world: World) -> None:
     run = RunFolder(recipe.run)
     accepted = training._accept(recipe, run, world)
     trainer = training.Trainer(recipe, run, world, StopRequest(), *accepted)
-    if recipe.zero["stage"] == 3 and world.ranks > 1:  # a rank alone holds all of everything
+    if recipe.zero["stage"] == 3 and world.world_size > 1:  # a rank alone holds all of everything
         named = dict(trainer.engine.module.named_parameters())
         for name in ("sharebert.word_embeddings.weight", "sharebert.factor_linear_all.weight"):
             local, full = named[name].numel(), named[name].ds_numel

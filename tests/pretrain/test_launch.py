@@ -17,8 +17,8 @@ from tiny_runs import log_of, losses, torchrun, train_arguments
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def pretrain(recipe: Path, arguments: Sequence[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable] if ranks == 1 else torchrun(ranks)
+def pretrain(recipe: Path, arguments: Sequence[str], world_size: int = 1) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable] if world_size == 1 else torchrun(world_size)
     return subprocess.run(
         [*start, "-m", "pretrain", str(recipe), *arguments],
         capture_output=True,
@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_and_code_2(refusals: dict[str, tuple[int, str]], 
 
 def test_more_ranks_than_rows_is_refused_on_all_ranks(dataset: Path, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = pretrain(recipe, train_arguments(dataset, run, data__global_batch=1), ranks=2)
+    done = pretrain(recipe, train_arguments(dataset, run, data__global_batch=1), world_size=2)
     assert done.returncode != 0
     assert "data.global_batch: 1 rows cannot be shared by 2 ranks" in done.stderr
     assert not run.exists()

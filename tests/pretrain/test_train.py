@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_runs import log_of, losses, train_arguments, train_many, whole
 
-from pretrain import checkpoint
-from pretrain.slices import STATES
+from pretrain.checkpoint import format as checkpoint
+from pretrain.engine.fragments import STATES
 
 STEPS = 200
 """Of the comparison of ranks."""
@@ -30,12 +30,12 @@ def worst_difference(a: list[float], b: list[float]) -> float:
 def cut_runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same training on 1, 2 and 3 ranks, with and without accumulation."""
     folder = tmp_path_factory.mktemp("cut")
-    for ranks, micro_batches in ((1, (10, 3)), (2, (10, 2)), (3, (10,))):
+    for world_size, micro_batches in ((1, (10, 3)), (2, (10, 2)), (3, (10,))):
         plan = [
             {
                 "overrides": train_arguments(
                     dataset,
-                    folder / f"{ranks}-{micro}",
+                    folder / f"{world_size}-{micro}",
                     steps=STEPS,
                     data__micro_batch=micro,
                     validate__every=100,
@@ -44,7 +44,7 @@ def cut_runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
             for micro in micro_batches
         ]
-        train_many(plan, ranks, folder)
+        train_many(plan, world_size, folder)
     return folder
 
 
@@ -113,7 +113,7 @@ def test_loaded_weights_and_moments_are_those_saved(matrix: Path, stage: int, pr
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_slices_of_all_ranks_cover_each_element_once(matrix: Path, stage: int) -> None:
     saved = whole(matrix / f"{stage}-fp32", 20)
-    assert saved.ranks == 2
+    assert saved.world_size == 2
     for name, parts in saved.pieces().items():
         end = 0
         for _, start, length in parts:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from made_tasks import rows, sst2, tiny_export, write_tsv
 
-from sharebert.dense_export import write_dense
-from sharebert.export import read_export
+from exports.dense_export import write_dense
+from exports.export import read_export
 from sharebert_cli import main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

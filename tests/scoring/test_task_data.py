@@ -12,7 +12,7 @@ from made_tasks import sst2, write_tsv
 
 from scoring.data import load_task
 from scoring.recipe import DataConfig
-from sharebert_recipe import BadInput
+from sharebert_common.errors import BadInput
 
 FRAME = pandas.DataFrame({"sentence": ['a "quoted, text', "None", "c d"], "label": [1, 0, 1]})
 

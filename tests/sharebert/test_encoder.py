@@ -42,14 +42,14 @@ def test_row_of_padding_alone_is_finite_with_its_gradients(padding: str) -> None
     tokens = tokens_of(2, 8)
     given = torch.ones(2, 8, dtype=torch.int64)
     given[1] = 0
-    mask, segments = (given, None) if padding == "attention_mask" else (None, given)
+    mask, document_ids = (given, None) if padding == "attention_mask" else (None, given)
     output = model(
         tokens,
         mask,
-        segments=segments,
+        document_ids=document_ids,
         positions=torch.tensor([1, 9]),
         labels=torch.tensor([3, 3]),
-        weights=torch.tensor([1.0, 0.0]),
+        loss_weights=torch.tensor([1.0, 0.0]),
     )
     output.loss_sum.backward()
     assert torch.isfinite(output.loss_sum)
@@ -60,15 +60,15 @@ def test_segments_keep_documents_apart() -> None:
     """A document sees itself alone: changing its neighbour changes nothing, as does taking it out."""
     model = tiny_model().double().eval()
     tokens = tokens_of(1, 12)
-    segments = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3])
-    together = model.sharebert(tokens, segments=segments).hidden
+    document_ids = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3])
+    together = model.sharebert(tokens, document_ids=document_ids).hidden
     first_alone = model.sharebert(tokens[:, :5]).hidden
     torch.testing.assert_close(together[:, :5], first_alone)
 
     changed = tokens.clone()
     changed[:, :5] = tokens_of(1, 5, seed=1)
     changed[:, 9:] = tokens_of(1, 3, seed=1)
-    torch.testing.assert_close(model.sharebert(changed, segments=segments).hidden[:, 5:9], together[:, 5:9])
+    torch.testing.assert_close(model.sharebert(changed, document_ids=document_ids).hidden[:, 5:9], together[:, 5:9])
     assert (model.sharebert(changed).hidden[:, 5:9] - model.sharebert(tokens).hidden[:, 5:9]).abs().max() > 1e-3
 
 
@@ -119,7 +119,7 @@ def test_bfloat16_is_near_float32(way: str, head: str) -> None:
     model = tiny_model(mlm_head=head)
     tokens = tokens_of(4, 16)
     positions = torch.arange(0, 64, 3)
-    rest = {"positions": positions, "labels": tokens.flatten()[positions], "weights": torch.ones(len(positions))}
+    rest = {"positions": positions, "labels": tokens.flatten()[positions], "loss_weights": torch.ones(len(positions))}
     exact = model(tokens, **rest).loss_sum
     exact.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -144,7 +144,7 @@ def test_recomputing_changes_memory_and_nothing_else(sharing: str) -> None:
     model = tiny_model(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, sharing=sharing)
     tokens = tokens_of(4, 16)
     positions = torch.arange(0, 64, 3)
-    rest = {"positions": positions, "labels": tokens.flatten()[positions], "weights": torch.ones(len(positions))}
+    rest = {"positions": positions, "labels": tokens.flatten()[positions], "loss_weights": torch.ones(len(positions))}
 
     def step(recompute: bool) -> tuple[list[Tensor], int]:
         model.sharebert.recompute = recompute

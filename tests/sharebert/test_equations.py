@@ -154,7 +154,12 @@ def check_equations(shape: dict[str, Any], rows: int, length: int, padding: int)
     positions = mask.flatten().nonzero().flatten()
     labels = tokens.flatten()[positions].roll(1)
     output = model(
-        tokens, mask, types, positions=positions, labels=labels, weights=torch.ones(len(positions), dtype=torch.float64)
+        tokens,
+        mask,
+        types,
+        positions=positions,
+        labels=labels,
+        loss_weights=torch.ones(len(positions), dtype=torch.float64),
     )
     naive_loss = -sum(
         torch.log(torch.softmax(expected[2].flatten(0, 1)[i], 0)[label])

@@ -25,7 +25,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(head: str) -> None:
 
     labels = LABELS.clone()
     labels[2] = chosen[2].argmax()
-    output = model(TOKENS, positions=POSITIONS, labels=labels, weights=WEIGHTS)
+    output = model(TOKENS, positions=POSITIONS, labels=labels, loss_weights=WEIGHTS)
     each = F.cross_entropy(chosen, labels, reduction="none")
     torch.testing.assert_close(output.loss_sum, (each * WEIGHTS).sum())
     assert output.correct.item() == 0.5
@@ -34,7 +34,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(head: str) -> None:
 def test_pooler_bias_takes_no_gradient_and_everything_else_does() -> None:
     for head in ("untied", "tied"):
         model = tiny_model(mlm_head=head)
-        model(TOKENS, positions=POSITIONS, labels=LABELS, weights=WEIGHTS).loss_sum.backward()
+        model(TOKENS, positions=POSITIONS, labels=LABELS, loss_weights=WEIGHTS).loss_sum.backward()
         assert {name for name, p in model.named_parameters() if p.grad is None} == {"sharebert.pooler_bias"}
 
 
@@ -63,4 +63,4 @@ def test_model_without_head_says_so() -> None:
     with pytest.raises(ShareBertError, match="no MLM head"):
         model.logits(TOKENS)
     with pytest.raises(ShareBertError, match="no MLM head"):
-        model(TOKENS, positions=POSITIONS, labels=LABELS, weights=WEIGHTS)
+        model(TOKENS, positions=POSITIONS, labels=LABELS, loss_weights=WEIGHTS)

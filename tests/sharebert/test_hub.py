@@ -16,9 +16,9 @@ from bare_environment import try_exports
 from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
+from exports.dense_export import write_dense
+from exports.export import read_export, write_export
 from sharebert import ShareBertForMaskedLM
-from sharebert.dense_export import write_dense
-from sharebert.export import read_export, write_export
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-from pretrain.batches import MicroBatch
+from pretrain.data.batches import MicroBatch
 from pretrain.train import Trainer
 from sharebert import ShareBertError, kernels
 
@@ -46,9 +46,9 @@ def test_a_packed_row_is_worth_one_document_a_row() -> None:
     apart = one_document_a_row(packed)
     weights = torch.ones(len(packed["positions"]))
     parameters = list(model.parameters())
-    together = model(**packed, segments=SEGMENTS, weights=weights).loss_sum
-    alone = model(**apart, weights=weights).loss_sum
-    blended = model(**packed, attention_mask=SEGMENTS, weights=weights).loss_sum
+    together = model(**packed, document_ids=SEGMENTS, loss_weights=weights).loss_sum
+    alone = model(**apart, loss_weights=weights).loss_sum
+    blended = model(**packed, attention_mask=SEGMENTS, loss_weights=weights).loss_sum
     ours = torch.autograd.grad(together, parameters, allow_unused=True, materialize_grads=True)
     theirs = torch.autograd.grad(alone, parameters, allow_unused=True, materialize_grads=True)
     torch.testing.assert_close(together, alone)
@@ -62,15 +62,15 @@ def test_training_hands_the_segments_on() -> None:
     model = tiny_model().double()
     packed = batch()
     weights = torch.ones(len(packed["positions"]))
-    micro = MicroBatch(**packed, segments=SEGMENTS.to(torch.uint8), weights=weights, padded=True)
+    micro = MicroBatch(**packed, document_ids=SEGMENTS.to(torch.uint8), loss_weights=weights, padded=True)
 
     def loss(within: bool) -> Tensor:
         recipe = SimpleNamespace(data=SimpleNamespace(within_documents=within), compile=False)
         trainer: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")), recipe=recipe, engine=model)
         return Trainer.forward(trainer, micro)[0]
 
-    torch.testing.assert_close(loss(True), model(**one_document_a_row(packed), weights=weights).loss_sum)
-    torch.testing.assert_close(loss(False), model(**packed, attention_mask=SEGMENTS, weights=weights).loss_sum)
+    torch.testing.assert_close(loss(True), model(**one_document_a_row(packed), loss_weights=weights).loss_sum)
+    torch.testing.assert_close(loss(False), model(**packed, attention_mask=SEGMENTS, loss_weights=weights).loss_sum)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -79,9 +79,9 @@ def test_flex_attention_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     packed = batch()
     with torch.no_grad():
-        expected = model.logits(packed["tokens"], SEGMENTS, segments=SEGMENTS)
+        expected = model.logits(packed["tokens"], SEGMENTS, document_ids=SEGMENTS)
         monkeypatch.setattr(kernels, "flex_serves", lambda x: True)
-        made = model.logits(packed["tokens"], SEGMENTS, segments=SEGMENTS)
+        made = model.logits(packed["tokens"], SEGMENTS, document_ids=SEGMENTS)
     torch.testing.assert_close(made[SEGMENTS > 0], expected[SEGMENTS > 0], rtol=1e-4, atol=1e-4)
 
 
@@ -89,4 +89,4 @@ def test_flex_attention_refuses_dropout_on_probabilities(monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels, "flex_serves", lambda x: True)
     model = tiny_model(attention_probs_dropout_prob=0.1)
     with pytest.raises(ShareBertError, match=r"attention_probs_dropout_prob: 0\.1, but .* set it to 0"):
-        model.logits(batch()["tokens"], segments=SEGMENTS)
+        model.logits(batch()["tokens"], document_ids=SEGMENTS)

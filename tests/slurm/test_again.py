@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from slurm.slurm_cluster import SlurmCluster
 
-from cluster.again import AFTER, BEFORE
+from cluster.requeue import AFTER, BEFORE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

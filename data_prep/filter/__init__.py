@@ -1,0 +1,1 @@
+"""Which documents stay: cleaning, deduplication, decontamination."""

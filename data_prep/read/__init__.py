@@ -1,0 +1,1 @@
+"""From paths, URLs and hub names to documents."""

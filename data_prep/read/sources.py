@@ -1,0 +1,167 @@
+"""Which text goes in: find the inputs and divide them into parts by bytes.
+
+The parts are a pure function of the inputs and the config, never of the number of workers: that is what
+makes the dataset the same, byte for byte, however many machines made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import PurePosixPath
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as config_dataclass
+
+from data_prep import files
+from data_prep.read import tables
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
+
+Kind = Literal["text", "jsonl", "parquet", "hub"]
+
+_KINDS: dict[str, Kind] = {
+    ".txt": "text",
+    ".text": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_PARTS = 64  # enough for the cores of one machine on a small corpus …
+_PART_BYTES = (4 << 20, 256 << 20)  # … and on a large one, parts that cost minutes, not hours, to lose
+
+
+@config_dataclass(config=STRICT, kw_only=True)
+class SourceConfig:
+    """Where documents come from and what to do with those that cannot be read."""
+
+    paths: str | list[str] = Field(default_factory=list)
+    """Files, folders, globs or fsspec URLs: .txt, .jsonl (each also .gz and .zst) and .parquet."""
+    hub: str | None = None
+    """Instead of paths: a dataset's name on the Hugging Face hub, or a folder that `datasets` can load."""
+    hub_config: str | None = None
+    """Configuration of the hub dataset."""
+    hub_split: str = "train"
+    """Split of the hub dataset, in the notation of `datasets`, `train[:10%]` included."""
+    text_key: str = "text"
+    """The key (jsonl) or column (parquet, hub) that holds a document's text."""
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """Format of the files; auto goes by their names."""
+    document: Literal["file", "line", "paragraph"] = "file"
+    """What is one document of a text file: all of it, each line, or each block between blank lines."""
+    encoding_errors: Literal["replace", "refuse"] = "replace"
+    """Invalid UTF-8: replace by U+FFFD and count the document, or stop."""
+    bad_documents: Literal["refuse", "skip"] = "refuse"
+    """A jsonl line that is not JSON, a document without text: stop, or skip and count."""
+    max_document_bytes: int = Field(default=64 << 20, ge=1 << 10)
+    """Longer documents are split at whitespace in text files; in jsonl and parquet see long_documents."""
+    long_documents: Literal["refuse", "skip"] = "refuse"
+    """A jsonl or parquet document over max_document_bytes: stop, or skip and count."""
+
+    def __post_init__(self) -> None:
+        if bool(self.paths) == bool(self.hub):
+            raise ValueError("give either paths or hub")
+
+    @property
+    def cut_window(self) -> int:
+        """How many bytes before its limit a long text is searched for whitespace to cut it at."""
+        return min(64 << 10, self.max_document_bytes // 4)
+
+    @property
+    def stride_bytes(self) -> int:
+        """A text file that is one document is cut near the multiples of this, so that no piece exceeds the limit."""
+        return self.max_document_bytes - self.cut_window
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file (or hub dataset) that documents come from."""
+
+    name: str
+    """Known by this in manifest and messages: a path without the machine's own folders."""
+    location: str
+    """Path or URL that opens it."""
+    kind: Kind
+    compression: str | None
+    bytes: int
+    changed: str
+    """Time of change or ETag, where the file system tells: a changed input makes another plan."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of an input: nominal bytes of a file, row groups of parquet, rows of a hub dataset."""
+
+    input: int
+    start: int
+    stop: int
+
+
+Part = list[Piece]
+
+
+def find_inputs(config: SourceConfig) -> list[Input]:
+    """All inputs, in the order given; those of one folder or glob sorted by name.
+
+    Raises BadInput: nothing found, an unknown format, empty files only, two inputs of one name.
+    """
+    if config.hub:
+        name = f"{PurePosixPath(config.hub).name}/{config.hub_config or 'default'}/{config.hub_split}"
+        table = tables.hub_table(config.hub, config.hub_config, config.hub_split)
+        return [Input(name, config.hub, "hub", None, table.nbytes, "")]
+    inputs = []
+    for pattern in [config.paths] if isinstance(config.paths, str) else config.paths:
+        found = files.find(pattern)
+        if not found:
+            raise BadInput(f"source.paths: {pattern}: no such file")
+        for file in found:
+            kind, compression = _kind(file.name, config.format)
+            inputs.append(Input(file.name, file.location, kind, compression, file.bytes, file.changed))
+    if not sum(i.bytes for i in inputs):
+        raise BadInput(f"source.paths: {config.paths}: {len(inputs)} files, all empty")
+    return inputs
+
+
+def plan_parts(inputs: Sequence[Input], config: SourceConfig) -> list[Part]:
+    """Divide the inputs into parts of about equal bytes; small inputs share one."""
+    part_bytes = min(max(sum(i.bytes for i in inputs) // _PARTS, _PART_BYTES[0]), _PART_BYTES[1])
+    parts: list[Part] = []
+    room = 0
+    for number, item in enumerate(inputs):
+        for start, stop, size in _ranges(item, config, part_bytes):
+            if room < size // 2 or not parts:
+                parts.append([])
+                room = part_bytes
+            parts[-1].append(Piece(number, start, stop))
+            room -= size
+    return parts
+
+
+def _kind(name: str, forced: str) -> tuple[Kind, str | None]:
+    path = PurePosixPath(name)
+    compression = _COMPRESSIONS.get(path.suffix)
+    suffix = path.with_suffix("").suffix if compression else path.suffix
+    kind = _KINDS.get(suffix) if forced == "auto" else forced
+    if kind is None:
+        raise BadInput(f"{name}: format unknown from its name; known are {', '.join(_KINDS)}; or set source.format")
+    if kind == "parquet" and compression:
+        raise BadInput(f"{name}: parquet compresses by itself; unpack {path.suffix} first")
+    return kind, compression  # type: ignore[return-value]
+
+
+def _ranges(item: Input, config: SourceConfig, part_bytes: int) -> list[tuple[int, int, int]]:
+    """(start, stop, bytes) of the pieces of one input."""
+    if item.compression:  # a compressed stream can only be read from its start
+        return [(0, item.bytes, item.bytes)]
+    if item.kind == "parquet":
+        return [(group, group + 1, size) for group, size in enumerate(tables.row_group_bytes(item.location))]
+    units = item.bytes if item.kind != "hub" else len(tables.hub_table(config.hub, config.hub_config, config.hub_split))
+    if item.kind == "text" and config.document == "file":
+        edges = [*range(0, item.bytes, config.stride_bytes), item.bytes]
+        return [(a, b, b - a) for a, b in pairwise(edges)]
+    count = max(1, -(-item.bytes // part_bytes))
+    edges = [units * i // count for i in range(count + 1)]
+    return [(a, b, item.bytes // count) for a, b in pairwise(edges)]

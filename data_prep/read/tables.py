@@ -1,0 +1,96 @@
+"""Columns of text: parquet files and datasets of the Hugging Face hub, both by way of Arrow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from data_prep import files
+from sharebert_common.errors import BadInput, nearest
+
+_BATCH_ROWS = 1000
+
+
+def row_group_bytes(location: str) -> list[int]:
+    """Uncompressed bytes of every row group of a parquet file. Raises BadInput."""
+    metadata = _parquet(location).metadata
+    return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+
+
+def text_columns(location: str) -> list[str]:
+    """Names of the columns of a parquet file that hold text. Raises BadInput."""
+    return [field.name for field in _parquet(location).schema_arrow if _is_text(field.type)]
+
+
+def parquet_texts(location: str, key: str, start: int = 0, stop: int | None = None) -> Iterator[list[bytes | None]]:
+    """The column `key` of row groups `start` to `stop`, in batches of bytes. Raises BadInput."""
+    import pyarrow as pa
+
+    file = _parquet(location)
+    _check_column(location, key, file.schema_arrow.names)
+    try:
+        groups = list(range(start, file.num_row_groups if stop is None else stop))
+        batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[key], use_threads=False)
+        for batch in batches:
+            yield _as_bytes(location, key, batch.column(0))
+    except (pa.ArrowException, OSError) as error:
+        raise BadInput(f"{location}: damaged parquet ({' '.join(str(error).split())})") from error
+
+
+@lru_cache(maxsize=1)
+def hub_table(hub: str, config: str | None, split: str) -> Any:
+    """The Arrow table of a hub dataset (or of a folder that `datasets` reads), memory-mapped. Raises BadInput."""
+    import datasets
+
+    try:
+        if (Path(hub) / "state.json").is_file():
+            return datasets.Dataset.load_from_disk(hub).data.table
+        return datasets.load_dataset(hub, config, split=split).data.table
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"source.hub: {hub}: {' '.join(str(error).split())}") from error
+
+
+def table_texts(name: str, table: Any, key: str, start: int, stop: int) -> Iterator[list[bytes | None]]:
+    """The column `key` of rows `start` to `stop`, in batches of bytes. Raises BadInput."""
+    _check_column(name, key, table.column_names)
+    column = table.column(key)
+    for first in range(start, stop, _BATCH_ROWS):
+        for chunk in column.slice(first, min(_BATCH_ROWS, stop - first)).chunks:
+            yield _as_bytes(name, key, chunk)
+
+
+def _parquet(location: str) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        # Buffered, not pre-buffered: a row group of gigabytes is read page by page.
+        return pa.parquet.ParquetFile(files.open_binary(location), buffer_size=1 << 20, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise BadInput(f"{location}: not readable as parquet ({' '.join(str(error).split())})") from error
+
+
+def _check_column(name: str, key: str, columns: list[str]) -> None:
+    if key not in columns:
+        raise BadInput(f"{name}: no column '{key}'{nearest(key, columns)}; set source.text_key (it has {columns})")
+
+
+def _is_text(arrow_type: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(arrow_type):
+        arrow_type = arrow_type.value_type
+    return bool(pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type))
+
+
+def _as_bytes(name: str, key: str, column: Any) -> list[bytes | None]:
+    import pyarrow as pa
+
+    if not _is_text(column.type):
+        raise BadInput(f"{name}: column '{key}' holds {column.type}, not text; set source.text_key")
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    # As bytes: the policy on invalid UTF-8 is the caller's.
+    return column.cast(pa.large_binary()).to_pylist()  # type: ignore[no-any-return]

@@ -1,0 +1,238 @@
+"""Shuffle the documents of the whole corpus in two passes on disk, and split off the validation documents.
+
+Pass 1: every part writes its documents in *runs*, each sorted by a random key of the document. Pass 2: a
+shard is a range of that key; it reads its range of every run. Memory holds one run, or one shard.
+
+Which documents validate is decided by a hash of the text, so that copies of a text fall on the same side.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_prep.filter.ngrams import mix
+from data_prep.parts import save_array
+from sharebert_common.errors import BadInput
+
+RUN_TOKENS = 16 << 20
+DOCUMENT = np.dtype([("order", "<u8"), ("split", "<u8"), ("start", "<i8"), ("length", "<i4")])
+"""A document in a run: random key that orders the corpus, hash of its text, place and length (with [SEP]) in tokens."""
+
+_BINS = 1 << 16
+_BIN_SHIFT = 48
+_SEGMENTS = 256
+_WRITE_BYTES = 1 << 20
+_FEW_SHARDS, _SMALL_SHARD_BYTES = 16, 4 << 20
+
+
+class RunWriter:
+    """Takes the documents of one part and writes them in sorted runs.
+
+    Args:
+        folder: where the runs go.
+        part: number of the part; with the document's number in it, it determines the order key.
+        seed: of the shuffle.
+        sep: id that ends each document.
+        dtype: of the tokens.
+    """
+
+    def __init__(self, folder: Path, part: int, seed: int, sep: int, dtype: np.dtype[Any]) -> None:
+        self._folder, self._part, self._seed, self._sep, self._dtype = folder, part, seed, sep, dtype
+        self._tokens: list[NDArray[Any]] = []
+        self._documents: list[NDArray[Any]] = []
+        self._held = self._runs = 0
+
+    def add(self, numbers: NDArray[np.int64], texts: Sequence[str], ids: NDArray[Any], offsets: NDArray[Any]) -> None:
+        """Add documents; those without any token are left out.
+
+        Args:
+            numbers: [n] of the documents within the part.
+            texts: n of them.
+            ids: of all documents, one after the other.
+            offsets: [n + 1] of each one's first id.
+        """
+        documents = np.zeros(len(texts), DOCUMENT)
+        documents["length"] = np.diff(offsets) + 1
+        documents["start"] = offsets[:-1] + np.arange(len(texts)) + self._held
+        documents["order"] = order_keys(self._seed, self._part, numbers)
+        documents["split"] = [xxhash.xxh3_64_intdigest(text.encode(), self._seed) for text in texts]
+        self._documents.append(documents[documents["length"] > 1])
+        self._tokens.append(np.insert(ids.astype(self._dtype), offsets[1:], self._sep))
+        self._held += len(ids) + len(texts)
+        if self._held >= RUN_TOKENS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._held:
+            self._flush()
+
+    def _flush(self) -> None:
+        documents, tokens = np.concatenate(self._documents), np.concatenate(self._tokens)
+        documents = documents[np.argsort(documents["order"], kind="stable")]
+        with (self._folder / f"run-{self._runs:04d}.tokens.bin").open("wb", _WRITE_BYTES) as file:
+            file.writelines(piece.data for piece in slices(tokens, documents["start"], documents["length"]))
+        documents["start"] = np.cumsum(documents["length"]) - documents["length"]
+        save_array(self._folder / f"run-{self._runs:04d}.documents.npy", documents)
+        self._tokens, self._documents, self._held = [], [], 0
+        self._runs += 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which documents go where: pure function of the runs and the config."""
+
+    validation_below: int
+    """Documents whose text hash is below validate."""
+    shards: dict[str, list[tuple[int, int]]]
+    """Per split and shard, the range of the order key's upper 16 bits."""
+    segments_dtype: str
+    """uint16 where a row may hold more than 255 documents."""
+
+
+def plan_shards(runs: Sequence[Path], validation: float, seq_len: int, token_bytes: int, shard_bytes: int) -> Layout:
+    """Decide on validation documents and on the shards' ranges.
+
+    Args:
+        runs: as `list_runs` gives them.
+        validation: rows if 1 or more, else a fraction of the tokens; whole documents, so at least so many.
+        seq_len: tokens of a row.
+        token_bytes: bytes of one token on disk.
+        shard_bytes: at most about so many bytes a shard.
+
+    Raises BadInput: no document at all, or none left to train on.
+    """
+    by_split, documents, shortest = np.zeros(_BINS), 0, np.zeros(0, np.int64)
+    for run in _documents(runs):
+        by_split += np.bincount(_bin(run["split"]), run["length"], _BINS)
+        documents += len(run)
+        shortest = np.sort(np.concatenate([shortest, run["length"]]))[:_SEGMENTS]
+    if not documents:
+        raise BadInput("no document is left to make a dataset of; see the counts above")
+    total = by_split.sum()
+    wanted = validation * (seq_len - 1) if validation >= 1 else validation * total
+    below = _threshold(runs, by_split, wanted) if validation else 0
+    by_order = {"train": np.zeros(_BINS), "validation": np.zeros(_BINS)}
+    for run in _documents(runs):
+        for split, chosen in (("train", run["split"] >= below), ("validation", run["split"] < below)):
+            by_order[split] += np.bincount(_bin(run["order"][chosen]), run["length"][chosen], _BINS)
+    if not by_order["train"].sum():
+        raise BadInput(
+            f"validation: {validation} takes all of the {documents} documents; give less, give more text, or let "
+            "source.document: line or paragraph make more documents of it"
+        )
+    # Its row could hold 256 documents: the first may be a continuation, the last is cut off, 254 lie within.
+    crowded = len(shortest) >= _SEGMENTS - 1 and shortest[: _SEGMENTS - 2].sum() < seq_len
+    row_token_bytes = token_bytes + (2 if crowded else 1)
+    shards = {
+        split: _ranges_of_bins(tokens, tokens.sum() * row_token_bytes, shard_bytes)
+        for split, tokens in by_order.items()
+    }
+    return Layout(below, shards, "uint16" if crowded else "uint8")
+
+
+@dataclass(frozen=True)
+class ShardText:
+    """One shard's documents in final order: `tokens[starts[i] : starts[i] + lengths[i]]`, each ending with [SEP]."""
+
+    tokens: NDArray[Any]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+
+def gather(
+    runs: Sequence[Path], split: str, bins: tuple[int, int], validation_below: int, dtype: np.dtype[Any]
+) -> ShardText:
+    """Read one shard's documents from all runs. Raises BadInput where a run is not what was written."""
+    found, spans, held = [], [], 0
+    for path in runs:
+        documents = _mapped(path)
+        first, last = (bisect_left(documents["order"], edge << _BIN_SHIFT) for edge in bins)
+        chosen = np.array(documents[first:last])
+        chosen = chosen[(chosen["split"] < validation_below) == (split == "validation")]
+        if len(chosen):
+            stops = chosen["start"] + chosen["length"]
+            breaks = np.flatnonzero(chosen["start"][1:] != stops[:-1]) + 1
+            spans.append((path, chosen["start"][[0, *breaks]], stops[[*(breaks - 1), -1]]))
+            chosen["start"] = held + np.cumsum(chosen["length"]) - chosen["length"]
+            held += int(chosen["length"].sum())
+            found.append(chosen)
+    tokens, at = np.empty(held, dtype), 0
+    for path, starts, stops in spans:
+        with _tokens_of(path).open("rb") as file:  # read, not mapped: mapped pages count as memory of the process
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                file.seek(start * dtype.itemsize)
+                count = stop - start
+                if file.readinto(tokens[at : at + count].view(np.uint8).data) != count * dtype.itemsize:
+                    raise BadInput(f"{_tokens_of(path)}: cut short; delete the folder {path.parents[3]} and run again")
+                at += count
+    documents = np.concatenate(found)
+    documents = documents[np.argsort(documents["order"], kind="stable")]
+    return ShardText(tokens, documents["start"], documents["length"].astype(np.int64))
+
+
+def list_runs(folders: Sequence[Path]) -> list[Path]:
+    """The runs of all parts, in order."""
+    return [run for folder in folders for run in sorted(folder.glob("run-*.documents.npy"))]
+
+
+def order_keys(seed: int, part: int, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A random 64-bit key for each document of a part: SplitMix64 over (seed, part, number)."""
+    stream = mix(mix(np.array([seed], np.uint64)) + np.uint64(part))
+    return mix(stream + numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def slices(tokens: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """`tokens[starts[i] : starts[i] + lengths[i]]` for every i: quicker to copy than through an index of each token."""
+    for start, stop in zip(starts.tolist(), (starts + lengths).tolist(), strict=True):
+        yield tokens[start:stop]
+
+
+def _documents(runs: Sequence[Path]) -> Iterator[NDArray[Any]]:
+    for path in runs:
+        yield np.load(path)
+
+
+@lru_cache(maxsize=256)  # a file each, of the 1,024 that a process may have open
+def _mapped(path: Path) -> NDArray[Any]:
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def _bin(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return (keys >> np.uint64(_BIN_SHIFT)).astype(np.int64)
+
+
+def _tokens_of(run: Path) -> Path:
+    return run.with_name(run.name.replace(".documents.npy", ".tokens.bin"))
+
+
+def _threshold(runs: Sequence[Path], tokens_by_bin: NDArray[Any], wanted: float) -> int:
+    """The least key such that documents with smaller ones hold at least `wanted` tokens."""
+    sums = np.cumsum(tokens_by_bin)
+    at = min(int(np.searchsorted(sums, wanted)), _BINS - 1)
+    within = np.concatenate([run[_bin(run["split"]) == at] for run in _documents(runs)])
+    within = np.sort(within, order="split")
+    sums_within = np.cumsum(within["length"]) + (sums[at - 1] if at else 0)
+    return int(within["split"][min(int(np.searchsorted(sums_within, wanted)), len(within) - 1)]) + 1
+
+
+def _ranges_of_bins(tokens_by_bin: NDArray[Any], total_bytes: float, shard_bytes: int) -> list[tuple[int, int]]:
+    """Divide the bins into shards of about equal tokens, none empty."""
+    sums = np.cumsum(tokens_by_bin)
+    if not sums[-1]:
+        return []
+    # A small corpus too has shards for several workers and nodes to share.
+    count = max(-(-int(total_bytes) // shard_bytes), min(_FEW_SHARDS, int(total_bytes) // _SMALL_SHARD_BYTES), 1)
+    inner = np.unique(np.searchsorted(sums, sums[-1] * np.arange(1, count) / count) + 1)
+    edges = [0, *(int(edge) for edge in inner if sums[edge - 1] < sums[-1]), _BINS]
+    return list(pairwise(edges))

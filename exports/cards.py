@@ -1,0 +1,152 @@
+"""The model card: the README.md of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from exports.shapes import without_weights
+from sharebert.config import ShareBertConfig
+from sharebert.heads import ShareBertForMaskedLM
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: {task}
+tags: [{tags}]
+---
+
+# ShareBERT{form}
+
+A BERT-class encoder whose layers have no weight matrices of their own: every one is cut from the matrix
+E·W_allᵀ + b_all, made from the word embeddings E. The method is Hu, Cavicchioli, Berardinelli and Capotondi,
+"ShareBERT: Embeddings Are Capable of Learning Hidden Layers", AAAI 2024.
+{about}
+## Sizes
+
+| | |
+|---|---|
+{sizes}
+
+## How to load
+
+{loading}
+"""
+
+_TRANSFORMERS = """
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = {auto_class}.from_pretrained(folder{trust})
+outputs = model(**tokenizer("Some text.", return_tensors="pt"))
+```
+"""
+
+_PIPELINE = """
+```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", model=folder{trust})
+fill(f"Some {{fill.tokenizer.mask_token}} text.")
+```
+"""
+
+_ONNX_RUNTIME = """
+```python
+import onnxruntime
+from transformers import AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+outputs = session.run(None, dict(tokenizer("Some text.", return_tensors="np")))
+```
+"""
+
+_COMPACT_LOADING = (
+    "The code of the model is in this folder; `torch`, `transformers` and `safetensors` are all it needs."
+)
+_COMPACT_END = (
+    "\nThe pooled output is x·W + b of the first position, without an activation; pretraining leaves b as it is.\n"
+)
+
+_DENSE_LOADING = "This is a stock `megatron_bert`: plain `transformers` loads it, with no code of its own."
+_DENSE_ABOUT = """
+This is its dense form: every generated matrix is written out, and every layer has weights of its own.
+On a batch of random words, in float32, it differs from the compact form, relative to the largest value, by
+{differences}.
+"""
+_DENSE_END = """
+What does not fit `megatron_bert`: its pooler ends in tanh and the compact form's does not, so that the pooled
+output here is the tanh of the compact form's.
+"""
+
+_ONNX_LOADING = (
+    "`model.onnx` has a dynamic batch and length. Inputs, int64 [batch, length]: `input_ids`, `attention_mask`,\n"
+    "`token_type_ids`. Outputs: `last_hidden_state`, `pooler_output` and, with a masked-language-model head, `logits`."
+)
+_ONNX_ABOUT = "\nThis is its dense form as ONNX: every generated matrix is written out, in every layer.\n"
+_ONNX_END = "\nThe pooled output is the tanh of the compact form's, as in `megatron_bert`.\n"
+
+
+def model_card(config: ShareBertConfig, sections: Mapping[str, str]) -> str:
+    """The card of an export in Markdown: sizes, how to load it, and `sections` (heading → text), in their order."""
+    loading = _COMPACT_LOADING + "\n" + _transformers(config, trust=", trust_remote_code=True")
+    return _card(config, sections, form="", about="", loading=loading + _COMPACT_END)
+
+
+def dense_card(config: ShareBertConfig, differences: Mapping[str, float], sections: Mapping[str, str]) -> str:
+    """The card of a dense export; `differences` by output, relative to the compact form's largest value."""
+    said = " and ".join(f"{value:.1e} in its {name}" for name, value in differences.items())
+    loading = _DENSE_LOADING + "\n" + _transformers(config, trust="")
+    about = _DENSE_ABOUT.format(differences=said)
+    return _card(config, sections, form=", dense", about=about, loading=loading + _DENSE_END)
+
+
+def onnx_card(config: ShareBertConfig, sections: Mapping[str, str]) -> str:
+    """The card of an export as ONNX."""
+    loading = _ONNX_LOADING + "\n" + _ONNX_RUNTIME + _ONNX_END
+    return _card(config, sections, form=", ONNX", about=_ONNX_ABOUT, loading=loading)
+
+
+def sections_of(card: str) -> dict[str, str]:
+    """The `sections` that a card written by this file holds."""
+    parts = [part.partition("\n") for part in card.split("\n## ")[1:]]
+    return {heading: body.strip() for heading, _, body in parts if heading not in ("Sizes", "How to load")}
+
+
+def _card(config: ShareBertConfig, sections: Mapping[str, str], form: str, about: str, loading: str) -> str:
+    text = _CARD.format(
+        task="feature-extraction" if config.mlm_head == "none" else "fill-mask",
+        tags="sharebert, bert" if form else "sharebert, bert, compact",
+        form=form,
+        about=about,
+        sizes="\n".join(f"| {name} | {value} |" for name, value in _sizes(config).items()),
+        loading=loading.rstrip("\n"),
+    )
+    return text + "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in sections.items())
+
+
+def _transformers(config: ShareBertConfig, trust: str) -> str:
+    headless = config.mlm_head == "none"
+    text = _TRANSFORMERS.format(auto_class="AutoModel" if headless else "AutoModelForMaskedLM", trust=trust)
+    return text if headless else text + _PIPELINE.format(trust=trust)
+
+
+def _sizes(config: ShareBertConfig) -> dict[str, str]:
+    with without_weights():
+        model = ShareBertForMaskedLM(config)
+    head = {"untied": "a decoder of its own", "tied": "tied to the word embeddings", "none": "none"}[config.mlm_head]
+    generated = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    return {
+        "learned parameters of the encoder": f"{sum(p.numel() for p in model.sharebert.parameters()):,}",
+        "learned parameters with the masked-language-model head": f"{sum(p.numel() for p in model.parameters()):,}",
+        "values of the six generated matrices": f"{generated:,}",
+        "vocabulary": f"{config.vocab_size:,} (a multiple of {config.vocab_pad_multiple})",
+        "factor size": f"{config.factor_size:,} ({config.sharing.upper()})",
+        "hidden size, intermediate size": f"{config.hidden_size:,}, {config.intermediate_size:,}",
+        "layers, attention heads": f"{config.num_hidden_layers}, {config.num_attention_heads}",
+        "longest input": f"{config.max_position_embeddings} tokens",
+        "masked-language-model head": head,
+    }

@@ -1,0 +1,40 @@
+"""Look at what a model learned: the likeliest words for each [MASK] of a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from exports.export import TOKENIZER, load_tokenizer, read_export, words_of
+from sharebert.config import ShareBertError
+
+
+def fill(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+    """The `top` likeliest words for each [MASK] of `text`, each with its probability, in falling order.
+
+    Args:
+        folder: an export, with its tokenizer.
+        text: holds at least one [MASK].
+        top: words to give for each.
+
+    Raises ShareBertError: no [MASK], a text longer than the model's positions, an export that is not whole.
+    """
+    tokenizer = load_tokenizer(Path(folder) / TOKENIZER)
+    cls, sep, mask = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
+    ids = [cls, *tokenizer.encode(text, add_special_tokens=False).ids, sep]
+    positions = [i for i, token in enumerate(ids) if token == mask]
+    if not positions:
+        raise ShareBertError(f"'{text}': no [MASK] to fill")
+
+    with torch.inference_mode():
+        logits = read_export(folder).logits(torch.tensor([ids]), positions=torch.tensor(positions))
+        real_words = logits[:, : words_of(tokenizer)]
+        best = real_words.float().softmax(-1).topk(min(top, real_words.shape[1]))
+    return [
+        [
+            (tokenizer.decode([word], skip_special_tokens=False).strip(), value)
+            for word, value in zip(words, values, strict=True)
+        ]
+        for words, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

@@ -1,0 +1,186 @@
+"""The tensors of an export: `model.safetensors`, or several files and an index where they are large.
+
+A file's metadata carries a CRC-32 of each tensor's bytes, under `crc32`, so that damage is found and named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from exports.tensor_file import lay_out
+from sharebert.config import ShareBertError
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_FILE_BYTES = 5_000_000_000
+"""Above this, the tensors of a model are spread over several files."""
+
+
+Spec = tuple[torch.dtype, Sequence[int]]
+"""Dtype and shape of a tensor in a file."""
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of a tensor's bytes as they lie in a safetensors file, 8 hexadecimal digits."""
+    return f"{zlib.crc32(_bytes(tensor)):08x}"
+
+
+def plan_files(sizes_bytes: Mapping[str, int], max_file_bytes: int = MAX_FILE_BYTES) -> dict[str, list[str]]:
+    """Which tensors lie in which file: tensors in their order, a new file where one would pass `max_file_bytes`."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, nbytes in sizes_bytes.items():
+        if groups[-1] and size + nbytes > max_file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    if len(groups) == 1:
+        return {FILE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[str]], total_bytes: int) -> None:
+    """Write the index of a model in several files; nothing for a model in one."""
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write `tensors` into `folder`, wide dtypes first, so that all are aligned; see `stream_weights`."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+    stream_weights(folder, specs, ordered.items(), metadata, max_file_bytes)
+
+
+def stream_weights(
+    folder: Path,
+    specs: Mapping[str, Spec],
+    pieces: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write tensors that need not be in memory, with checksums and `metadata` in each file.
+
+    Args:
+        folder: where the files go.
+        specs: dtype and shape of every tensor, in the order in which they lie in the files.
+        pieces: (name, values), in that order: a tensor whole or as consecutive parts, of any shape and dtype;
+            values are rounded to the dtype of its spec. The next piece is asked for when the last is written.
+        metadata: what the files say about where the tensors come from, for instance.
+        max_file_bytes: above this, the tensors are spread over several files.
+    """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in specs.items()}
+    files = plan_files(sizes, max_file_bytes)
+    coming = iter(pieces)
+    for file, names in files.items():
+        _write_file(folder / file, {name: specs[name] for name in names}, coming, metadata or {})
+    write_index(folder, files, sum(sizes.values()))
+
+
+def _write_file(
+    path: Path, specs: Mapping[str, Spec], pieces: Iterator[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    sums = dict.fromkeys(specs, 0)
+
+    def header() -> bytes:
+        crc32 = json.dumps({name: f"{value:08x}" for name, value in sums.items()})
+        return lay_out(specs, {"format": "pt", **metadata, "crc32": crc32}).header
+
+    with path.open("wb") as out:
+        out.write(header())
+        for name, (dtype, shape) in specs.items():
+            left = math.prod(shape)
+            while left:
+                given, piece = next(pieces)
+                if given != name or piece.numel() > left:
+                    raise ValueError(f"{path}: {left} values of '{name}' are due, {piece.numel()} of '{given}' came")
+                data = _bytes(piece.detach().to("cpu", dtype))
+                sums[name] = zlib.crc32(data, sums[name])
+                out.write(data)
+                left -= piece.numel()
+        out.seek(0)
+        out.write(header())  # as long as before: a checksum always has eight digits
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the model in `folder`, on the CPU, in the dtypes of the files.
+
+    Raises ShareBertError, naming the file: missing, not safetensors, cut short, or not what its checksums say.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in safetensors_files(folder):
+        tensors |= read_safetensors(path)
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, on the CPU; checksums that it carries are verified.
+
+    Raises ShareBertError, naming the file.
+    """
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        sums = json.loads((file.metadata() or {}).get("crc32", "{}"))
+    for name in _damaged(tensors, sums):
+        raise ShareBertError(f"{path}: damaged (the checksum of '{name}' is not the one in its header)")
+    return tensors
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """What the files of the model in `folder` say about where it comes from. Raises ShareBertError, naming the file."""
+    with _opened(safetensors_files(folder)[0]) as file:
+        return {key: value for key, value in (file.metadata() or {}).items() if key not in ("format", "crc32")}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except FileNotFoundError:
+        raise ShareBertError(f"{path}: missing") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ShareBertError(f"{path}: not readable as safetensors ({error}): damaged, or cut short") from error
+
+
+def _damaged(tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> Iterable[str]:
+    return (name for name, tensor in tensors.items() if name in sums and checksum(tensor) != sums[name])
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files with the tensors of the model in `folder`. Raises ShareBertError where their index is wrong."""
+    index = folder / INDEX
+    if not index.exists():
+        return [folder / FILE]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise ShareBertError(f"{index}: not readable as the index of a model ({error})") from error
+    for name in names:
+        if Path(name).name != name:
+            raise ShareBertError(f"{index}: '{name}' is no name of a file beside the index")
+    return [folder / name for name in names]

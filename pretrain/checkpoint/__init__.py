@@ -1,0 +1,1 @@
+"""Checkpoint format 1: written in the background, found, verified and read."""

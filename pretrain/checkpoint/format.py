@@ -1,0 +1,184 @@
+"""Checkpoint format 1: whole or absent, without a pickle, and the same for any number of ranks and ZeRO stage.
+
+    checkpoints/step-00001000/rank-00000.safetensors …   what each rank owns: fp32 slices of weights and moments
+    checkpoints/step-00001000/manifest.json              written last: sizes, checksums, slices, training state
+    checkpoints/latest                                   a hint; the truth is the newest folder that verifies
+
+Here a checkpoint is found, verified and read; `checkpointer` writes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from pretrain.engine.fragments import Slice
+from sharebert_common.errors import BadInput
+
+FORMAT = 1
+GENERATOR = "generator/"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The optimizer step after which it was made."""
+        return int(self.manifest["step"])
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What was given to `Checkpointer.save` as `training`: JSON values."""
+        return dict(self.manifest["training"])
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks that wrote it."""
+        return len(self.manifest["files"])
+
+    def pieces(self) -> dict[str, list[tuple[str, int, int]]]:
+        """For each parameter, (file, start, length) of each slice, in order of start."""
+        found: dict[str, list[tuple[str, int, int]]] = {}
+        for file, entry in self.manifest["files"].items():
+            for name, (start, length) in entry["slices"].items():
+                found.setdefault(name, []).append((file, start, length))
+        return {name: sorted(parts, key=lambda part: part[1]) for name, parts in found.items()}
+
+
+def folder_name(step: int) -> str:
+    """`step-00001000`."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder, by its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def found(checkpoints: Path) -> list[Path]:
+    """The folders that claim to be checkpoints, newest first."""
+    return sorted(checkpoints.glob("step-????????"), reverse=True)
+
+
+def read_manifest(folder: Path) -> Checkpoint:
+    """Open the checkpoint in `folder`; sizes are checked, checksums are not. Raises BadInput, naming the file."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise BadInput(f"{path}: checkpoint format {manifest['format']}, this program reads {FORMAT}")
+        if manifest.pop("checksum") != manifest_checksum(manifest):
+            raise BadInput(f"{path}: damaged (its checksum is not its own)")
+        for name, entry in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != entry["bytes"]:
+                raise BadInput(f"{folder / name}: {size} bytes, {entry['bytes']} were written")
+    except FileNotFoundError as error:
+        raise BadInput(f"{error.filename}: missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise (
+            error if isinstance(error, BadInput) else BadInput(f"{path}: not a checkpoint manifest ({error})")
+        ) from error
+    return Checkpoint(folder, manifest)
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Of a manifest without its key `checksum`."""
+    return xxhash.xxh3_128(json.dumps(manifest).encode()).hexdigest()
+
+
+def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
+    """Compare the checksums of `files` (default: all). Raises BadInput, naming the first that differs."""
+    names = list(checkpoint.manifest["files"] if files is None else files)
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as threads:  # hashing frees the GIL
+        sums = threads.map(lambda name: _checksum(checkpoint.folder / name), names)
+        for name, found_sum in zip(names, sums, strict=True):
+            if found_sum != checkpoint.manifest["files"][name]["xxh3_128"]:
+                raise BadInput(f"{checkpoint.folder / name}: damaged (its checksum is not the one in the manifest)")
+
+
+def newest_whole(checkpoints: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies. Each damaged one on the way is named to `report`."""
+    return next(all_whole(checkpoints, report), None)
+
+
+def all_whole(checkpoints: Path, report: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The checkpoints that verify, newest first, each when it is asked for; damaged ones are named to `report`."""
+    for folder in found(checkpoints):
+        try:
+            checkpoint = read_manifest(folder)
+            verify(checkpoint)
+        except (BadInput, OSError) as error:
+            report(f"{error}; taking the checkpoint before it")
+            continue
+        yield checkpoint
+
+
+def load(checkpoint: Checkpoint, slices: Sequence[Slice]) -> None:
+    """Fill the tensors of `slices` from a checkpoint of any number of ranks. Raises BadInput where it lacks some."""
+    from safetensors import safe_open
+
+    pieces = checkpoint.pieces()
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, Any] = {}
+        for part in slices:
+            filled = 0
+            for file, start, length in pieces.get(part.name, []):
+                begin, end = max(start, part.start), min(start + length, part.start + part.length)
+                if begin >= end:
+                    continue
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(checkpoint.folder / file, framework="pt"))
+                for state in part.tensors:
+                    stored = opened[file].get_slice(f"{state}/{part.name}")[begin - start : end - start]
+                    part.tensors[state].narrow(0, begin - part.start, end - begin).copy_(stored)
+                filled += end - begin
+            if filled != part.length:
+                raise BadInput(
+                    f"{checkpoint.folder}: holds {filled} of the {part.length} elements of '{part.name}' "
+                    f"from {part.start} on; was it made with another model?"
+                )
+
+
+def read_whole(checkpoint: Checkpoint, name: str, state: str = "weight") -> torch.Tensor:
+    """One parameter's weight or moment, put together from the slices of all ranks: fp32, in its full shape."""
+    shape = checkpoint.manifest["shapes"][name]
+    flat = torch.empty(math.prod(shape), dtype=torch.float32)
+    load(checkpoint, [Slice(name, 0, flat.numel(), {state: flat})])
+    return flat.view(shape)
+
+
+def load_generators(checkpoint: Checkpoint, rank: int) -> dict[str, torch.Tensor]:
+    """The states of `rank`'s random generators, as given to `Checkpointer.save`."""
+    from safetensors import safe_open
+
+    with safe_open(checkpoint.folder / rank_file(rank), framework="pt") as file:
+        return {key.removeprefix(GENERATOR): file.get_tensor(key) for key in file.keys() if key.startswith(GENERATOR)}  # noqa: SIM118
+
+
+def rank_file(rank: int) -> str:
+    """`rank-00000.safetensors`."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,254 @@
+"""Writing checkpoints, in the background.
+
+A save copies the state into one buffer that already has the layout of the file, and a thread writes it
+while training goes on. Rank 0's thread waits for the files of the other ranks, writes the manifest, and
+renames the folder into place. Nobody waits for a collective: the shared folder is the meeting point, and
+the name of the unfinished folder carries a token of this launch, so that leftovers of a dead one never count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import xxhash
+from pydantic import Field
+from pydantic.dataclasses import dataclass as recipe_dataclass
+
+from exports.tensor_file import Layout, lay_out
+from pretrain.checkpoint.direct_io import BLOCK_BYTES, write_direct
+from pretrain.checkpoint.format import FORMAT, GENERATOR, folder_name, found, manifest_checksum, rank_file, step_of
+from pretrain.engine.fragments import STATES, Slice
+from sharebert_common.files import write_atomically
+from sharebert_common.recipe import STRICT
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
+"""Between attempts of a write that fails: each pause is twice the one before."""
+
+
+@recipe_dataclass(config=STRICT, kw_only=True)
+class CheckpointRecipe:
+    """When checkpoints are made and which stay."""
+
+    every: Annotated[int, Field(gt=0)] = 1000
+    """Optimizer steps between checkpoints; one is made at the end, too."""
+    keep: Annotated[int, Field(gt=0)] = 3
+    """How many of the newest stay."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints at multiples of so many steps stay for good; 0 keeps none for good."""
+    write_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """How long a write that fails is tried again, and rank 0 waits for the files of all ranks, before a checkpoint is
+    given up; a newer one ends the trying at once."""
+
+
+class GivenUpElsewhere(RuntimeError):
+    """Another rank could not write its part."""
+
+
+@dataclass
+class CheckpointWriter:
+    """Saves checkpoints of one launch in the background and deletes old ones. Every rank has one."""
+
+    checkpoints: Path
+    recipe: CheckpointRecipe
+    rank: int
+    world_size: int
+    token: str
+    """The same on all ranks, and another one in each launch."""
+    report: Callable[[str], None]
+    """Takes what the log should say."""
+    _buffer: torch.Tensor | None = field(default=None, init=False)
+    _layout: Layout | None = field(default=None, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _saves: int = field(default=0, init=False)
+    _whole: bool = field(default=True, init=False)
+    _failing: bool = field(default=False, init=False)
+    _superseded: threading.Event = field(default_factory=threading.Event, init=False)
+
+    def __post_init__(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+
+    def save(
+        self,
+        step: int,
+        slices: Sequence[Slice],
+        shapes: dict[str, list[int]],
+        generators: dict[str, torch.Tensor],
+        training: dict[str, Any],
+    ) -> None:
+        """Copy the state now and write it in the background. Waits for the save before it, if that still runs; one that
+        fails and is tried again is given up for this one.
+
+        Args:
+            step: optimizer steps done.
+            slices: what this rank owns.
+            shapes: the shape of every parameter.
+            generators: states of this rank's random generators, uint8.
+            training: JSON values, the same on every rank, that `Checkpoint.training` gives back.
+        """
+        while self._thread is not None and self._thread.is_alive():
+            if self._failing:
+                self._superseded.set()
+            self._thread.join(0.05)
+        self._superseded.clear()
+        self._failing = self._whole = False
+        self._saves += 1
+        self._copy(slices, generators)
+        entry = {"slices": _spans(slices)}
+        manifest = {"format": FORMAT, "step": step, "training": training, "shapes": shapes}
+        self._thread = threading.Thread(
+            target=self._write, args=(self._saves, step, entry, manifest), name=f"checkpoint-{step}", daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> bool:
+        """Wait until the last save is on disk or was given up; whether it is on disk (on rank 0: of all ranks)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._whole
+
+    def prepare(self, slices: Sequence[Slice], generators: dict[str, torch.Tensor]) -> Layout:
+        """Make the buffer for such a state, and touch its pages: the copies of saves then run at memory speed."""
+        specs: dict[str, tuple[torch.dtype, Sequence[int]]] = {
+            f"{state}/{s.name}": (torch.float32, (s.length,)) for state in STATES for s in slices
+        }
+        specs |= {GENERATOR + name: (torch.uint8, tuple(value.shape)) for name, value in generators.items()}
+        layout = lay_out(specs, {"format": "sharebert-checkpoint", "slices": json.dumps(_spans(slices))})
+        if self._layout is None or layout.header != self._layout.header:
+            self._layout = layout
+            self._buffer = _aligned_zeros(layout.total_bytes)
+            self._buffer[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        return self._layout
+
+    def _copy(self, slices: Sequence[Slice], generators: dict[str, torch.Tensor]) -> None:
+        layout = self.prepare(slices, generators)
+        assert self._buffer is not None
+        views = layout.views(self._buffer)
+        for s in slices:
+            for state in STATES:
+                views[f"{state}/{s.name}"].copy_(s.tensors[state], non_blocking=True)
+        for name, value in generators.items():
+            views[GENERATOR + name].copy_(value)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _write(self, number: int, step: int, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
+        partial = self.checkpoints / f".{folder_name(step)}.{self.token}-{number}"
+        self._remove_leftovers(before=number)
+        deadline, pause_s = time.monotonic() + self.recipe.write_timeout_s, FIRST_PAUSE_S
+        while not self._whole:
+            try:
+                partial.mkdir(exist_ok=True)
+                self._write_rank_file(partial, entry)
+                if self.rank == 0:
+                    self._complete(partial, step, manifest, deadline)
+                self._whole = True
+            except Exception as error:  # a failing disk must not end the training
+                self._failing = True
+                left_s = deadline - time.monotonic()
+                if isinstance(error, GivenUpElsewhere) or left_s <= 0 or self._superseded.is_set():
+                    self._give_up(partial, step, error)
+                    return
+                self.report(f"checkpoint of step {step}: {error}; it is tried again in {min(pause_s, left_s):.2g} s")
+                self._superseded.wait(min(pause_s, left_s))
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _give_up(self, partial: Path, step: int, error: Exception) -> None:
+        self.report(f"checkpoint of step {step} given up ({error}); older checkpoints are untouched")
+        with contextlib.suppress(OSError):
+            if self.rank == 0:
+                shutil.rmtree(partial)
+            else:
+                _given_up(partial, self.rank).touch()  # an empty file fits on a full disk
+
+    def _write_rank_file(self, partial: Path, entry: dict[str, Any]) -> None:
+        assert self._buffer is not None
+        data = self._buffer.numpy().data
+        write_direct(partial / rank_file(self.rank), data)
+        note = entry | {"bytes": len(data), "xxh3_128": xxhash.xxh3_128(data).hexdigest()}
+        write_atomically(_note(partial, self.rank), json.dumps(note))
+
+    def _complete(self, partial: Path, step: int, manifest: dict[str, Any], deadline: float) -> None:
+        waiting = list(range(self.world_size))
+        while waiting := [rank for rank in waiting if not _note(partial, rank).exists()]:
+            if any(_given_up(partial, rank).exists() for rank in waiting):
+                raise GivenUpElsewhere(f"ranks {waiting[:8]} could not write")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"ranks {waiting[:8]} wrote no file within {self.recipe.write_timeout_s:g} s")
+            time.sleep(0.02)
+        files = {rank_file(rank): json.loads(_note(partial, rank).read_text()) for rank in range(self.world_size)}
+        whole = json.loads(json.dumps(manifest | {"files": files}))  # as it will be read
+        write_atomically(partial / "manifest.json", json.dumps(whole | {"checksum": manifest_checksum(whole)}))
+        for rank in range(self.world_size):
+            _note(partial, rank).unlink()
+        _fsync_folder(partial)
+        final = self.checkpoints / folder_name(step)
+        if final.exists():  # found damaged by this launch or made again after going back
+            final.rename(self.checkpoints / f".{final.name}.{self.token}-0")
+        partial.rename(final)
+        _fsync_folder(self.checkpoints)
+        with contextlib.suppress(OSError):  # the checkpoint is whole, whatever happens to the hint and to old ones
+            write_atomically(self.checkpoints / "latest", final.name + "\n")
+        self._delete_old(step)
+        self._remove_leftovers(before=1)
+
+    def _delete_old(self, newest: int) -> None:
+        """Delete what `keep` and `keep_every` leave, now that that of step `newest` is whole.
+
+        One of a later step is none that this run could go on from, or it would have.
+        """
+        others = [(step_of(folder), folder) for folder in found(self.checkpoints)]
+        older = [(step, folder) for step, folder in others if step < newest][self.recipe.keep - 1 :]
+        later = [(step, folder) for step, folder in others if step > newest]
+        for step, folder in older:
+            if not (self.recipe.keep_every and step % self.recipe.keep_every == 0):
+                shutil.rmtree(folder, ignore_errors=True)
+        for _, folder in later:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_leftovers(self, before: int = 0) -> None:
+        """Rank 0 deletes what a dead launch, or a save of this one before number `before`, left half done.
+
+        Later ones stay: other ranks may be ahead, and have begun to write the next.
+        """
+        for leftover in self.checkpoints.glob(".step-*") if self.rank == 0 else ():
+            token, _, number = leftover.name.rpartition(".")[2].rpartition("-")
+            if token != self.token or int(number) < before:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _spans(slices: Sequence[Slice]) -> dict[str, list[int]]:
+    return {s.name: [s.start, s.length] for s in slices}
+
+
+def _aligned_zeros(size: int) -> torch.Tensor:
+    """Bytes [size] whose address is a multiple of BLOCK_BYTES, as direct writes want; pinned where CUDA is."""
+    memory = torch.zeros(size + BLOCK_BYTES, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return memory[-memory.data_ptr() % BLOCK_BYTES :][:size]
+
+
+def _note(partial: Path, rank: int) -> Path:
+    return partial / f"rank-{rank:05d}.written.json"
+
+
+def _given_up(partial: Path, rank: int) -> Path:
+    return partial / f"rank-{rank:05d}.given-up"
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

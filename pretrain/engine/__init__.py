@@ -1,0 +1,1 @@
+"""DeepSpeed behind one typed class; nothing outside this folder touches its private names."""

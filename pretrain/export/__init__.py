@@ -1,0 +1,1 @@
+"""From a run's checkpoint to an export."""

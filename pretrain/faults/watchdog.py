@@ -1,0 +1,135 @@
+"""A watchdog: a launch in which some rank stands still ends with the stacks of all ranks and that rank's name.
+
+A rank that hangs leaves the others waiting in a collective, where they cannot help themselves. So each rank
+has a thread that looks how long ago its training last moved, and tells the others through a small file,
+RUN/heartbeats/rank-00000.json: no collective, and nothing that the hanging rank would have to answer. When
+nothing moved for `hang_s`, each rank writes its stacks to the log and says who is behind; then it exits with
+code 1, so that torchrun starts the ranks again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pretrain.distributed import World
+from pretrain.run.folder import RunFolder
+
+BEATS_PER_LIMIT = 10
+"""How many times within `hang_s` a rank looks and writes its file."""
+
+
+class Watchdog:
+    """One rank's watch. `at` is called from the training; the rest happens in a thread of its own."""
+
+    def __init__(self, run: RunFolder, world: World, hang_s: float) -> None:
+        """Starts watching; `hang_s` of 0 watches nothing."""
+        self._run, self._world, self._hang_s = run, world, hang_s
+        self._moves, self._place, self._moved, self._allowed_s = 0, "start", time.monotonic(), hang_s
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        if hang_s:
+            run.heartbeats.mkdir(parents=True, exist_ok=True)
+            self._write()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Stop watching."""
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def at(self, place: str) -> None:
+        """The training moved on, and is now at `place`."""
+        self._moves, self._place, self._moved = self._moves + 1, place, time.monotonic()
+
+    @contextmanager
+    def patient(self, place: str, seconds: float) -> Iterator[None]:
+        """At a `place` where standing still for another `seconds` is ordinary."""
+        self.at(place)
+        self._allowed_s = self._hang_s + seconds
+        try:
+            yield
+        finally:
+            self.at(place)
+            self._allowed_s = self._hang_s
+
+    def _watch(self) -> None:
+        tick_s = self._hang_s / BEATS_PER_LIMIT
+        while not self._over.wait(tick_s):
+            still_s = time.monotonic() - self._moved
+            # Where a library hangs with the interpreter's lock, this thread never runs again: C code then ends us.
+            faulthandler.dump_traceback_later(self._allowed_s + 2 * tick_s, exit=True, file=2)
+            self._write()
+            if still_s > self._allowed_s:
+                self._end(still_s, tick_s)
+
+    def _end(self, still_s: float, tick_s: float) -> None:
+        """Say what is known, and leave without waiting for anybody."""
+        me = self._world.rank
+        lines = [f"rank {me} has not moved for {still_s:.0f} s, at: {self._place}"]
+        lines += [f"rank {me}: {line}" for line in self._stacks()]
+        self._run.say("\n".join(lines))
+        time.sleep(tick_s)  # for the last files of the others
+        behind = self._who_is_behind()
+        self._run.say(f"rank {me}: {behind}")
+        if self._world.is_main:
+            self._run.fail(f"no progress for {still_s:.0f} s; {behind}", crash=True)
+        time.sleep(tick_s)  # torchrun ends all ranks once one is gone: let all have their say
+        os._exit(1)
+
+    def _stacks(self) -> list[str]:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        lines = []
+        for ident, frame in sys._current_frames().items():
+            if ident != threading.get_ident():
+                lines.append(f"thread {names.get(ident, ident)}")
+                lines += [line for entry in traceback.format_stack(frame) for line in entry.rstrip().splitlines()]
+        return lines
+
+    def _who_is_behind(self) -> str:
+        """The ranks whose file is old (frozen, or gone), else those that moved least."""
+        now, silent, moves, places = time.time(), [], {}, {}
+        for rank in range(self._world.world_size):
+            try:
+                beat = json.loads(_file(self._run, rank).read_text(encoding="utf-8"))
+                moves[rank], places[rank] = beat["moves"], beat["place"]
+                if now - beat["time"] > self._hang_s / 2:
+                    silent.append(f"rank {rank} (on {beat['host']}, silent for {now - beat['time']:.0f} s)")
+            except (OSError, ValueError, KeyError):
+                silent.append(f"rank {rank} (no heartbeat)")
+        if silent:
+            return "frozen or gone: " + ", ".join(silent)
+        least = min(moves.values())
+        if least == max(moves.values()):
+            return f"all ranks stand at the same place: {places[0]}"
+        return "behind the others: " + ", ".join(
+            f"rank {rank} (at: {places[rank]})" for rank, count in moves.items() if count == least
+        )
+
+    def _write(self) -> None:
+        beat = {"moves": self._moves, "place": self._place, "time": time.time(), "host": os.uname().nodename}
+        path = _file(self._run, self._world.rank)
+        temporary = path.with_suffix(".partial")
+        try:
+            temporary.write_text(json.dumps(beat), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            self._run.say(f"{path}: {error.strerror}")
+
+
+def _file(run: RunFolder, rank: int) -> Path:
+    return run.heartbeats / f"rank-{rank:05d}.json"

@@ -1,0 +1,246 @@
+"""The run directory: what lies where, who may use it, and `state.json`.
+
+RUN/config.yaml  RUN/tokenizer.json  RUN/environment.json  RUN/state.json  RUN/log.jsonl
+RUN/tensorboard/  RUN/checkpoints/  RUN/heartbeats/  RUN/bad_rows.jsonl
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from sharebert_common.errors import BadInput
+from sharebert_common.files import write_atomically
+
+ORPHAN_S = 300.0
+"""How long a launch waits for an earlier one whose launcher is dead: its ranks stop, and save, by themselves."""
+
+
+PROGRESS_S = 10.0
+"""Between updates of `state.json` while a run makes steps."""
+
+
+class RunFolder:
+    """The files of one run. Every rank may read; only rank 0 calls what writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+        self._noted = 0.0
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """What each launch ran on."""
+        return self.path / "environment.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of the dataset."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object a logging interval."""
+        return self.path / "log.jsonl"
+
+    @property
+    def bad_rows(self) -> Path:
+        """Rows that were given up; the run passes over them."""
+        return self.path / "bad_rows.jsonl"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Where each rank says how far it is."""
+        return self.path / "heartbeats"
+
+    @property
+    def stop_file(self) -> Path:
+        """A file of this name asks for a stop."""
+        return self.path / "stop"
+
+    def occupy(self) -> None:
+        """Make the folder and take its lock, which the operating system drops when this process dies.
+
+        Raises BadInput where the folder cannot be made, or another launch of the run is alive. One whose launcher
+        was killed is waited for.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise BadInput(f"{self.path}: not usable as a run directory ({error.strerror})") from error
+        deadline = time.monotonic() + ORPHAN_S
+        while not self._locked(lock):
+            lock.seek(0)
+            holder = lock.read().strip()
+            if not _is_orphan(holder) or time.monotonic() > deadline:
+                raise BadInput(f"{self.path}: in use by another launch of this run ({holder})")
+            time.sleep(0.2)
+        lock.truncate(0)
+        launcher = f", launcher {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        lock.write(f"pid {os.getpid()} on {platform.node()}{launcher}")
+        lock.flush()
+        self._lock = lock
+
+    def _locked(self, lock: IO[str]) -> bool:
+        """Whether the lock is ours; so it is, with a warning, where the file system has none."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+            self.say(f"no locks on this file system ({error.strerror}): a second launch would not be noticed")
+        return True
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def say(self, text: str) -> None:
+        """A line for people in the terminal or the job's log, if that takes it."""
+        with suppress(OSError):
+            print(f"{self.path}: {text}", file=sys.stderr, flush=True)
+
+    def read_state(self) -> dict[str, Any]:
+        """The content of `state.json`; empty before the first start. Raises BadInput where it is not JSON."""
+        path = self.path / "state.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise BadInput(f"{path}: not JSON ({error})") from error
+
+    def write_state(self, state: str, *, reason: str = "", step: int | None = None, **changes: Any) -> None:
+        """Say how the run stands; what is not given stays."""
+        now = {"step": 0, "restarts": 0, "crashes": {}, "job": None} | self.read_state() | changes
+        now |= {"state": state, "reason": reason, "updated": time.time()}
+        if step is not None:
+            now["step"] = step
+        self._noted = time.monotonic()
+        with self._or_say(self.path / "state.json"):
+            write_atomically(self.path / "state.json", json.dumps(now, indent=1) + "\n")
+
+    def start(self, *, step: int, steps: int, tokenizer: Path, recipe_yaml: str, environment: dict[str, Any]) -> None:
+        """Note a launch that goes on from `step`, and drop an old stop request. A full disk does not end it."""
+        self.stop_file.unlink(missing_ok=True)
+        with self._or_say(self.tokenizer):
+            temporary = self.tokenizer.with_name(".tokenizer.json.partial")
+            shutil.copyfile(tokenizer, temporary)
+            temporary.replace(self.tokenizer)
+        with self._or_say(self.config):
+            write_atomically(self.config, recipe_yaml)
+        with self._or_say(self.environment):
+            write_atomically(self.environment, json.dumps([*self._starts(), environment], indent=1) + "\n")
+        before = self.read_state()
+        crashes = before.get("crashes", {})
+        if before.get("state") == "running":  # that launch died without a word
+            crashes = self._counted(crashes)
+        self.cut_log(step)
+        restarts = before["restarts"] + 1 if before else 0
+        job = os.environ.get("SLURM_JOB_ID")
+        about = {"steps": steps, "resumed_from": step, "restarts": restarts, "crashes": crashes, "job": job}
+        self.write_state("running", step=step, **about)
+
+    @contextmanager
+    def _or_say(self, path: Path) -> Iterator[None]:
+        """Say that `path` could not be written, instead of raising."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"{path.name} could not be written ({error.strerror})")
+
+    def _starts(self) -> list[dict[str, Any]]:
+        """What `environment.json` says of earlier launches."""
+        try:
+            return list(json.loads(self.environment.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError):
+            return []
+
+    def note_progress(self, step: int) -> None:
+        """Let `state.json` say `step`, unless it was written a moment ago."""
+        if time.monotonic() - self._noted > PROGRESS_S:
+            self.write_state("running", step=step)
+
+    def fail(self, reason: str, *, crash: bool) -> None:
+        """Note that this launch ended, and whether it crashed or was given something wrong. Without the lock, nothing:
+        the run is another launch's."""
+        if self._lock is not None:
+            crashes = self.read_state().get("crashes", {})
+            self.write_state("failed", reason=reason, crashes=self._counted(crashes) if crash else crashes)
+
+    def _counted(self, crashes: dict[str, int]) -> dict[str, int]:
+        """One more crash at the last step that was logged: a run that comes no further crashes at the same one."""
+        step = str(self._last_logged_step())
+        return crashes | {step: crashes.get(step, 0) + 1}
+
+    def _last_logged_step(self) -> int:
+        try:
+            lines = self.log.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return 0
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a killed run may be half a line
+        return 0
+
+    def cut_log(self, step: int) -> None:
+        """Drop the lines of `log.jsonl` after `step`: a run that goes on from there will write them again.
+
+        One that starts from nothing also writes that of step 0, its first validation.
+        """
+        kept, last = 0, step or -1
+        try:
+            for line in self.log.read_bytes().splitlines(keepends=True):
+                if not json.loads(line)["step"] <= last or not line.endswith(b"\n"):
+                    break
+                kept += len(line)
+        except FileNotFoundError:
+            return
+        except (ValueError, KeyError, TypeError):
+            pass  # the last line of a killed run may be half a line
+        os.truncate(self.log, kept)
+
+
+def _is_orphan(holder: str) -> bool:
+    """Whether the process that wrote `holder` into the lock is on this machine and its launcher is dead."""
+    who, _, launcher = holder.partition(", launcher ")
+    if not launcher.isdigit() or not who.endswith(f" on {platform.node()}"):
+        return False
+    try:
+        os.kill(int(launcher), 0)
+        stat = Path(f"/proc/{launcher}/stat").read_text(encoding="utf-8")
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "Z"  # killed, and waited for by nobody yet

@@ -1,0 +1,125 @@
+"""What a logging interval measured: sums over its steps, read once at its end."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.data.loader import DataRecipe, StepBatch
+from pretrain.distributed import World
+from pretrain.engine.engine import current_learning_rate, gradient_norm, loss_scale
+from pretrain.plan import flops_per_token, peak_flops_of
+from pretrain.run.metric_log import MonitorRecipe
+from sharebert import ShareBertConfig
+
+
+class Meter:
+    """Adds up on the device, so that the host waits for it at the end of an interval alone."""
+
+    def __init__(
+        self,
+        world: World,
+        model: ShareBertConfig,
+        seq_len: int,
+        data: DataRecipe,
+        micro_rows: int,
+        recipe: MonitorRecipe,
+    ) -> None:
+        self._world, self._seq_len, self._global_batch = world, seq_len, data.global_batch
+        self._flops = flops_per_token(model, seq_len, data.mask_rate, micro_rows * seq_len)
+        self._peak = recipe.peak_flops or peak_flops_of(world.device)
+        self._step_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.own_work_s: list[float] = []
+        """Each rank's own work in the last interval: waiting for rows, and forward passes (which under ZeRO 3
+        wait for other ranks' weights, and tell little)."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new interval."""
+        self._sums.zero_()
+        self._steps, self._waited_s, self._skipped_s, self._forward_s = 0, 0.0, 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._started = self._paused_from = time.perf_counter()
+
+    def add(self, loss_sum: torch.Tensor, correct: torch.Tensor) -> None:
+        """Count one micro-batch: fp32 scalars."""
+        self._step_sums[0] += loss_sum.detach()
+        self._step_sums[1] += correct
+
+    @contextmanager
+    def own_work(self) -> Iterator[None]:
+        """Time what this rank does by itself, by the device's clock."""
+        if self._world.device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._forward_s += time.perf_counter() - started
+
+    def end_step(self, batch: StepBatch, *, skipped: bool) -> None:
+        """Count one optimizer step. The loss of a skipped one is no number to average, and is left out."""
+        if not skipped:
+            self._sums[:2] += self._step_sums
+            self._sums[2] += batch.masked
+        self._step_sums.zero_()
+        self._steps += 1
+        self._waited_s += batch.wait_s
+        self._paused_from = time.perf_counter()
+
+    def skip_time(self) -> None:
+        """Leave the time since the last step out of the speeds: it went into a validation."""
+        self._skipped_s += time.perf_counter() - self._paused_from
+
+    def read(self, step: int, engine: Any, batch: StepBatch) -> dict[str, Any]:
+        """The interval's line of the log, and a new interval. A collective. What is not known is None."""
+        per_rank = torch.zeros(self._world.world_size, dtype=torch.float64, device=self._world.device)
+        sums = torch.cat([self._sums, per_rank])
+        sums[3 + self._world.rank] = self._own_s()
+        dist.all_reduce(sums)
+        loss_sum, correct, masked, *self.own_work_s = sums.tolist()
+        seconds = time.perf_counter() - self._started - self._skipped_s
+        tokens_per_s = self._steps * self._global_batch * self._seq_len / seconds
+        line = {
+            "step": step,
+            "epoch": batch.epoch,
+            "rows": batch.rows_consumed,
+            "tokens": batch.rows_consumed * self._seq_len,
+            "loss": loss_sum / masked if masked else None,
+            "accuracy": correct / masked if masked else None,
+            "lr": current_learning_rate(engine),
+            "grad_norm": norm if math.isfinite(norm := gradient_norm(engine)) else None,
+            "loss_scale": loss_scale(engine),
+            "skipped": engine.skipped_steps,
+            "tokens_per_s": tokens_per_s,
+            "mfu": tokens_per_s * self._flops / (self._peak * self._world.world_size) if self._peak else None,
+            "data_wait_s": self._waited_s / self._steps,
+            "step_s": seconds / self._steps,
+            "memory_bytes": _peak_memory_bytes(self._world.device),
+        }
+        self.reset()
+        return line
+
+    def _own_s(self) -> float:
+        if self._events:
+            self._events[-1][1].synchronize()
+        forward_s = sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        return self._waited_s + self._forward_s + forward_s
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory so far: of the device, or on a CPU of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,194 @@
+"""Recipes: a YAML file and `key=value` overrides become a checked dataclass.
+
+The ground floor: every stage reads its config through this module, and it imports no stage.
+OmegaConf reads and merges (`${run}/x` interpolation, `1e-3` is a number); pydantic checks types,
+ranges and unknown keys. Merge order: defaults of the dataclass < YAML < `key=value`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from sharebert_common.errors import BadInput, nearest
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(extra="forbid", defer_build=True)
+"""The pydantic config of every recipe dataclass: `@dataclass(config=STRICT, kw_only=True)`.
+
+Validators are built when a recipe is read, and docstrings are read for `--help`: the many processes that import a
+recipe to unpickle it need neither, and both together take longer than the import of NumPy.
+"""
+
+
+CONFIGS = Path(__file__).parent / "configs"
+"""The recipes that ship with the project: a link to the folder of that name in a checkout, a copy in a wheel."""
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of a recipe, given by path, or by name among those that ship with the project.
+
+    Raises BadInput, naming the nearest shipped recipe, where there is none.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    for candidate in (CONFIGS / path, CONFIGS / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = [file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.glob("**/*.yaml")]
+    raise BadInput(
+        f"{recipe}: no such recipe{nearest(str(path.with_suffix('')), shipped)} (shipped: {', '.join(sorted(shipped))})"
+    )
+
+
+def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """Read a recipe into `schema`, a dataclass.
+
+    A schema may say in `SHORTHAND: ClassVar[dict[str, str]]` that a plain value of one of its keys
+    is short for a mapping: with `{"model": "size"}`, `model: x` means `model: {size: x}`.
+
+    Args:
+        schema: a pydantic dataclass declared with `STRICT`.
+        recipe: path or shipped name of a YAML file; None for defaults alone.
+        overrides: `key.subkey=value`, the value in YAML.
+
+    Raises:
+        BadInput: unreadable YAML, an unknown key (the nearest known one is named), a wrong value.
+    """
+    from omegaconf import DictConfig, ListConfig, OmegaConf  # 50 ms that a worker does without: it gets a recipe whole
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    where = "command line"
+    merged: DictConfig | ListConfig = OmegaConf.create({})
+    if recipe is not None:
+        path = find(recipe)
+        where = str(path)
+        try:
+            merged = OmegaConf.load(path)
+        except (YAMLError, OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        if not OmegaConf.is_dict(merged):
+            raise BadInput(f"{path}: a recipe is a mapping of keys to values, this is something else")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise BadInput(f"'{override}': an override is written key=value")
+    try:
+        from_command_line = OmegaConf.from_dotlist(list(overrides))
+        for key, inner in getattr(schema, "SHORTHAND", {}).items():
+            for part in (merged, from_command_line):
+                raw = OmegaConf.to_container(part).get(key)  # type: ignore[union-attr]
+                if raw is not None and not isinstance(raw, dict):
+                    part[key] = {inner: raw}
+        values = OmegaConf.to_container(OmegaConf.merge(merged, from_command_line), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise BadInput(f"{where}: {' '.join(str(error).split())}") from error
+    return parse(schema, values, where)
+
+
+def parse(schema: type[T], values: Any, where: str) -> T:
+    """Check plain values (mappings, lists, scalars) against `schema`; raises BadInput, naming `where`."""
+    try:
+        return TypeAdapter(schema).validate_python(values)
+    except ValidationError as error:
+        raise BadInput(f"{where}: " + "; ".join(_explain(schema, e) for e in error.errors())) from error
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config as nested dicts, lists and scalars, ready for YAML or JSON."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved config as YAML text."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def describe(schema: type) -> str:
+    """The keys of a schema, with types, defaults and docstrings, for `--help`."""
+    lines = []
+    for name, key_type, info, text in _keys(schema):
+        default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+        if _dataclasses_in(key_type):
+            lines.append(f"  {name}: {text}".rstrip())
+        else:
+            lines.append(f"  {name}: {text} [{_type_name(key_type)}, {default}]")
+    return "\n".join(lines)
+
+
+def _own_fields(schema: type) -> dict[str, FieldInfo]:
+    return schema.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
+
+
+def _docstrings(schema: type) -> dict[str, str]:
+    """The string below each key of a schema, in one line."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    found = {}
+    for two in pairwise(getattr(definition, "body", [])):
+        match two:
+            case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[key] = " ".join(text.split())
+    return found
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo, str]]:
+    hints, texts = get_type_hints(schema, include_extras=False), _docstrings(schema)
+    for name, info in _own_fields(schema).items():
+        yield prefix + name, hints[name], info, texts.get(name, "")
+        for inner in _dataclasses_in(hints[name]):
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _dataclasses_in(key_type: Any) -> list[type]:
+    if isinstance(key_type, type) and is_dataclass(key_type):
+        return [key_type]
+    return [found for arg in get_args(key_type) for found in _dataclasses_in(arg)]
+
+
+def _type_name(key_type: Any) -> str:
+    if isinstance(key_type, type) and not get_args(key_type):
+        return key_type.__name__
+    return str(key_type).replace("typing.", "").replace("NoneType", "none")
+
+
+def _explain(schema: type, error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "unexpected_keyword_argument":
+        known = [name for name in _known_beside(schema, location) if name]
+        return f"{key}: unknown key{nearest(location[-1], known)}"
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key}: required, and not given"
+    message = error["msg"].removeprefix("Value error, ")
+    return (
+        f"{key}: {message} (got {error['input']!r})"
+        if key and error["type"] != "value_error"
+        else (f"{key}: {message}" if key else message)
+    )
+
+
+def _known_beside(schema: type, location: list[str]) -> list[str]:
+    here = [schema]
+    for part in location[:-1]:
+        inner = [
+            found
+            for level in here
+            for field in fields(level)
+            if field.name == part
+            for found in _dataclasses_in(get_type_hints(level)[part])
+        ]
+        here = inner or here  # list indices and union tags are no field names
+    return [field.name for level in here for field in fields(level)]

@@ -1,0 +1,109 @@
+"""Vocabularies: trained the same every time, taken from files, refused where they cannot work."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made_texts import made_texts
+from tokenizers import BertWordPieceTokenizer, Tokenizer
+
+from data_prep.shards.reader import SPECIAL_TOKENS
+from data_prep.tokens.tokenizer import TokenizerConfig, TrainConfig, Vocabulary, load, train
+from sharebert_common.errors import BadInput
+
+TEXTS = made_texts(200, seed=3)
+SPECIAL = list(SPECIAL_TOKENS.values())
+
+
+def config(**values: object) -> TokenizerConfig:
+    return TokenizerConfig(train=TrainConfig(**values))
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_training_is_the_same_in_every_process(kind: str) -> None:
+    code = (
+        "import hashlib; from made_texts import made_texts; from data_prep.tokens.tokenizer import *;"
+        f"c = TokenizerConfig(train=TrainConfig(type={kind!r}, vocab_size=800));"
+        "print(hashlib.sha256(train(lambda: made_texts(200, seed=3), c).encode()).hexdigest())"
+    )
+    ours = hashlib.sha256(train(lambda: TEXTS, config(type=kind, vocab_size=800)).encode()).hexdigest()
+    path = str(Path(__file__).parents[2])
+    for _ in range(2):
+        run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {code}"]
+        assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == ours
+
+
+def test_trained_wordpiece_is_a_bert_vocabulary() -> None:
+    text = train(lambda: TEXTS, config(vocab_size=900))
+    words = Tokenizer.from_str(text)
+    vocabulary = Vocabulary.parse(text)
+    assert vocabulary.size == words.get_vocab_size() == 900
+    assert vocabulary.special_ids == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+    assert vocabulary.dtype == "uint16"
+    encoding = words.encode("Ba na [MASK] ☃")
+    assert encoding.tokens[0] == "[CLS]"
+    assert encoding.tokens[-2:] == ["[UNK]", "[SEP]"]
+    assert "[MASK]" in encoding.tokens
+    joined = "".join(TEXTS).lower()
+    assert "[UNK]" not in words.encode(joined[:2000], add_special_tokens=False).tokens
+    special = {token.content for token in words.get_added_tokens_decoder().values()}
+    assert special == set(SPECIAL)  # the pieces of one character are ordinary words
+
+
+def test_rare_characters_are_left_out_of_a_small_alphabet() -> None:
+    words = Tokenizer.from_str(train(lambda: [*TEXTS, "☃ once"], config(vocab_size=600, alphabet=40)))
+    assert words.token_to_id("☃") is None
+    assert words.token_to_id("a") is not None
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_too_small_a_vocabulary_is_refused(kind: str) -> None:
+    with pytest.raises(BadInput, match=r"vocab_size: 20 is too small: .* alone are \d+"):
+        train(lambda: TEXTS, config(type=kind, vocab_size=20))
+
+
+def test_vocab_txt_encodes_as_bert_does(tmp_path: Path) -> None:
+    words = Tokenizer.from_str(train(lambda: TEXTS, config(vocab_size=700))).get_vocab()
+    file = tmp_path / "vocab.txt"
+    file.write_text("\n".join(sorted(words, key=words.__getitem__)) + "\n", "utf-8")
+    ours = Tokenizer.from_str(load(str(file), lowercase=True))
+    theirs = BertWordPieceTokenizer(str(file), lowercase=True)
+    for text in TEXTS[:50]:
+        assert ours.encode(text).ids == theirs.encode(text).ids
+    cased = Tokenizer.from_str(load(str(file), lowercase=False))
+    assert cased.encode("BA", add_special_tokens=False).tokens == ["[UNK]"]
+
+
+def test_padding_and_truncation_of_a_file_are_taken_off(tmp_path: Path) -> None:
+    words = Tokenizer.from_str(train(lambda: TEXTS, config(vocab_size=700)))
+    words.enable_padding(length=64)
+    words.enable_truncation(8)
+    words.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.from_str(load(str(tmp_path / "tokenizer.json"), lowercase=True))
+    assert loaded.padding is None
+    assert loaded.truncation is None
+
+
+def test_a_file_without_special_tokens_is_refused_with_their_names(tmp_path: Path) -> None:
+    file = tmp_path / "vocab.txt"
+    file.write_text("[PAD]\n[UNK]\n[CLS]\nword\n")
+    with pytest.raises(BadInput, match=r"vocab\.txt: lacks the special tokens \[MASK\], \[SEP\]"):
+        load(str(file), lowercase=True)
+    Tokenizer.from_str('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}').save(str(tmp_path / "t.json"))
+    with pytest.raises(BadInput, match=r"t\.json: lacks the special tokens \[CLS\], \[MASK\], \[PAD\], \[SEP\]"):
+        load(str(tmp_path / "t.json"), lowercase=True)
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"none\.json: No such file"):
+        load(str(tmp_path / "none.json"), lowercase=True)
+    (tmp_path / "bad.json").write_text("{]")
+    with pytest.raises(BadInput, match=r"bad\.json: not readable as a tokenizer"):
+        load(str(tmp_path / "bad.json"), lowercase=True)
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "a", "a"]))
+    with pytest.raises(BadInput, match="the same word on two lines"):
+        load(str(tmp_path / "vocab.txt"), lowercase=True)

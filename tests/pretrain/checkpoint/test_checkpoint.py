@@ -1,0 +1,315 @@
+"""Checkpoint format 1 by itself: whole or absent, for any number of ranks, without DeepSpeed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import format as checkpoint
+from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
+from pretrain.engine.fragments import STATES, Slice
+from sharebert_common.errors import BadInput
+
+SHAPES = {"a.weight": [7, 5], "b.bias": [3], "c.weight": [11]}
+
+
+def numel(name: str) -> int:
+    return int(torch.tensor(SHAPES[name]).prod())
+
+
+def state_of(name: str, state: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(STATES.index(state) * 100 + len(name))
+    return torch.randn(numel(name), generator=generator)
+
+
+def slices_of(rank: int, world_size: int, fill: Callable[[str, str], torch.Tensor] = state_of) -> list[Slice]:
+    """Each parameter cut into `ranks` unequal pieces; later ranks own nothing of the smallest."""
+    found = []
+    for name in SHAPES:
+        size = -(-numel(name) // world_size)
+        start, end = min(rank * size, numel(name)), min((rank + 1) * size, numel(name))
+        if start < end:
+            tensors = {state: fill(name, state)[start:end].clone() for state in STATES}
+            found.append(Slice(name, start, end - start, tensors))
+    return found
+
+
+def write(
+    folder: Path, step: int, world_size: int = 3, keep: int = 3, keep_every: int = 0, said: list[str] | None = None
+) -> None:
+    """Save one checkpoint as `ranks` ranks do, in threads."""
+
+    recipe = CheckpointRecipe(keep=keep, keep_every=keep_every, write_timeout_s=20)
+    report = (said if said is not None else []).append
+    savers = [
+        CheckpointWriter(folder, recipe, rank, world_size, token=f"launch{step}", report=report)
+        for rank in range(world_size)
+    ]
+
+    def one(rank: int) -> None:
+        generators = {"cpu": torch.full((5,), rank, dtype=torch.uint8)}
+        savers[rank].save(step, slices_of(rank, world_size), SHAPES, generators, {"note": step})
+        savers[rank].finish()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def assert_whole(found: checkpoint.Checkpoint, world_size: int) -> None:
+    for rank in range(world_size):
+        wanted = slices_of(rank, world_size, lambda name, state: torch.full((numel(name),), -1.0))
+        checkpoint.load(found, wanted)
+        for s in wanted:
+            for state in STATES:
+                assert torch.equal(s.tensors[state], state_of(s.name, state)[s.start : s.start + s.length])
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 5, 16])
+def test_any_number_of_ranks_reads_it(tmp_path: Path, readers: int) -> None:
+    write(tmp_path, 10)
+    found = checkpoint.newest_whole(tmp_path, pytest.fail)
+    assert found is not None
+    assert (found.step, found.world_size, found.training) == (10, 3, {"note": 10})
+    assert_whole(found, readers)
+    assert checkpoint.load_generators(found, 2)["cpu"].tolist() == [2] * 5
+    assert torch.equal(checkpoint.read_whole(found, "a.weight"), state_of("a.weight", "weight").view(7, 5))
+
+
+def test_it_holds_no_pickle_and_safetensors_reads_it(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    write(tmp_path, 10)
+    files = sorted(path.name for path in (tmp_path / "step-00000010").iterdir())
+    assert files == ["manifest.json", *(f"rank-{rank:05d}.safetensors" for rank in range(3))]
+    tensors = load_file(tmp_path / "step-00000010" / "rank-00000.safetensors")
+    assert torch.equal(tensors["exp_avg/b.bias"], state_of("b.bias", "exp_avg")[:1])
+    assert (tmp_path / "latest").read_text() == "step-00000010\n"
+
+
+def damage_flip(folder: Path) -> None:
+    path = folder / "rank-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def damage_cut(folder: Path) -> None:
+    path = folder / "rank-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "rank-00000.safetensors").unlink()
+
+
+def damage_no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def damage_half_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text()[:100])
+
+
+def damage_flip_in_manifest(folder: Path) -> None:
+    """Still JSON, and of the right form: another number."""
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"note": 20', '"note": 21'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (damage_flip_in_manifest, "manifest.json: damaged"),
+        (damage_flip, "rank-00001.safetensors: damaged"),
+        (damage_cut, "rank-00002.safetensors: .* bytes, .* were written"),
+        (damage_missing, "rank-00000.safetensors: missing"),
+        (damage_no_manifest, "manifest.json: missing"),
+        (damage_half_manifest, "manifest.json: not a checkpoint manifest"),
+    ],
+)
+def test_a_damaged_one_is_named_and_the_one_before_taken(
+    tmp_path: Path, damage: Callable[[Path], None], named: str
+) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    damage(tmp_path / "step-00000020")
+    said: list[str] = []
+    found = checkpoint.newest_whole(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 10
+    (line,) = said
+    with pytest.raises(BadInput, match=named):
+        raise BadInput(line)
+    write(tmp_path, 20)  # the run comes there again
+    assert checkpoint.newest_whole(tmp_path, pytest.fail).step == 20  # type: ignore[union-attr]
+
+
+def test_old_ones_go_and_chosen_ones_stay(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50, 60):
+        write(tmp_path, step, world_size=1, keep=2, keep_every=30)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == [
+        "step-00000060",
+        "step-00000050",
+        "step-00000030",
+    ]
+
+
+def test_a_rank_that_writes_nothing_leaves_no_checkpoint(tmp_path: Path) -> None:
+    said: list[str] = []
+    recipe = CheckpointRecipe(write_timeout_s=0.2)
+    write(tmp_path, 10)
+    saver = CheckpointWriter(tmp_path, recipe, rank=0, world_size=2, token="x", report=said.append)
+    saver.save(20, slices_of(0, 2), SHAPES, {}, {})
+    saver.finish()
+    assert [folder.name for folder in tmp_path.glob("*step*")] == ["step-00000010"]
+    assert any("ranks [1] wrote no file" in line for line in said)
+    assert "given up" in said[-1]
+
+
+class FullDisk:
+    """Writes by some ranks fail, as long as wanted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.name, self.full, self.refused = name, True, 0
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def fsync(self, handle: int) -> None:
+        if self.full and self.name in str(Path(f"/proc/self/fd/{handle}").readlink()):
+            self.refused += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._fsync(handle)
+
+
+def saver_of(folder: Path, rank: int, world_size: int, said: list[str], timeout_s: float = 20) -> CheckpointWriter:
+    recipe = CheckpointRecipe(write_timeout_s=timeout_s)
+    return CheckpointWriter(folder, recipe, rank, world_size, token="t", report=said.append)
+
+
+def test_a_write_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    disk = FullDisk(monkeypatch, "rank-00000")
+    saver = saver_of(tmp_path, 0, 1, said)
+    saver.save(10, slices_of(0, 1), SHAPES, {}, {})
+    while disk.refused < 2:
+        time.sleep(0.01)
+    assert not checkpoint.found(tmp_path)
+    disk.full = False
+    assert saver.finish()
+    assert checkpoint.newest_whole(tmp_path, pytest.fail).step == 10  # type: ignore[union-attr]
+    assert said[0] == "checkpoint of step 10: [Errno 28] No space left on device; it is tried again in 0.5 s"
+
+
+def test_a_newer_save_ends_the_trying_of_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1's disk is full: rank 0, which waits for it, learns of it and waits no longer."""
+    said: list[str] = []
+    write(tmp_path, 10, world_size=2)
+    disk = FullDisk(monkeypatch, "rank-00001")
+    savers = [saver_of(tmp_path, rank, 2, said, timeout_s=300) for rank in range(2)]
+    for rank in range(2):
+        savers[rank].save(20, slices_of(rank, 2), SHAPES, {}, {})
+    while not disk.refused:
+        time.sleep(0.01)
+    threads = [
+        threading.Thread(target=savers[rank].save, args=(30, slices_of(rank, 2), SHAPES, {}, {})) for rank in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000010"]
+    disk.full = False
+    assert all(saver.finish() for saver in savers)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000030", "step-00000010"]
+    assert not list(tmp_path.glob(".step-*"))
+    given_up = [line for line in said if "given up" in line]
+    assert len(given_up) == 2
+    assert "ranks [1] could not write" in given_up[1]
+
+
+def test_a_rank_may_be_ahead_by_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 has written its part of two checkpoints before rank 0 has written its part of the first."""
+    said: list[str] = []
+    disk = FullDisk(monkeypatch, "rank-00000")
+    first, second = (saver_of(tmp_path, rank, 2, said) for rank in range(2))
+    first.save(10, slices_of(0, 2), SHAPES, {}, {})
+    for step in (10, 20):
+        second.save(step, slices_of(1, 2), SHAPES, {}, {})
+        second.finish()
+    disk.full = False
+    first.finish()
+    first.save(20, slices_of(0, 2), SHAPES, {}, {})
+    assert first.finish()
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000020", "step-00000010"]
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_save_that_fails_to_the_end_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    FullDisk(monkeypatch, "rank-00000")
+    saver = saver_of(tmp_path, 0, 1, said, timeout_s=0.2)
+    saver.save(10, slices_of(0, 1), SHAPES, {}, {})
+    assert not saver.finish()
+    assert not list(tmp_path.glob("*step*"))
+
+
+def test_the_newest_whole_one_is_never_deleted(tmp_path: Path) -> None:
+    """It stays where newer ones are damaged; these go when the run has a whole one again."""
+    for step in (10, 20, 30):
+        write(tmp_path, step, world_size=1)
+    for step in (20, 30):
+        (tmp_path / checkpoint.folder_name(step) / "rank-00000.safetensors").write_bytes(b"")
+    assert checkpoint.newest_whole(tmp_path, [].append).step == 10  # type: ignore[union-attr]
+    write(tmp_path, 15, world_size=1, keep=2)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000015", "step-00000010"]
+    write(tmp_path, 20, world_size=1, keep=1)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000020"]
+
+
+def test_a_disk_that_cannot_be_read_is_a_damage_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+
+    def failing(found: checkpoint.Checkpoint) -> None:
+        if found.step == 20:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "rank-00000.safetensors")
+
+    monkeypatch.setattr(checkpoint, "verify", failing)
+    said: list[str] = []
+    assert checkpoint.newest_whole(tmp_path, said.append).step == 10  # type: ignore[union-attr]
+    assert "Input/output error: 'rank-00000.safetensors'; taking the checkpoint before it" in said[0]
+
+
+def test_leftovers_of_a_dead_launch_never_count(tmp_path: Path) -> None:
+    write(tmp_path, 10, world_size=1)
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / ".step-00000020.dead")
+    assert checkpoint.newest_whole(tmp_path, pytest.fail).step == 10  # type: ignore[union-attr]
+    write(tmp_path, 30, world_size=1)
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    found = checkpoint.newest_whole(tmp_path, pytest.fail)
+    assert found is not None
+    tensors = {state: torch.zeros(40) for state in STATES}
+    with pytest.raises(BadInput, match=r"holds 35 of the 40 elements of 'a.weight'"):
+        checkpoint.load(found, [Slice("a.weight", 0, 40, tensors)])
+    manifest = json.loads((found.folder / "manifest.json").read_text())
+    (found.folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(BadInput, match="checkpoint format 2, this program reads 1"):
+        checkpoint.read_manifest(found.folder)

@@ -1,0 +1,44 @@
+"""What the engine costs: how often a step makes the host wait, and whether large blocks are given back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parent / "engine_costs.py"
+
+MOST = {"0": 1, "1": 2, "2": 4, "3": 1}
+"""Reads a step, of two micro-batches in bf16. At stage 0 the one is ours, of the gradient's norm; the others are
+DeepSpeed's own checks that the gradient is finite, and where they are more than one they follow each other."""
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, Any]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), str(SCRIPT.parents[3])])}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_reads_of_an_optimizer_step(costs: dict[str, Any]) -> None:
+    assert costs["reads"].keys() == MOST.keys()
+    for stage, most in MOST.items():
+        assert costs["reads"][stage] <= most, f"ZeRO {stage}: {costs['reads'][stage]} reads"
+
+
+def test_large_blocks_are_mapped_on_their_own_for_models_of_published_sizes(costs: dict[str, Any]) -> None:
+    if costs["mapped"][0] is None:
+        pytest.skip("glibc's mallinfo2 is not there to count mapped blocks (glibc 2.33 or later)")
+    small, published = costs["mapped"]
+    assert small == 0
+    assert published > 5  # some fit into what the heap had free

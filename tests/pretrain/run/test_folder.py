@@ -1,0 +1,151 @@
+"""The run directory: who holds it, how often it crashed, and what is kept of its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.run import folder as run_folder
+from pretrain.run.folder import RunFolder
+from sharebert_common.errors import BadInput
+
+
+def start(run: RunFolder, step: int = 0) -> dict[str, Any]:
+    tokenizer = run.path / "of-the-dataset.json"
+    tokenizer.write_text("{}")
+    run.start(step=step, steps=100, tokenizer=tokenizer, recipe_yaml="steps: 100\n", environment={"ranks": 1})
+    return run.read_state()
+
+
+def log(run: RunFolder, *steps: int) -> None:
+    with run.log.open("a") as out:
+        out.writelines(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    run = RunFolder(tmp_path / "run")
+    run.occupy()
+    return run
+
+
+def test_launches_that_died_are_counted_at_the_step_that_they_reached(run: RunFolder) -> None:
+    state = start(run)
+    assert (state["restarts"], state["crashes"], state["state"]) == (0, {}, "running")
+    log(run, 1, 2, 3)
+    assert start(run)["crashes"] == {"3": 1}, "killed: it left no word"
+    log(run, 1, 2, 3)
+    run.fail("RuntimeError: …", crash=True)
+    assert run.read_state()["crashes"] == {"3": 2}, "counted at once, so that whoever starts runs can see it"
+    assert start(run)["crashes"] == {"3": 2}, "and not once more at the next start"
+    log(run, 1, 2, 3, 4)
+    state = start(run, step=2)
+    assert (state["crashes"], state["restarts"]) == ({"3": 2, "4": 1}, 3)
+
+
+def test_no_crash_is_counted_where_there_was_none(run: RunFolder) -> None:
+    start(run)
+    log(run, 1)
+    run.write_state("stopped", step=1, reason="signal SIGTERM")
+    assert start(run, step=1)["crashes"] == {}
+    run.fail("data.dataset: wrong", crash=False)
+    assert run.read_state()["crashes"] == {}
+    assert start(run, step=1)["crashes"] == {}
+
+
+def test_without_the_lock_a_failure_is_not_the_runs(run: RunFolder) -> None:
+    start(run)
+    other = RunFolder(run.path)
+    other.fail("in use", crash=False)
+    assert run.read_state()["state"] == "running"
+
+
+def test_the_log_is_cut_where_a_launch_goes_on(run: RunFolder) -> None:
+    log(run, 1, 2, 3, 4)
+    with run.log.open("a") as out:
+        out.write('{"step": 5, "lo')
+    run.cut_log(9)
+    assert [json.loads(line)["step"] for line in run.log.read_text().splitlines()] == [1, 2, 3, 4]
+    run.cut_log(2)
+    assert [json.loads(line)["step"] for line in run.log.read_text().splitlines()] == [1, 2]
+    with run.log.open("a") as out:
+        out.write('{"step": 3}')
+    run.cut_log(9)
+    assert run.log.read_text().endswith("}\n"), "a line without its end is half a line"
+
+
+def test_a_launch_from_nothing_cuts_the_whole_log(run: RunFolder) -> None:
+    """It validates at step 0 once more."""
+    log(run, 0, 1)
+    run.cut_log(1)
+    assert [json.loads(line)["step"] for line in run.log.read_text().splitlines()] == [0, 1]
+    run.cut_log(0)
+    assert run.log.read_text() == ""
+
+
+def holder(path: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A process that holds a run for 2 s; its launcher is a shell, which is killed at once."""
+    code = (
+        "import sys, time; from pretrain.run.folder import RunFolder\n"
+        "run = RunFolder(sys.argv[1]); run.occupy(); print('held', flush=True); time.sleep(2)"
+    )
+    command = f"{sys.executable} -c \"$0\" '{path}' & wait"
+    return subprocess.Popen(
+        ["sh", "-c", command, code], env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_ranks_whose_launcher_was_killed_are_waited_for(tmp_path: Path) -> None:
+    with holder(tmp_path, {"TORCHELASTIC_RUN_ID": "x"}) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "held\n"
+        with pytest.raises(BadInput, match=f"in use by another launch of this run .pid .* on {platform.node()}"):
+            RunFolder(tmp_path).occupy()
+        launcher.kill()
+        os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # dead, and still listed: a zombie
+        started = time.monotonic()
+        RunFolder(tmp_path).occupy()
+        assert time.monotonic() - started < 60
+
+
+def test_the_lock_of_the_dead_does_not_block(tmp_path: Path) -> None:
+    code = "import os, sys; from pretrain.run.folder import RunFolder; RunFolder(sys.argv[1]).occupy(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert (tmp_path / ".lock").read_text().startswith("pid ")
+    RunFolder(tmp_path).occupy()
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    RunFolder(tmp_path).occupy()
+    assert "no locks on this file system (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_end_a_start(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(run)
+    log(run, 1, 2)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_atomically", full)
+    start(run, step=1)
+    said = capsys.readouterr().err
+    for name in ("config.yaml", "environment.json", "state.json"):
+        assert f"{name} could not be written (No space left on device)" in said
+    assert len(run.log.read_text().splitlines()) == 1
