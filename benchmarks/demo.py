@@ -45,11 +45,10 @@ def table() -> bool:
     import torch
 
     from exports.export import read_export
-    from pretrain.data.batches import MicroBatch
-    from pretrain.data.heldout import unigram_entropy
-    from pretrain.data.loader import open_datasets
+    from pretrain.data.datasets import open_datasets
+    from pretrain.objective import MaskedLanguageModelling
     from pretrain.recipe import TrainRecipe
-    from pretrain.validate import validate
+    from pretrain.validate import unigram_entropy, validate
     from sharebert_common.recipe import load
 
     log = [json.loads(line) for line in (OUT / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -58,15 +57,9 @@ def table() -> bool:
     datasets = open_datasets(recipe.data)
     model = read_export(OUT / "export")
 
-    def forward(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = batch.document_ids if batch.padded else None
-        output = model(
-            batch.tokens, mask, positions=batch.positions, labels=batch.labels, loss_weights=batch.loss_weights
-        )
-        return output.loss_sum, output.correct
-
     blind = validate(
-        forward,
+        MaskedLanguageModelling(torch.device("cpu"), within_documents=recipe.data.within_documents),
+        model,
         datasets,
         recipe.validate,
         mask_rate=recipe.data.mask_rate,

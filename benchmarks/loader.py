@@ -36,7 +36,8 @@ import numpy as np
 import torch
 
 from data_prep.shards.reader import Dataset, open_dataset, shard_name, write_manifest, write_shard
-from pretrain.data.loader import DataRecipe, Loader, WeightedDataset
+from pretrain.data.datasets import DataRecipe, WeightedDataset
+from pretrain.data.loader import Loader
 from sharebert_common.files import file_sha256
 
 SEQ_LEN = 128

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # its tiny dataset
 STAGES = {
     "agent": "",
     "torch": "import torch",
-    "imports": "import pretrain.train; from pretrain.engine.engine import import_deepspeed; import_deepspeed()",
+    "imports": "import pretrain.train, pretrain.engine.deepspeed_import as d; d.import_deepspeed()",
 }
 
 

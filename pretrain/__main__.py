@@ -1,4 +1,4 @@
-"""`python -m pretrain CONFIG [key=value ...]`: train on this process; under torchrun, on this rank of many."""
+"""`python -m pretrain CONFIG [key=value ...]`: train on this process, or under torchrun as one rank of many."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import traceback
 from collections.abc import Sequence
 
 from pretrain.faults.stop import StopRequest, stop_with_the_launcher
-from sharebert_common.errors import BadInput
+from sharebert_common.errors import BAD_INPUT, FAILED, FINISHED, STOPPED, BadInput
 from sharebert_common.recipe import load
 
 
 def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
     """Train; an exit code: 0 finished, 75 stopped and saved (run me again), 2 bad input, 1 failed.
 
-    Under torchrun a stop is 0 as well: any other code makes it start the workers again.
+    Under torchrun a stop is 0 as well, because any other code makes torchrun restart the workers.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     stop = StopRequest()  # before the imports, which take seconds
@@ -24,7 +24,7 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
         stop_with_the_launcher()
     from pretrain import distributed
     from pretrain.recipe import TrainRecipe
-    from pretrain.train import BAD_INPUT, FAILED, FINISHED, STOPPED, train
+    from pretrain.train import train
 
     joined = False
     try:
@@ -52,7 +52,7 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m pretrain", description="Train, or go on; `sharebert train --help` lists the keys of a recipe."
+        prog="python -m pretrain", description="Train, or resume; `sharebert train --help` lists the keys of a recipe."
     )
     parser.add_argument("config", help="path of a recipe, or the name of one that ships with the project")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")

@@ -1,4 +1,4 @@
-"""The process group: who this process is, and the few collectives that are not DeepSpeed's."""
+"""The process group: which rank this process is, and the collectives that are not DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -21,7 +21,7 @@ LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
 class Refused(BadInput):
-    """Bad input that every rank knows of."""
+    """Bad input that every rank knows of, so that one line is enough."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
 
@@ -43,8 +43,8 @@ def join(timeout_s: float) -> World:
     """Join the process group that torchrun's environment describes, or make one of this process alone.
 
     Collectives on CPU tensors go over gloo, those on CUDA tensors over NCCL. Where all ranks are on this
-    machine both listen on its loopback interface, unless their variables say otherwise. A collective that
-    a rank does not join within `timeout_s` ends the group.
+    machine both listen on its loopback interface, unless their variables say otherwise. A collective that a rank does
+    not join within `timeout_s` ends the group.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -59,7 +59,7 @@ def join(timeout_s: float) -> World:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if "MASTER_ADDR" in os.environ and on_one_machine:
-        # torchrun keeps one store over its restarts of the workers, where gloo would find addresses of the dead.
+        # torchrun keeps one store over its restarts of the workers. In it gloo would find addresses of dead workers.
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt-{attempt}", store)
@@ -79,10 +79,10 @@ def leave() -> None:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process without tearing the interpreter down. Everything must be closed by then.
+    """End this process without shutting the interpreter down. Everything must be closed by then.
 
-    Threads that gloo and DeepSpeed leave behind can abort a finished process in that moment (seen: exit code -6 at the
-    end of a training), which torchrun would take for a crash.
+    Threads that gloo and DeepSpeed leave behind can abort a finished process while it shuts down (seen: exit code -6
+    at the end of a training), and torchrun takes that for a crash.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -104,7 +104,7 @@ def all_agree(good: bool) -> bool:
 
 
 def first_refusal(message: str | None) -> None:
-    """Raise Refused, a BadInput, on every rank if some rank has a `message`: that of the lowest such rank."""
+    """Raise Refused, a BadInput, on every rank if some rank has a `message`; the lowest such rank's counts."""
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     for text in messages:
@@ -120,9 +120,9 @@ def hosts() -> list[str]:
 
 
 def all_reduce_async(*numbers: int) -> Callable[[], list[int]]:
-    """Start to sum each of `numbers` over all ranks; what comes back waits for the sums.
+    """Start to sum each of `numbers` over all ranks. The function that is returned waits for the sums.
 
-    They go from host to host, so that neither the device nor a read from it waits.
+    The sums are made on the hosts, so that neither the device nor a read from it waits.
     """
     total = torch.tensor(numbers, dtype=torch.int64)
     work = dist.all_reduce(total, async_op=True)
@@ -135,7 +135,7 @@ def all_reduce_async(*numbers: int) -> Callable[[], list[int]]:
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed that is a pure function of `parts`, for a generator of torch or numpy."""
+    """A 63-bit seed that is a pure function of `parts`, for a generator of torch or NumPy."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -143,10 +143,3 @@ def seed_of(*parts: int | str) -> int:
 def share_of(total: int, rank: int, world_size: int) -> range:
     """The contiguous share of `total` items that `rank` takes; shares differ by at most one."""
     return range(total * rank // world_size, total * (rank + 1) // world_size)
-
-
-def summed(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Sum of each scalar over all ranks, in float64, [len(values)]."""
-    total = torch.stack([value.detach().to(device, torch.float64) for value in values])
-    dist.all_reduce(total)
-    return total

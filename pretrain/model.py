@@ -1,21 +1,69 @@
-"""The model of a train recipe: a size by name, the keys of config.json, or an export to go on from."""
+"""The model of a train recipe: a size by name, the keys of config.json, or an export to start from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert_common.errors import BadInput, nearest
 from sharebert_common.files import file_sha256
+from sharebert_common.recipe import STRICT
 
-INITS = ("variance", "authors")
-CHOICE_KEYS = ("size", "init", "init_from")
+
+@recipe_dataclass(config=STRICT, kw_only=True)
+class ModelRecipe:
+    """What is trained. A key of config.json that is not given is that of `init_from`, of `size`, or the default."""
+
+    size: str | None = None
+    """A published size: sharebert-small, sharebert-base or sharebert-large."""
+    init: Literal["variance", "authors"] = "variance"
+    """How the weights start: `authors` as in their code; `variance` so that the generated weights have standard
+    deviation `initializer_range`."""
+    init_from: str | None = None
+    """Folder of an export whose weights the model starts with."""
+    vocab_size: int | None = None
+    """Rows V of the embedding. Without it, the words of the dataset's tokenizer."""
+    vocab_pad_multiple: int | None = None
+    """V is rounded up to a multiple of this."""
+    factor_size: int | None = None
+    """Columns F of the embedding. With `sharing: eps`, F = H."""
+    hidden_size: int | None = None
+    """Width H of the residual stream."""
+    num_hidden_layers: int | None = None
+    """Layers L."""
+    num_attention_heads: int | None = None
+    """Attention heads A of a layer."""
+    intermediate_size: int | None = None
+    """Width I inside the feed-forward block."""
+    max_position_embeddings: int | None = None
+    """Positions P. Without it, the length of the dataset's rows."""
+    type_vocab_size: int | None = None
+    """Token types."""
+    hidden_dropout_prob: float | None = None
+    """Dropout on the embedding and on what each block adds to the residual stream."""
+    attention_probs_dropout_prob: float | None = None
+    """Dropout on attention probabilities."""
+    layer_norm_eps: float | None = None
+    """Added to the variance in LayerNorms."""
+    initializer_range: float | None = None
+    """Standard deviation of the weights at the start."""
+    sharing: str | None = None
+    """Where layers take their matrices from: `veps` the virtual matrix E·W_allᵀ + b_all, `eps` E itself."""
+    mlm_head: str | None = None
+    """`untied`: a decoder of its own, [V, H]; `tied`: E and a bias [V]."""
+    attention_scale: str | None = None
+    """Attention scores are multiplied by d^(-2/3) (`authors`) or d^(-1/2) (`standard`), d = H / A."""
+
+    def config_keys(self) -> dict[str, Any]:
+        """The keys of config.json that were given."""
+        given = asdict(self)  # type: ignore[call-overload]
+        return {key: given[key] for key in ShareBertConfig.__dataclass_fields__ if given[key] is not None}
 
 
 @dataclass(frozen=True)
@@ -29,46 +77,45 @@ class ModelChoice:
     """An export whose weights are taken instead."""
 
 
-def choose_model(settings: Mapping[str, Any], vocab_size: int, seq_len: int) -> ModelChoice:
+def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | None) -> ModelChoice:
     """Resolve the `model` of a recipe for a dataset.
 
     Args:
-        settings: `size` (a name in SIZES), `init`, `init_from`, and any key of config.json, which wins.
-        vocab_size: words of the dataset's tokenizer; the model's vocabulary where the settings give none.
-        seq_len: of the dataset's rows; the model's positions where the settings give none.
+        recipe: its keys win over those of `init_from` and of the size.
+        vocab_size: words of the dataset's tokenizer, the model's vocabulary where the recipe gives none; None where
+            there is no dataset.
+        seq_len: of the dataset's rows, the model's positions where the recipe gives none; None likewise.
 
-    Raises BadInput: an unknown key or size, sizes that do not fit each other or the dataset.
+    Raises BadInput: an unknown size, sizes that do not fit each other or the dataset, an `init_from` that is no export.
     """
-    values = {key: value for key, value in settings.items() if key not in CHOICE_KEYS}
-    size, init = settings.get("size"), settings.get("init", INITS[0])
+    size = recipe.size
     if size is not None and size not in SIZES:
-        raise BadInput(f"model.size: no size '{size}'{nearest(str(size), SIZES)} (sizes: {', '.join(SIZES)})")
-    if init not in INITS:
-        raise BadInput(f"model.init: '{init}' is none of {', '.join(INITS)}")
-    init_from = Path(settings["init_from"]) if settings.get("init_from") else None
+        raise BadInput(f"model.size: no size '{size}'{nearest(size, SIZES)} (sizes: {', '.join(SIZES)})")
+    init_from = Path(recipe.init_from) if recipe.init_from else None
+    of_dataset = {"vocab_size": vocab_size, "max_position_embeddings": seq_len}
     try:
-        base: dict[str, Any] = {"vocab_size": vocab_size, "max_position_embeddings": seq_len}
+        base: dict[str, Any] = {key: value for key, value in of_dataset.items() if value is not None}
         if init_from is not None:
             from exports.export import read_config
 
             base = read_config(init_from).to_dict()
-        config = ShareBertConfig.from_dict(base | SIZES.get(size or "", {}) | values)
+        config = ShareBertConfig.from_dict(base | SIZES.get(size or "", {}) | recipe.config_keys())
     except ShareBertError as error:
         raise BadInput(f"model: {error}") from error
     if config.mlm_head == "none":
         raise BadInput("model.mlm_head: none cannot be pretrained; use untied or tied")
-    if config.vocab_size < vocab_size:
+    if vocab_size is not None and config.vocab_size < vocab_size:
         raise BadInput(f"model.vocab_size: {config.vocab_size}, and the dataset's tokenizer has {vocab_size} words")
-    if config.max_position_embeddings < seq_len:
+    if seq_len is not None and config.max_position_embeddings < seq_len:
         raise BadInput(
             f"model.max_position_embeddings: {config.max_position_embeddings}, "
             f"and the dataset's rows have {seq_len} tokens"
         )
-    return ModelChoice(config, init, init_from)
+    return ModelChoice(config, recipe.init, init_from)
 
 
 def refuse_other_tokenizer(choice: ModelChoice, dataset: Dataset) -> None:
-    """Raise BadInput where the export to go on from was trained with another tokenizer than the dataset's."""
+    """Raise BadInput where the export to start from was trained with another tokenizer than the dataset's."""
     theirs = choice.init_from / "tokenizer.json" if choice.init_from else None
     if theirs is not None and theirs.is_file():  # an export need not have one
         found, ours = file_sha256(theirs), dataset.manifest["tokenizer_sha256"]
@@ -80,7 +127,7 @@ def refuse_other_tokenizer(choice: ModelChoice, dataset: Dataset) -> None:
 
 
 def refuse_dropout_within_documents(choice: ModelChoice, within_documents: bool, device: torch.device) -> None:
-    """Raise BadInput where attention within documents, which has no dropout on CUDA, is asked for with it there."""
+    """Raise BadInput where attention within documents is asked for with dropout on CUDA, where it has none."""
     dropout = choice.config.attention_probs_dropout_prob
     if within_documents and dropout and device.type == "cuda":
         raise BadInput(
@@ -90,7 +137,7 @@ def refuse_dropout_within_documents(choice: ModelChoice, within_documents: bool,
 
 
 def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:
-    """The model with its first weights, the same on every rank.
+    """The model with its weights at the start, the same on every rank.
 
     Raises BadInput where `init_from` is no export, or has another shape.
     """
@@ -102,7 +149,7 @@ def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:
 
 
 def _take_weights(model: ShareBertForMaskedLM, export: Path) -> None:
-    """Copy an export's weights. Where there are more positions here, those that the export lacks start new."""
+    """Copy an export's weights. Where the model has more positions, those that the export lacks keep their start."""
     from exports.export import read_export
 
     try:
@@ -119,3 +166,13 @@ def _take_weights(model: ShareBertForMaskedLM, export: Path) -> None:
                     f"model.init_from: {export}: '{name}' is {shape}, this model has {list(parameter.shape)}"
                 )
             parameter[: len(given)] = given
+
+
+def compile_layers(model: ShareBertForMaskedLM, backend: str = "inductor") -> None:
+    """Run the layers through torch.compile, each alone: they share their code and have parameters of their own.
+
+    Shapes are those of a micro-batch and never change. There is one graph for training and one for evaluation, and in
+    each case another one for the first layer, which has no branch to add.
+    """
+    for layer in model.sharebert.layers:
+        layer.compile(dynamic=False, backend=backend)

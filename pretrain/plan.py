@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.data.loader import micro_shape, open_datasets
-from pretrain.model import choose_model
+from pretrain.flops import PEAK_FLOPS, flops_per_token, generated_elements
 from sharebert import SIZES, ShareBertConfig, ShareBertForMaskedLM
 from sharebert_common.errors import BadInput, nearest
 
 if TYPE_CHECKING:
     from pretrain.recipe import TrainRecipe
-
-PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "a40": 150e12, "v100": 125e12}
-"""Dense bf16 (V100: fp16) FLOP/s of one GPU, from the makers' data sheets (SXM where there is a choice)."""
-
 
 BANDWIDTH = {"a100": 2.039e12, "h100": 3.35e12}
 """Bytes/s of a GPU's memory, from the makers' data sheets (A100 80 GB SXM, H100 SXM)."""
@@ -29,24 +24,6 @@ UTILISATIONS = (0.40, 0.55, 0.70)
 
 AUTHORS_TOKENS = 23_000 * 4_000 * 128
 """Steps, rows and tokens of the authors' pretraining."""
-
-
-def flops_per_token(config: ShareBertConfig, seq_len: int, mask_rate: float, tokens_per_micro_batch: int) -> float:
-    """FLOPs of forward and backward a token, counting a multiply-add as two.
-
-    6L(4H² + 2HI) for the layers, 12·L·T·H for the attention scores and their use, 6·rate·(head) for the
-    masked tokens, and the making of the virtual weights, once a micro-batch on each rank:
-    6F(4H² + 2HI)/tokens.
-    """
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    matrices = 4 * hidden**2 + 2 * hidden * inner
-    dense, decoder = {
-        "untied": (hidden**2, hidden * config.vocab_size),
-        "tied": (hidden * config.factor_size, config.factor_size * config.vocab_size),
-        "none": (0, 0),
-    }[config.mlm_head]
-    making = 6 * config.factor_size * matrices / tokens_per_micro_batch if config.sharing == "veps" else 0.0
-    return 6 * layers * matrices + 12 * layers * seq_len * hidden + 6 * mask_rate * (dense + decoder) + making
 
 
 def count_parameters(config: ShareBertConfig) -> int:
@@ -63,29 +40,19 @@ def state_bytes(parameters: int, world_size: int, stage: int, precision: str) ->
     return sum(-(-parameters * size // (world_size if part in split else 1)) for part, size in whole.items())
 
 
-def peak_flops_of(device: torch.device) -> float:
-    """Data-sheet FLOP/s of this device, or 0 where it is not known (every CPU)."""
-    if device.type != "cuda":
-        return 0.0
-    name = torch.cuda.get_device_name(device).lower()
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0.0)
-
-
 def report(recipe: TrainRecipe, gpus: int, gpu: str) -> str:
     """The plan of a recipe on `gpus` devices of a kind in PEAK_FLOPS, as text. Raises BadInput."""
     if gpu not in PEAK_FLOPS:
         raise BadInput(f"--gpu: no '{gpu}' known{nearest(gpu, PEAK_FLOPS)} (known: {', '.join(PEAK_FLOPS)})")
-    dataset = open_datasets(recipe.data)[0]
-    config = choose_model(recipe.model, dataset.vocab_size, dataset.seq_len).config
-    micro_batches, micro_rows = micro_shape(recipe.data, gpus)
-    per_token = flops_per_token(config, dataset.seq_len, recipe.data.mask_rate, micro_rows * dataset.seq_len)
-    tokens = recipe.steps * recipe.data.global_batch * dataset.seq_len
+    training = recipe.resolve(gpus, needs_data=False)
+    config, seq_len, micro_rows = training.model.config, training.seq_len, training.micro_rows
+    per_token = flops_per_token(config, seq_len, recipe.data.mask_rate, micro_rows * seq_len)
+    tokens = recipe.steps * recipe.data.global_batch * seq_len
     parameters = count_parameters(config)
     lines = [
         f"parameters            {parameters:,}",
-        f"tokens                {tokens:,} ({recipe.steps:,} steps of {recipe.data.global_batch:,} rows "
-        f"of {dataset.seq_len})",
-        f"on each of {gpus} ranks    {micro_batches} micro-batches of {micro_rows} rows a step",
+        f"tokens                {tokens:,} ({recipe.steps:,} steps of {recipe.data.global_batch:,} rows of {seq_len})",
+        f"on each of {gpus} ranks    {training.micro_batches} micro-batches of {micro_rows} rows a step",
         f"FLOPs a token         {per_token / 1e6:,.1f} M",
     ]
     for stage in range(4):
@@ -101,12 +68,12 @@ def report(recipe: TrainRecipe, gpus: int, gpu: str) -> str:
 def traffic(config: ShareBertConfig, mask_rate: float, seq_len: int) -> dict[str, tuple[float, int]]:
     """Bytes that each fused operation must move in bf16, a token: {name: (bytes a token, times a step)}.
 
-    Each input is read once and each output written once; what a kernel reads again is counted where it does not
-    fit into registers (the logits: a row is read for its sum, then again for its gradient). The times are per
-    micro-batch. The last two do not grow with the tokens: their bytes are of a micro-batch, or of an optimizer step.
+    Each input is read once and each output written once. What a kernel reads again is counted where it does not fit
+    into registers (the logits: a row is read for its sum, then again for its gradient). The times are per micro-batch.
+    The last two do not grow with the tokens: their bytes are of a micro-batch, or of an optimizer step.
     """
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    matrices = 4 * hidden**2 + 2 * hidden * inner
+    matrices = generated_elements(config)
     return {
         "dropout + add + LayerNorm, forward": (2 * 4 * hidden, 2 * layers + 1),
         "dropout + add + LayerNorm, backward": (2 * 5 * hidden, 2 * layers + 1),

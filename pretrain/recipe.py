@@ -1,59 +1,101 @@
-"""The recipe of `sharebert train`."""
+"""The recipe of `sharebert train`, and what it resolves to."""
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as recipe_dataclass
 
+from data_prep.shards.reader import Dataset
 from pretrain.checkpoint.writer import CheckpointRecipe
-from pretrain.data.loader import DataRecipe
-from pretrain.engine.engine import OptimizerRecipe, Precision, ScheduleRecipe
-from pretrain.faults.detection import FaultsRecipe
+from pretrain.data.datasets import DataRecipe, micro_shape, open_datasets
+from pretrain.engine.config import Precision, ZeroRecipe, ZeroSettings, check_zero
+from pretrain.engine.optimizer import OptimizerRecipe, ScheduleRecipe
+from pretrain.faults.recipe import FaultsRecipe
+from pretrain.model import ModelChoice, ModelRecipe, choose_model, refuse_other_tokenizer
 from pretrain.run.metric_log import MonitorRecipe
-from pretrain.validate import ValidateRecipe
+from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate
+from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
 
-@dataclass(config=STRICT, kw_only=True)
+@dataclass(frozen=True)
+class ResolvedTraining:
+    """A recipe that was checked against its dataset and a world size."""
+
+    datasets: list[Dataset]
+    """Opened; empty where none exists and none was needed."""
+    model: ModelChoice
+    seq_len: int
+    """Tokens of a row."""
+    micro_batches: int
+    """Of a rank in an optimizer step."""
+    micro_rows: int
+    """Rows of a micro-batch."""
+
+
+@recipe_dataclass(config=STRICT, kw_only=True)
 class TrainRecipe:
-    """A training run. The same recipe started again goes on from the newest whole checkpoint."""
+    """A training run. Started again with the same recipe, it resumes from its newest whole checkpoint."""
 
     SHORTHAND: ClassVar[dict[str, str]] = {"model": "size", "zero": "stage", "data": "dataset"}
 
     run: str
     """Directory of the run."""
     data: DataRecipe
-    """What it reads."""
+    """What the run reads."""
     steps: Annotated[int, Field(gt=0)] = 23_000
     """Optimizer steps in all."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the first weights, order, masks and dropout."""
-    model: dict[str, Any] = field(default_factory=lambda: {"size": "sharebert-base"})
-    """`size` (sharebert-small, -base or -large), any key of config.json, `init` (variance or authors), or
-    `init_from`, an export to go on from."""
+    """Seed of the weights at the start, the order of rows, the masks and dropout."""
+    model: ModelRecipe = field(default_factory=lambda: ModelRecipe(size="sharebert-base"))
+    """What is trained."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    """AdamW."""
+    """Settings of AdamW."""
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     """Learning rate over the steps."""
     precision: Precision = "bf16"
-    """Of the products: fp32, bf16, or (on CUDA) fp16. Master weights and moments are fp32."""
+    """Precision of matrix products: fp32, bf16, or (on CUDA) fp16. Master weights and moments are always fp32."""
     recompute: bool = False
-    """Keep the input of each layer alone, and make the rest again in the backward pass: a third more work, for
-    micro-batches that would not fit into memory otherwise."""
+    """Keep only the input of each layer, and compute the rest again in the backward pass. It costs a third more work
+    and allows micro-batches that would not fit into memory otherwise."""
     compile: bool = False
-    """Run the layers through torch.compile, in place of this project's kernels. Not with ZeRO 3."""
-    zero: dict[str, Any] = field(default_factory=lambda: {"stage": 1})
-    """`stage` (0 to 3) and any key of DeepSpeed's `zero_optimization`."""
+    """Run the layers through torch.compile instead of this project's kernels. Not with ZeRO 3."""
+    zero: ZeroSettings = field(default_factory=ZeroRecipe)
+    """How the state is split over the ranks: `stage`, and any key of DeepSpeed's `zero_optimization`."""
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
-    """When checkpoints are made."""
+    """When checkpoints are made, and which are kept."""
     validate: ValidateRecipe = field(default_factory=ValidateRecipe)
-    """When held-out rows are scored."""
+    """When the model is validated."""
     monitor: MonitorRecipe = field(default_factory=MonitorRecipe)
     """What is logged."""
     faults: FaultsRecipe = field(default_factory=FaultsRecipe)
-    """What is done about steps that are not finite, spikes, ranks that hang or are slow, and memory."""
+    """What is done about steps that are not finite, spikes of the loss, ranks that hang or are slow, and memory."""
     collective_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A collective that some rank does not join for so long ends the launch."""
+    """A collective that some rank does not join for this long ends the attempt."""
+
+    def resolve(self, world_size: int = 1, *, needs_data: bool = True) -> ResolvedTraining:
+        """Find what is wrong before anything is built or a job waits in a queue, and open the datasets.
+
+        Args:
+            world_size: processes that share a global batch.
+            needs_data: a dataset must exist. Otherwise, where there is no such folder, the sizes are those of `model`.
+
+        Raises BadInput, naming the key.
+        """
+        check_zero(self.zero)
+        if self.compile and self.zero.stage == 3:
+            raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")
+        exists = any("://" in entry.path or Path(entry.path).exists() for entry in self.data.dataset)
+        datasets = open_datasets(self.data) if needs_data or exists else []
+        micro_batches, micro_rows = micro_shape(self.data, world_size)
+        if not datasets:
+            model = choose_model(self.model, None, None)
+            return ResolvedTraining([], model, model.config.max_position_embeddings, micro_batches, micro_rows)
+        refuse_nothing_to_validate(datasets, self.validate)
+        model = choose_model(self.model, datasets[0].vocab_size, datasets[0].seq_len)
+        refuse_other_tokenizer(model, datasets[0])
+        return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows)

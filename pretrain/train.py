@@ -1,72 +1,55 @@
-"""The training loop of masked language modelling.
+"""The training loop.
 
-`train` surrounds it with the run directory and the process group; `Trainer.loop` is the algorithm, and
-`Trainer.step` one global batch of it. The loss of a step is the mean over the masked tokens of all ranks
-together, so that neither the number of ranks nor the accumulation changes it.
+`train` surrounds it with the run directory and the process group. `Trainer.loop` is the algorithm, and `Trainer.step`
+one global batch of it. What the loss is, the objective says. The loss of a step is the mean over the masked tokens of
+all ranks together, so that neither the world size nor gradient accumulation changes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 
 import torch
 
-from data_prep.shards.reader import Dataset
 from pretrain import distributed
 from pretrain.checkpoint.identity import identity, report_changes
-from pretrain.checkpoint.training_state import Saver, find_checkpoint
-from pretrain.data.batches import MicroBatch
-from pretrain.data.loader import Loader, StepBatch, micro_shape, open_datasets
+from pretrain.checkpoint.training_state import TrainingState, find_checkpoint
+from pretrain.data.loader import Loader, StepBatch
 from pretrain.distributed import World
-from pretrain.engine.engine import (
-    build_engine,
-    check_zero,
-    compile_layers,
-    deepspeed_config,
-    learning_rate,
-    optimizer_step,
-    scale_can_fall,
-    set_learning_rate,
-)
-from pretrain.faults.detection import SkippedSteps, SlowRanks, SpikeDetector
-from pretrain.faults.memory_probe import dry_run
+from pretrain.engine.config import deepspeed_config
+from pretrain.engine.engine import open_engine
+from pretrain.engine.optimizer import learning_rate
+from pretrain.faults.detection import SlowRanks, SpikeDetector
+from pretrain.faults.memory_probe import probe_memory
 from pretrain.faults.shard_check import ShardCheck
-from pretrain.faults.skipping import BadRowsFile
+from pretrain.faults.skipping import BadRowsFile, SkippedSteps
 from pretrain.faults.stop import StopRequest
 from pretrain.faults.watchdog import Watchdog
-from pretrain.model import (
-    ModelChoice,
-    build_model,
-    choose_model,
-    refuse_dropout_within_documents,
-    refuse_other_tokenizer,
-)
-from pretrain.recipe import TrainRecipe
+from pretrain.model import build_model, compile_layers, refuse_dropout_within_documents
+from pretrain.objective import MaskedLanguageModelling, Objective
+from pretrain.recipe import ResolvedTraining, TrainRecipe
 from pretrain.run.environment import environment
 from pretrain.run.folder import RunFolder
 from pretrain.run.meter import Meter
-from pretrain.run.metric_log import Monitor
-from pretrain.validate import refuse_nothing_to_validate, validate
-from sharebert_common.errors import BadInput
+from pretrain.run.metric_log import MetricLog
+from pretrain.validate import validate
+from sharebert_common.errors import FINISHED, STOPPED, BadInput
 from sharebert_common.recipe import plain, to_yaml
-
-FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-"""Exit codes of a launch."""
 
 
 def train(recipe: TrainRecipe, world: World, stop: StopRequest) -> int:
-    """Run, or go on with, the training of `recipe` on this process's share. Every rank calls this.
+    """Run, or resume, the training of `recipe` on this process's share. Every rank calls this.
 
-    Returns FINISHED, or STOPPED where a stop was asked for and the state saved.
+    Returns FINISHED, or STOPPED where a stop was asked for and the state is saved.
     Raises BadInput where something given is wrong: Refused, on every rank, where all of them know.
     """
     run = RunFolder(recipe.run)
     if world.is_main:
         stop.watch(run.stop_file)
     try:
-        datasets, choice = _accept(recipe, run, world)
-        trainer = Trainer(recipe, run, world, stop, datasets, choice)
-        with trainer.watchdog:
+        training = accept(recipe, run, world)
+        with Trainer(recipe, run, world, stop, training) as trainer:
             return trainer.loop()
     except Exception as error:
         reason = traceback.format_exc().strip().splitlines()[-1]
@@ -76,113 +59,122 @@ def train(recipe: TrainRecipe, world: World, stop: StopRequest) -> int:
         run.release()
 
 
-def _accept(recipe: TrainRecipe, run: RunFolder, world: World) -> tuple[list[Dataset], ModelChoice]:
-    """Open and check everything that was given, before anything is built; a refusal reaches all ranks."""
-    refusal, accepted = None, None
+def accept(recipe: TrainRecipe, run: RunFolder, world: World) -> ResolvedTraining:
+    """Check everything that was given, before anything is built; a refusal reaches all ranks. A collective."""
+    refusal, training = None, None
     try:
-        check_zero(recipe.zero)
-        if recipe.compile and recipe.zero.get("stage") == 3:
-            raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")
-        datasets = open_datasets(recipe.data)
-        micro_shape(recipe.data, world.world_size)
-        refuse_nothing_to_validate(datasets, recipe.validate)
-        choice = choose_model(recipe.model, datasets[0].vocab_size, datasets[0].seq_len)
-        refuse_other_tokenizer(choice, datasets[0])
-        refuse_dropout_within_documents(choice, recipe.data.within_documents, world.device)
+        resolved = recipe.resolve(world.world_size)
+        refuse_dropout_within_documents(resolved.model, recipe.data.within_documents, world.device)
         if world.is_main:
             run.occupy()
-        accepted = datasets, choice
+        training = resolved
     except BadInput as error:
         refusal = str(error)
     distributed.first_refusal(refusal)
-    assert accepted is not None
-    return accepted
+    assert training is not None
+    return training
 
 
 class Trainer:
-    """One launch of a run."""
+    """One attempt at a run. Entering builds everything and loads the newest checkpoint; `loop` trains."""
 
     def __init__(
-        self,
-        recipe: TrainRecipe,
-        run: RunFolder,
-        world: World,
-        stop: StopRequest,
-        datasets: list[Dataset],
-        choice: ModelChoice,
+        self, recipe: TrainRecipe, run: RunFolder, world: World, stop: StopRequest, training: ResolvedTraining
     ) -> None:
-        self.recipe, self.run, self.world, self.stop = recipe, run, world, stop
-        self.datasets = datasets
-        self.shard_check = ShardCheck(datasets, world.rank, world.world_size)
-        self.loader = Loader(datasets, recipe.data, recipe.seed, world.rank, world.world_size)
+        self.recipe, self.run, self.world, self.stop, self.training = recipe, run, world, stop, training
+        self.identity = identity(training.model.config, training.datasets[0])
+        self.loader = Loader(training.datasets, recipe.data, recipe.seed, world.rank, world.world_size)
+        self.shard_check = ShardCheck(training.datasets, world.rank, world.world_size)
         self.bad_rows = BadRowsFile(run.bad_rows, world, self.report)
         self.skips = SkippedSteps(recipe.faults, self.bad_rows, self.report)
         self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
-        self.hosts = distributed.hosts()
-        self.slow_ranks = SlowRanks(recipe.faults.slow_factor, self.hosts, self.report)
-        self.ours = identity(choice.config, datasets[0])
-        found = find_checkpoint(run, world, self.ours, self.loader)
-        torch.manual_seed(distributed.seed_of(recipe.seed, 0, world.rank))
-        model = build_model(choice, recipe.seed)
-        model.sharebert.recompute = recipe.recompute
-        if recipe.compile:
-            compile_layers(model)
-        micro_batches, micro_rows = micro_shape(recipe.data, world.world_size)
-        self.deepspeed_keys = deepspeed_config(
-            zero=recipe.zero,
-            precision=recipe.precision,
-            clip=recipe.optimizer.clip,
-            micro_batch=micro_rows,
-            micro_batches=micro_batches,
-            parameters=sum(p.numel() for p in model.parameters()),
-        )
-        self.engine = build_engine(model, self.deepspeed_keys, recipe.optimizer)
-        self.saver = Saver(recipe.checkpoint, run, world, self.engine, self.loader, self.ours)
-        if recipe.faults.dry_run and (found is None or found.step < recipe.steps):
-            # Before the load: after one, ZeRO 3 would record an order of parameters that later steps do not keep.
-            dry_run(self.engine, self.loader, self.forward, recipe.optimizer.clip)
-        self.first_step = self.saver.load(found, recipe.seed) if found else 0
-        self.meter = Meter(world, choice.config, datasets[0].seq_len, recipe.data, micro_rows, recipe.monitor)
-        if world.is_main:
-            self.start_run()
-        self.monitor = Monitor(
-            run, enabled=world.is_main, steps=recipe.steps, step=self.first_step, config_yaml=to_yaml(recipe)
-        )
+        self.metric_log = MetricLog(run, enabled=world.is_main, steps=recipe.steps)
         self.watchdog = Watchdog(run, world, recipe.faults.hang_s)
+        self.objective: Objective = MaskedLanguageModelling(
+            world.device, within_documents=recipe.data.within_documents, one_graph=recipe.compile
+        )
+        self.meter = Meter(
+            world, training.model.config, training.seq_len, recipe.data, training.micro_rows, recipe.monitor
+        )
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Trainer:
+        """Build the engine, resume, and start what runs beside the training. A collective."""
+        recipe, training = self.recipe, self.training
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.loader.close)
+            opened.enter_context(self.shard_check)
+            self.bad_rows.read()
+            for entry in self.bad_rows.entries:
+                self.loader.skip(entry.rows)
+            self.hosts = distributed.hosts()
+            self.slow_ranks = SlowRanks(recipe.faults.slow_factor, self.hosts, self.report)
+            found = find_checkpoint(self.run, self.world, self.identity, self.loader.check_state)
+            torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))
+            model = build_model(training.model, recipe.seed)
+            model.sharebert.recompute = recipe.recompute
+            if recipe.compile:
+                compile_layers(model)
+            self.deepspeed_keys = deepspeed_config(
+                zero=recipe.zero,
+                precision=recipe.precision,
+                clip=recipe.optimizer.clip,
+                micro_batch=training.micro_rows,
+                micro_batches=training.micro_batches,
+                parameters=sum(p.numel() for p in model.parameters()),
+            )
+            self.engine = open_engine(model, self.deepspeed_keys, recipe.optimizer)
+            self.state = TrainingState(recipe.checkpoint, self.run, self.world, self.engine, self.loader, self.identity)
+            self.state.open()
+            if recipe.faults.memory_probe and (found is None or found.step < recipe.steps):
+                # Before the load: after one, ZeRO 3 would record an order of parameters that later steps do not keep.
+                probe_memory(self.engine, self.loader, self.objective)
+            self.first_step = self.state.load(found, recipe.seed) if found else 0
+            self.start_run()
+            self.metric_log.open(self.first_step, to_yaml(recipe))
+            opened.callback(self.metric_log.close)
+            opened.enter_context(self.watchdog)
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """End what runs beside the training."""
+        self._open.close()
 
     def start_run(self) -> None:
-        """Note this launch in the run directory."""
-        report_changes(self.run.config, plain(self.recipe), self.report)
-        self.run.start(
-            step=self.first_step,
-            steps=self.recipe.steps,
-            tokenizer=self.datasets[0].tokenizer_path,
-            recipe_yaml=to_yaml(self.recipe),
-            environment=environment(self.world.device, self.hosts) | {"deepspeed": self.deepspeed_keys},
-        )
+        """Note this attempt in the run directory."""
+        if self.world.is_main:
+            report_changes(self.run.config, plain(self.recipe), self.report)
+            self.run.start(
+                step=self.first_step,
+                steps=self.recipe.steps,
+                tokenizer=self.training.datasets[0].tokenizer_path,
+                recipe_yaml=to_yaml(self.recipe),
+                environment=environment(self.world.device, self.hosts) | {"deepspeed": self.deepspeed_keys},
+            )
 
     def loop(self) -> int:
-        """All optimizer steps that are left; an exit code."""
+        """Make all optimizer steps that are left; an exit code."""
         step, steps = self.first_step, self.recipe.steps
         validate_every = self.recipe.validate.every
+        self.meter.reset()
         if step == 0 and validate_every:
-            self.score_held_out(step)
+            self.validate(step)
         stopping = save_due = False
         while step < steps and not stopping:
-            self.bad_rows.pass_over(self.loader, self.recipe.data.global_batch)
             batch = next(self.loader)
             self.shard_check.raise_damage()
             step += 1
             stopping = self.step(step, batch)
             if self.skips.too_many:
-                step, save_due = self.go_back(step), False
+                step, save_due = self.return_to_checkpoint(step), False
                 continue
             if step % self.recipe.monitor.every == 0 or step == steps:
                 self.log(step, batch)
             if validate_every and (step % validate_every == 0 or step == steps):
-                self.score_held_out(step)
+                self.validate(step)
             save_due = save_due or step % self.recipe.checkpoint.every == 0
-            # While steps are skipped the state may be what makes them fail: it is no good one to go back to.
+            # While steps are skipped, the state may be what makes them fail: not one to return to.
             if (save_due and not self.skips.in_a_row) or step == steps or stopping:
                 self.save(step)
                 save_due = False
@@ -190,42 +182,26 @@ class Trainer:
 
     def step(self, step: int, batch: StepBatch) -> bool:
         """One optimizer step on this rank's share of a global batch. Returns whether any rank was asked to stop."""
-        set_learning_rate(
-            self.engine, learning_rate(step, self.recipe.steps, self.recipe.optimizer.lr, self.recipe.schedule)
+        self.engine.learning_rate = learning_rate(
+            step, self.recipe.steps, self.recipe.optimizer.lr, self.recipe.schedule
         )
         sums = distributed.all_reduce_async(batch.masked, int(self.stop.asked))
         skipped = False
         for micro in batch.micro_batches:
             self.watchdog.at(f"step {step}, forward")
             with self.meter.own_work():
-                loss_sum, correct = self.forward(micro)
+                losses = self.objective(self.engine, micro)
             self.watchdog.at(f"step {step}, backward")
             masked, stops = sums()
-            # DeepSpeed averages gradients over the ranks; times ranks, over the masked tokens of all of
-            # them, that average is the gradient of the global mean.
-            self.engine.backward(loss_sum * (self.world.world_size / masked), scale_wrt_gas=False)
-            skipped = optimizer_step(self.engine, self.recipe.optimizer.clip)
-            self.meter.add(loss_sum, correct)
+            # DeepSpeed averages gradients over the ranks. Times the world size, over the masked tokens of all ranks,
+            # that average is the gradient of the global mean.
+            self.engine.backward(losses.loss * (self.world.world_size / masked))
+            skipped = self.engine.step()
+            self.meter.add(losses)
         self.meter.end_step(batch, skipped=skipped)
-        rows = range(batch.rows_consumed - self.recipe.data.global_batch, batch.rows_consumed)
-        self.skips.count(step, rows, skipped and not scale_can_fall(self.engine))
+        self.skips.count(step, batch.rows, skipped and not self.engine.loss_scale_can_fall)
         self.watchdog.at(f"step {step} done, next rows")
         return stops > 0
-
-    def forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the losses and number of right words over the masked tokens of a micro-batch, fp32 scalars."""
-        micro = micro.to(self.world.device)
-        within = self.recipe.data.within_documents
-        output = self.engine(
-            micro.tokens,
-            # With a mask in some steps and none in others a compiled layer would be two.
-            attention_mask=micro.document_ids if (micro.padded or self.recipe.compile) and not within else None,
-            document_ids=micro.document_ids if within else None,
-            positions=micro.positions,
-            labels=micro.labels,
-            loss_weights=micro.loss_weights,
-        )
-        return output.loss_sum, output.correct
 
     def log(self, step: int, batch: StepBatch) -> None:
         """Log the interval that ends with `step`."""
@@ -233,17 +209,18 @@ class Trainer:
         if line["loss"] is not None:
             line["loss_deviations"] = self.spikes.look(step, line["loss"])
         line["slowest_rank_factor"] = self.slow_ranks.look(step, self.meter.own_work_s)
-        self.monitor.line(line)
+        self.metric_log.line(line)
         if self.world.is_main:
             self.run.note_progress(step)
 
-    def score_held_out(self, step: int) -> None:
-        """Validate, and log it."""
+    def validate(self, step: int) -> None:
+        """Score the held-out rows, and log the result."""
         self.watchdog.at(f"validation after step {step}")
         self.engine.eval()
         loss, accuracy = validate(
-            self.forward,
-            self.datasets,
+            self.objective,
+            self.engine,
+            self.training.datasets,
             self.recipe.validate,
             mask_rate=self.recipe.data.mask_rate,
             whole_word=self.recipe.data.whole_word,
@@ -251,36 +228,34 @@ class Trainer:
             world_size=self.world.world_size,
         )
         self.engine.train()
-        self.monitor.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
+        self.metric_log.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
         self.meter.skip_time()
 
     def save(self, step: int) -> None:
-        """Start to save; waits for a save before it that is still being written."""
+        """Start to save. Waits for an earlier save that is still being written."""
         with self.watchdog.patient(f"checkpoint of step {step}", self.recipe.checkpoint.write_timeout_s):
-            self.saver.save(step)
+            self.state.save(step)
 
-    def go_back(self, step: int) -> int:
-        """Return from `step` to the newest whole checkpoint, to pass over the rows that failed. Returns its step.
+    def return_to_checkpoint(self, step: int) -> int:
+        """Return from `step` to the newest whole checkpoint, and skip the rows that failed. Returns its step.
 
         Raises TooManyFaults where that makes no sense.
         """
-        with self.watchdog.patient("going back", self.recipe.checkpoint.write_timeout_s):
-            self.saver.finish()
-            found = find_checkpoint(self.run, self.world, self.ours, self.loader)
-            self.skips.give_up_rows(step, found)
+        with self.watchdog.patient("returning to a checkpoint", self.recipe.checkpoint.write_timeout_s):
+            self.state.finish()
+            found = find_checkpoint(self.run, self.world, self.identity, self.loader.check_state)
+            self.loader.skip(self.skips.give_up_rows(step, found))
             assert found is not None
-            self.saver.load(found, self.recipe.seed)
+            self.state.load(found, self.recipe.seed)
         self.meter.reset()
-        self.monitor.go_back(found.step)
+        self.metric_log.return_to(found.step)
         return found.step
 
     def end(self, step: int) -> int:
-        """Wait for the last save, end what runs beside the training, and say how the run stands; an exit code."""
+        """Wait for the last save, end what runs beside the training, and note how the run stands; an exit code."""
         with self.watchdog.patient("the last checkpoint", self.recipe.checkpoint.write_timeout_s):
-            saved = self.saver.finish()
-        self.loader.close()
-        self.shard_check.close()
-        self.monitor.close()
+            saved = self.state.finish()
+        self._open.close()
         finished = step == self.recipe.steps
         if finished and not saved:
             raise OSError(f"the checkpoint of step {step}, the last one, could not be written; start the run again")

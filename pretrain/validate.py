@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
-from pretrain.data.batches import MicroBatch
-from pretrain.data.heldout import validation_blocks
+from pretrain.data.batches import Batcher, MicroBatch
+from pretrain.objective import Model, Objective
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
+MASK_SEED = 0
+"""Validation masks do not depend on a run's seed, so that runs with different seeds compare."""
 
-@dataclass(config=STRICT, kw_only=True)
+READ_ROWS = 4_096
+"""Rows that are counted at once."""
+
+
+@recipe_dataclass(config=STRICT, kw_only=True)
 class ValidateRecipe:
-    """When the held-out rows are scored, and how many."""
+    """When the model is validated, and on how many rows."""
 
     every: Annotated[int, Field(ge=0)] = 500
-    """Optimizer steps between validations, with one before the first step and one at the end; 0 makes none."""
+    """Optimizer steps between validations, with one before the first step and one at the end; 0 for none."""
     rows: Annotated[int, Field(gt=0)] = 2048
-    """Rows of the validation split that are used, the same ones each time; fewer where it has fewer."""
+    """Rows of the validation split that are used, the same each time; all of them where it has fewer."""
     block: Annotated[int, Field(gt=0)] = 32
     """Rows that go through the model at once."""
 
@@ -38,12 +46,68 @@ class Score(NamedTuple):
     """Fraction whose likeliest word is the right one."""
 
 
-Forward = Callable[[MicroBatch], tuple[torch.Tensor, torch.Tensor]]
-"""Maps a batch to (sum of losses, number right), fp32 scalars."""
+@dataclass(frozen=True)
+class Block:
+    """A fixed set of validation rows, whatever the number of ranks."""
+
+    number: int | None
+    """Its place in the order of summation; None for a block that only keeps this rank in step."""
+    batch: MicroBatch
+    """Always of `block_rows` rows; weights are 0 in rows that only fill up the last block."""
+
+
+def validation_blocks(
+    datasets: Sequence[Dataset],
+    *,
+    mask_rate: float,
+    whole_word: bool,
+    block_rows: int,
+    rank: int = 0,
+    world_size: int = 1,
+    rows: int | None = None,
+    hide: Literal["chosen", "all"] = "chosen",
+) -> Iterator[Block]:
+    """The validation rows of all datasets, one after another, in blocks; rank r takes r, r + ranks, ….
+
+    All ranks get equally many blocks, because a forward pass is a collective under ZeRO 3.
+
+    Args:
+        datasets: from `pretrain.data.datasets.open_datasets`.
+        mask_rate: share of a row's tokens to predict.
+        whole_word: mask whole words.
+        block_rows: rows of a block. Fixes the blocks, and with them the last digits of the loss.
+        rank: of this process.
+        world_size: how many processes share the blocks.
+        rows: at most this many rows; all where None.
+        hide: "chosen" puts [MASK] in place of every token to predict; "all" in place of every
+            ordinary token of the row, and the same tokens are to be predicted, without context.
+
+    Raises:
+        BadInput: there is no validation row.
+    """
+    batcher = Batcher(datasets, "validation", mask_rate=mask_rate, whole_word=whole_word, seed=MASK_SEED)
+    ends = np.cumsum([split.rows for split in batcher.splits])
+    total = int(ends[-1]) if rows is None else min(rows, int(ends[-1]))
+    if total == 0:
+        raise BadInput("the validation split is empty; prepare the dataset with `validation` above 0")
+    blocks = -(-total // block_rows)
+    for turn in range(-(-blocks // world_size)):
+        number = turn * world_size + rank
+        start = min(number, blocks - 1) * block_rows
+        places = np.arange(start, start + block_rows)
+        counts = (places < total) & (number < blocks)
+        places = np.minimum(places, total - 1)
+        dataset = np.searchsorted(ends, places, side="right")
+        first = ends[dataset] - np.array([split.rows for split in batcher.splits])[dataset]
+        (batch,) = batcher.make(
+            dataset, np.zeros_like(places), places - first, counts=counts, micro_rows=block_rows, hide=hide
+        )
+        yield Block(number if number < blocks else None, batch)
 
 
 def validate(
-    forward: Forward,
+    objective: Objective,
+    model: Model,
     datasets: Sequence[Dataset],
     recipe: ValidateRecipe,
     *,
@@ -59,14 +123,15 @@ def validate(
     any number of ranks. Every rank makes equally many forward passes: under ZeRO 3 each is a collective.
 
     Args:
-        forward: the model, in evaluation mode.
+        objective: makes the losses of a block.
+        model: in evaluation mode.
         datasets: of the run.
         recipe: which rows.
-        mask_rate: share of a row's tokens that are chosen.
-        whole_word: whether whole words are chosen.
+        mask_rate: share of a row's tokens to predict.
+        whole_word: whether whole words are masked.
         rank: of this process.
         world_size: of the group.
-        hide: `chosen` puts [MASK] on the chosen positions; `all` on every other word of the row, too.
+        hide: as in `validation_blocks`.
     """
     sums = torch.zeros(-(-recipe.rows // recipe.block), 3, dtype=torch.float64)
     blocks = validation_blocks(
@@ -81,12 +146,12 @@ def validate(
     )
     with torch.no_grad():
         for block in blocks:
-            loss_sum, correct = forward(block.batch)
+            found = objective(model, block.batch)
             if block.number is not None:
-                sums[block.number, :2] = torch.stack([loss_sum, correct]).cpu()
+                sums[block.number, :2] = torch.stack([found.loss, found.correct]).cpu()
                 sums[block.number, 2] = block.batch.loss_weights.sum()
     if world_size > 1:
-        dist.all_reduce(sums)  # each element comes from one rank, so adding loses nothing
+        dist.all_reduce(sums)  # each element comes from one rank, so the sum is exact
     loss, correct_count, weight = (sum(column) for column in sums.T.tolist())
     return Score(loss / weight, correct_count / weight)
 
@@ -97,3 +162,19 @@ def refuse_nothing_to_validate(datasets: Sequence[Dataset], recipe: ValidateReci
         raise BadInput(
             f"{datasets[0].path}: has no validation rows; prepare it with some, or train with validate.every=0"
         )
+
+
+def unigram_entropy(dataset: Dataset, split: str = "train") -> float:
+    """The entropy, in nats, of a split's distribution of ordinary tokens (special ones and padding left out).
+
+    The loss of a model that knows how frequent each word is and nothing of the context. Reads the
+    split once, in constant memory; 0.0 where it has no ordinary token.
+    """
+    source = dataset.split(split)
+    counts = np.zeros(dataset.vocab_size, np.int64)
+    for start in range(0, source.rows, READ_ROWS):
+        tokens, document_ids = source.read(np.arange(start, min(start + READ_ROWS, source.rows)))
+        counts += np.bincount(tokens[document_ids != 0], minlength=dataset.vocab_size)
+    counts[list(dataset.special_ids.values())] = 0
+    shares = counts[counts > 0] / max(1, counts.sum())
+    return float((shares * -np.log(shares)).sum())

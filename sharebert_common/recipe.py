@@ -106,8 +106,8 @@ def parse(schema: type[T], values: Any, where: str) -> T:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A config as nested dicts, lists and scalars, ready for YAML or JSON."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
+    """A config as nested dicts, lists and scalars, ready for YAML or JSON. Keys without a value are left out."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json", exclude_none=True)
 
 
 def to_yaml(config: Any) -> str:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_runs import open_writer
 
 from pretrain import distributed
-from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
 from pretrain.distributed import World
-from pretrain.engine import fragments as slices
-from pretrain.engine.engine import OptimizerRecipe, build_engine, deepspeed_config, set_learning_rate
+from pretrain.engine.config import ZeroRecipe, deepspeed_config
+from pretrain.engine.engine import open_engine
+from pretrain.engine.optimizer import OptimizerRecipe
 from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 
 STEPS = 3
@@ -54,27 +55,27 @@ def save_both(folder: Path, world: World, case: dict[str, Any]) -> None:
     if case.get("frozen"):
         model.sharebert.token_type_embeddings.weight.requires_grad_(False)
     config = deepspeed_config(
-        zero={"stage": case["stage"], **case.get("zero", {})},
+        zero=ZeroRecipe(stage=case["stage"], deepspeed=case.get("zero", {})),
         precision=case["precision"],
         clip=0.5,
         micro_batch=2,
         micro_batches=1,
         parameters=20_000,
     )
-    engine = build_engine(model, config, OptimizerRecipe())
-    set_learning_rate(engine, LR)
+    engine = open_engine(model, config, OptimizerRecipe())
+    engine.learning_rate = LR
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step * world.world_size + world.rank)
         tokens = torch.randint(5, 300, (2, 16), generator=generator)
         output = engine(tokens, positions=torch.arange(8), labels=tokens.flatten()[:8], loss_weights=torch.ones(8))
         engine.backward(output.loss_sum / 8)
         engine.step()
-    engine.save_checkpoint(str(folder / "theirs"))
+    engine._deepspeed.save_checkpoint(str(folder / "theirs"))
     if not case.get("frozen"):
-        saver = CheckpointWriter(folder / "ours", CheckpointRecipe(), world.rank, world.world_size, "token", print)
+        writer = open_writer(folder / "ours", world.rank, world.world_size, print)
         torch.distributed.barrier()  # rank 0 clears the folder first
-        saver.save(STEPS, slices.owned(engine, world), slices.shapes(engine), {}, {})
-        saver.finish()
+        writer.save(STEPS, engine.fragments(world), engine.shapes(), {}, {})
+        writer.finish()
     torch.distributed.barrier()
 
 

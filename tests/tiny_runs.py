@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import format as checkpoint
 from pretrain.checkpoint.format import Checkpoint
+from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
 
 MANY_RUNS = Path(__file__).parent / "pretrain" / "many_runs.py"
 
@@ -87,3 +88,18 @@ def whole(run: Path, step: int, folder: str = "checkpoints") -> Checkpoint:
     found = checkpoint.read_manifest(run / folder / checkpoint.folder_name(step))
     checkpoint.verify(found)
     return found
+
+
+def open_writer(
+    folder: Path,
+    rank: int,
+    world_size: int,
+    report: Callable[[str], None],
+    *,
+    token: str = "token",
+    recipe: CheckpointRecipe | None = None,
+) -> CheckpointWriter:
+    """A rank's writer of checkpoints, ready to save."""
+    writer = CheckpointWriter(folder, recipe or CheckpointRecipe(), rank, world_size, report)
+    writer.open(token)
+    return writer

@@ -1,1 +1,9 @@
-"""Checkpoint format 1: written in the background, found, verified and read."""
+"""Checkpoints: written in the background, found, verified and read.
+
+format           format 1 on disk: manifest, checksums, fragments, for any ZeRO stage and world size
+writer           writes one in the background, retries, and deletes old ones
+training_state   what a training saves and loads: fragments, counters, rows, generators
+identity         what may change between two attempts of a run, and what may not
+rng_state        the state of the random generators
+direct_io        writes of large files past the page cache
+"""

@@ -2,9 +2,9 @@
 
     checkpoints/step-00001000/rank-00000.safetensors …   what each rank owns: fp32 slices of weights and moments
     checkpoints/step-00001000/manifest.json              written last: sizes, checksums, slices, training state
-    checkpoints/latest                                   a hint; the truth is the newest folder that verifies
+    checkpoints/latest                                   a hint; what counts is the newest folder that verifies
 
-Here a checkpoint is found, verified and read; `checkpointer` writes it.
+A checkpoint is found, verified and read here; `writer` writes it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import xxhash
 
-from pretrain.engine.fragments import Slice
+from pretrain.engine.fragments import Fragment
 from sharebert_common.errors import BadInput
 
 FORMAT = 1
-GENERATOR = "generator/"
+RNG_STATE = "generator/"
+"""Prefix of the tensors that hold the states of random generators."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Checkpoint:
 
     @property
     def training(self) -> dict[str, Any]:
-        """What was given to `Checkpointer.save` as `training`: JSON values."""
+        """What was given to `CheckpointWriter.save` as `training`: JSON values."""
         return dict(self.manifest["training"])
 
     @property
@@ -52,7 +53,7 @@ class Checkpoint:
         return len(self.manifest["files"])
 
     def pieces(self) -> dict[str, list[tuple[str, int, int]]]:
-        """For each parameter, (file, start, length) of each slice, in order of start."""
+        """For each parameter, (file, start, length) of each fragment, in order of start."""
         found: dict[str, list[tuple[str, int, int]]] = {}
         for file, entry in self.manifest["files"].items():
             for name, (start, length) in entry["slices"].items():
@@ -118,7 +119,7 @@ def newest_whole(checkpoints: Path, report: Callable[[str], None]) -> Checkpoint
 
 
 def all_whole(checkpoints: Path, report: Callable[[str], None]) -> Iterator[Checkpoint]:
-    """The checkpoints that verify, newest first, each when it is asked for; damaged ones are named to `report`."""
+    """The checkpoints that verify, newest first, each read when it is asked for. Damaged ones are named to `report`."""
     for folder in found(checkpoints):
         try:
             checkpoint = read_manifest(folder)
@@ -129,25 +130,25 @@ def all_whole(checkpoints: Path, report: Callable[[str], None]) -> Iterator[Chec
         yield checkpoint
 
 
-def load(checkpoint: Checkpoint, slices: Sequence[Slice]) -> None:
-    """Fill the tensors of `slices` from a checkpoint of any number of ranks. Raises BadInput where it lacks some."""
+def load_fragments(checkpoint: Checkpoint, fragments: Sequence[Fragment]) -> None:
+    """Fill the tensors of `fragments` from a checkpoint of any world size. Raises BadInput where it lacks some."""
     from safetensors import safe_open
 
     pieces = checkpoint.pieces()
     with contextlib.ExitStack() as stack:
         opened: dict[str, Any] = {}
-        for part in slices:
+        for part in fragments:
             filled = 0
             for file, start, length in pieces.get(part.name, []):
-                begin, end = max(start, part.start), min(start + length, part.start + part.length)
-                if begin >= end:
+                shared = part.overlap(start, length)
+                if not shared:
                     continue
                 if file not in opened:
                     opened[file] = stack.enter_context(safe_open(checkpoint.folder / file, framework="pt"))
                 for state in part.tensors:
-                    stored = opened[file].get_slice(f"{state}/{part.name}")[begin - start : end - start]
-                    part.tensors[state].narrow(0, begin - part.start, end - begin).copy_(stored)
-                filled += end - begin
+                    stored = opened[file].get_slice(f"{state}/{part.name}")[shared.start - start : shared.stop - start]
+                    part.tensors[state].narrow(0, shared.start - part.start, len(shared)).copy_(stored)
+                filled += len(shared)
             if filled != part.length:
                 raise BadInput(
                     f"{checkpoint.folder}: holds {filled} of the {part.length} elements of '{part.name}' "
@@ -156,19 +157,19 @@ def load(checkpoint: Checkpoint, slices: Sequence[Slice]) -> None:
 
 
 def read_whole(checkpoint: Checkpoint, name: str, state: str = "weight") -> torch.Tensor:
-    """One parameter's weight or moment, put together from the slices of all ranks: fp32, in its full shape."""
+    """One parameter's weight or moment, joined from the fragments of all ranks: fp32, in its full shape."""
     shape = checkpoint.manifest["shapes"][name]
     flat = torch.empty(math.prod(shape), dtype=torch.float32)
-    load(checkpoint, [Slice(name, 0, flat.numel(), {state: flat})])
+    load_fragments(checkpoint, [Fragment(name, 0, flat.numel(), {state: flat})])
     return flat.view(shape)
 
 
-def load_generators(checkpoint: Checkpoint, rank: int) -> dict[str, torch.Tensor]:
-    """The states of `rank`'s random generators, as given to `Checkpointer.save`."""
+def load_rng_state(checkpoint: Checkpoint, rank: int) -> dict[str, torch.Tensor]:
+    """The states of `rank`'s random generators, as given to `CheckpointWriter.save`."""
     from safetensors import safe_open
 
     with safe_open(checkpoint.folder / rank_file(rank), framework="pt") as file:
-        return {key.removeprefix(GENERATOR): file.get_tensor(key) for key in file.keys() if key.startswith(GENERATOR)}  # noqa: SIM118
+        return {key.removeprefix(RNG_STATE): file.get_tensor(key) for key in file.keys() if key.startswith(RNG_STATE)}  # noqa: SIM118
 
 
 def rank_file(rank: int) -> str:

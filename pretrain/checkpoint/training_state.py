@@ -1,54 +1,53 @@
-"""What a checkpoint of a training holds beside weights and moments, and how a run goes on from one."""
+"""What a checkpoint of a training holds beside weights and moments, and how a run resumes from one."""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from pretrain import distributed
-from pretrain.checkpoint import format as checkpoint
-from pretrain.checkpoint.format import Checkpoint
+from pretrain.checkpoint.format import Checkpoint, load_fragments, load_rng_state, newest_whole, read_manifest
 from pretrain.checkpoint.identity import refuse_differences
-from pretrain.checkpoint.rng_state import generators, set_generators
+from pretrain.checkpoint.rng_state import rng_state, set_rng_state
 from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
 from pretrain.data.loader import Loader
 from pretrain.distributed import World
-from pretrain.engine import fragments as slices
-from pretrain.engine.engine import load_scaler_state, scaler_state
+from pretrain.engine.engine import Engine
 from pretrain.run.folder import RunFolder
 from sharebert_common.errors import BadInput
 
 
-def find_checkpoint(run: RunFolder, world: World, ours: dict[str, Any], loader: Loader) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, the same on every rank; sets `loader` to where it was taken.
+def find_checkpoint(
+    run: RunFolder, world: World, identity: Mapping[str, Any], check_loader_state: Callable[[Mapping[str, Any]], None]
+) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, the same on every rank. A collective.
 
-    Raises BadInput, on every rank, where it belongs to another model, tokenizer or dataset than `ours`.
+    Args:
+        run: whose checkpoints are looked at.
+        world: of this process.
+        identity: of this launch, from `identity.identity`.
+        check_loader_state: raises BadInput where the loader could not continue from a state.
+
+    Raises BadInput, on every rank, where the checkpoint belongs to another model, tokenizer or dataset.
     """
-    newest = checkpoint.newest_whole(run.checkpoints, run.say) if world.is_main else None
+    newest = newest_whole(run.checkpoints, run.say) if world.is_main else None
     name = distributed.broadcast_from_main(newest.folder.name if newest else "")
     found, refusal = None, None
     if name:
         try:
-            found = checkpoint.read_manifest(run.checkpoints / name)
-            refuse_differences(found, ours)
-            loader.load_state(found.training["loader"])
+            found = read_manifest(run.checkpoints / name)
+            refuse_differences(found, identity)
+            check_loader_state(found.training["loader"])
         except BadInput as error:
             refusal = str(error)
     distributed.first_refusal(refusal)
-    if found is not None and world.is_main:
-        before, now = (state["fingerprint"] for state in (found.training["loader"], loader.state()))
-        if before != now:
-            run.say(
-                f"the data changed: {before} before step {found.step}, {now} from now on, from row "
-                f"{found.training['loader']['rows_consumed']} of the new order; rows may come twice or not at all "
-                "in this epoch"
-            )
     return found
 
 
-class Saver:
+class TrainingState:
     """Saves the whole state of a training, and loads it. Every rank has one."""
 
     def __init__(
@@ -56,54 +55,57 @@ class Saver:
         recipe: CheckpointRecipe,
         run: RunFolder,
         world: World,
-        engine: Any,
+        engine: Engine,
         loader: Loader,
-        ours: dict[str, Any],
+        identity: dict[str, Any],
     ) -> None:
-        """`ours` is the `identity` of the run."""
-        self.run, self.world, self.engine, self.loader, self.ours = run, world, engine, loader, ours
-        self.files = CheckpointWriter(
-            run.checkpoints,
-            recipe,
-            world.rank,
-            world.world_size,
-            token=distributed.broadcast_from_main(secrets.token_hex(4)),
-            report=run.say,
-        )
-        self.files.prepare(slices.owned(engine, world), generators())
+        self.run, self.world, self.engine, self.loader, self.identity = run, world, engine, loader, identity
+        self.files = CheckpointWriter(run.checkpoints, recipe, world.rank, world.world_size, report=run.say)
+
+    def open(self) -> None:
+        """Make ready to save: agree on this attempt's token, remove leftovers, allocate the buffer. A collective."""
+        self.files.open(token=distributed.broadcast_from_main(secrets.token_hex(4)))
+        self.files.allocate(self.engine.fragments(self.world), rng_state())
 
     def save(self, step: int) -> None:
-        """Save after optimizer step `step`; the writing goes on in the background."""
-        training = {
-            **self.ours,
-            "loader": self.loader.state(),
-            "adam_steps": slices.adam_steps(self.engine),
-            "scaler": scaler_state(self.engine),
-            "skipped": self.engine.skipped_steps,
-        }
-        owned = slices.owned(self.engine, self.world)
-        self.files.save(step, owned, slices.shapes(self.engine), generators(), training)
+        """Save the state after optimizer step `step`. The files are written in the background."""
+        training = {**self.identity, "loader": self.loader.state(), **self.engine.state()}
+        self.files.save(step, self.engine.fragments(self.world), self.engine.shapes(), rng_state(), training)
 
     def finish(self) -> bool:
         """Wait until the last save is on disk or given up; whether it is whole. A collective."""
         return distributed.all_agree(self.files.finish())
 
     def load(self, found: Checkpoint, seed: int) -> int:
-        """Take weights, moments and generators of a checkpoint. Returns its step. A collective."""
-        saved = found.training
-        checkpoint.load(found, slices.loaded(self.engine, self.world))
-        slices.refresh_working_weights(self.engine)
-        slices.set_adam_steps(self.engine, saved["adam_steps"])
-        load_scaler_state(self.engine, saved["scaler"])
-        self.engine.skipped_steps = saved["skipped"]
-        self.engine.global_steps = found.step
+        """Take up a checkpoint: weights, moments, counters, rows and generators. Returns its step. A collective.
+
+        Args:
+            found: from `find_checkpoint`.
+            seed: of the run; on another world size than the checkpoint's, dropout is seeded from it.
+        """
+        load_fragments(found, self.engine.writable_fragments(self.world))
+        self.engine.load_state(found.step, found.training)
+        self._report_changed_data(found)
+        self.loader.load_state(found.training["loader"])
         if found.world_size == self.world.world_size:
-            set_generators(checkpoint.load_generators(found, self.world.rank))
+            set_rng_state(load_rng_state(found, self.world.rank))
         else:
             torch.manual_seed(distributed.seed_of(seed, found.step, self.world.rank))
-            if self.world.is_main:
-                self.run.say(
-                    f"checkpoint of {found.world_size} ranks on {self.world.world_size}: dropout is seeded anew from "
-                    f"(seed {seed}, step {found.step}, rank)"
-                )
+            self._report(
+                f"checkpoint of {found.world_size} ranks on {self.world.world_size}: dropout is seeded anew from "
+                f"(seed {seed}, step {found.step}, rank)"
+            )
         return found.step
+
+    def _report_changed_data(self, found: Checkpoint) -> None:
+        saved = found.training["loader"]
+        if saved["fingerprint"] != self.loader.fingerprint:
+            self._report(
+                f"the data changed: {saved['fingerprint']} before step {found.step}, {self.loader.fingerprint} from "
+                f"now on, from row {saved['rows_consumed']} of the new order; rows may come twice or not at all in "
+                "this epoch"
+            )
+
+    def _report(self, text: str) -> None:
+        if self.world.is_main:
+            self.run.say(text)

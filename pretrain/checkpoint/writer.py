@@ -1,9 +1,10 @@
-"""Writing checkpoints, in the background.
+"""Writing checkpoints in the background.
 
-A save copies the state into one buffer that already has the layout of the file, and a thread writes it
-while training goes on. Rank 0's thread waits for the files of the other ranks, writes the manifest, and
-renames the folder into place. Nobody waits for a collective: the shared folder is the meeting point, and
-the name of the unfinished folder carries a token of this launch, so that leftovers of a dead one never count.
+A save copies the state into one buffer that has the layout of the file, and a thread writes the buffer while training
+continues. Rank 0's thread waits for the files of the other ranks, writes the manifest, and renames the folder into
+place: from then on the checkpoint is durable (`CheckpointWriter._complete`). No rank waits for a collective. The
+ranks meet in the shared folder, and the name of the unfinished folder carries a token of this attempt, so that
+leftovers of a dead attempt never count.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from exports.tensor_file import Layout, lay_out
 from pretrain.checkpoint.direct_io import BLOCK_BYTES, write_direct
-from pretrain.checkpoint.format import FORMAT, GENERATOR, folder_name, found, manifest_checksum, rank_file, step_of
-from pretrain.engine.fragments import STATES, Slice
+from pretrain.checkpoint.format import FORMAT, RNG_STATE, folder_name, found, manifest_checksum, rank_file, step_of
+from pretrain.engine.fragments import STATES, Fragment
 from sharebert_common.files import write_atomically
 from sharebert_common.recipe import STRICT
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
-"""Between attempts of a write that fails: each pause is twice the one before."""
+"""Between tries of a write that fails. Each pause is twice the one before."""
 
 
 @recipe_dataclass(config=STRICT, kw_only=True)
 class CheckpointRecipe:
-    """When checkpoints are made and which stay."""
+    """When checkpoints are made, and which are kept."""
 
     every: Annotated[int, Field(gt=0)] = 1000
-    """Optimizer steps between checkpoints; one is made at the end, too."""
+    """Optimizer steps between checkpoints. One is always made at the end."""
     keep: Annotated[int, Field(gt=0)] = 3
-    """How many of the newest stay."""
+    """How many of the newest checkpoints are kept."""
     keep_every: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints at multiples of so many steps stay for good; 0 keeps none for good."""
+    """Checkpoints at multiples of this number of steps are never deleted; 0 for none."""
     write_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """How long a write that fails is tried again, and rank 0 waits for the files of all ranks, before a checkpoint is
-    given up; a newer one ends the trying at once."""
+    """How long a failing write is tried again, and how long rank 0 waits for the files of all ranks, before the
+    checkpoint is given up. A newer checkpoint ends the retries at once."""
 
 
 class GivenUpElsewhere(RuntimeError):
@@ -56,16 +57,15 @@ class GivenUpElsewhere(RuntimeError):
 
 @dataclass
 class CheckpointWriter:
-    """Saves checkpoints of one launch in the background and deletes old ones. Every rank has one."""
+    """Saves the checkpoints of one attempt in the background and deletes old ones. Every rank has one."""
 
     checkpoints: Path
     recipe: CheckpointRecipe
     rank: int
     world_size: int
-    token: str
-    """The same on all ranks, and another one in each launch."""
     report: Callable[[str], None]
-    """Takes what the log should say."""
+    """Takes a line for the log."""
+    _token: str = field(default="", init=False)
     _buffer: torch.Tensor | None = field(default=None, init=False)
     _layout: Layout | None = field(default=None, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
@@ -74,26 +74,31 @@ class CheckpointWriter:
     _failing: bool = field(default=False, init=False)
     _superseded: threading.Event = field(default_factory=threading.Event, init=False)
 
-    def __post_init__(self) -> None:
+    def open(self, token: str) -> None:
+        """Make the folder, and remove what dead attempts left there. `token` is the same on all ranks, and another one
+        in each attempt.
+        """
+        self._token = token
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
 
     def save(
         self,
         step: int,
-        slices: Sequence[Slice],
+        fragments: Sequence[Fragment],
         shapes: dict[str, list[int]],
-        generators: dict[str, torch.Tensor],
+        rng_state: dict[str, torch.Tensor],
         training: dict[str, Any],
     ) -> None:
-        """Copy the state now and write it in the background. Waits for the save before it, if that still runs; one that
-        fails and is tried again is given up for this one.
+        """Copy the state now and write it in the background.
+
+        Waits for an earlier save that is still being written. One that fails and is being retried is given up.
 
         Args:
             step: optimizer steps done.
-            slices: what this rank owns.
+            fragments: what this rank owns.
             shapes: the shape of every parameter.
-            generators: states of this rank's random generators, uint8.
+            rng_state: states of this rank's random generators, uint8.
             training: JSON values, the same on every rank, that `Checkpoint.training` gives back.
         """
         while self._thread is not None and self._thread.is_alive():
@@ -103,8 +108,8 @@ class CheckpointWriter:
         self._superseded.clear()
         self._failing = self._whole = False
         self._saves += 1
-        self._copy(slices, generators)
-        entry = {"slices": _spans(slices)}
+        self._copy(fragments, rng_state)
+        entry = {"slices": _spans(fragments)}
         manifest = {"format": FORMAT, "step": step, "training": training, "shapes": shapes}
         self._thread = threading.Thread(
             target=self._write, args=(self._saves, step, entry, manifest), name=f"checkpoint-{step}", daemon=True
@@ -112,39 +117,39 @@ class CheckpointWriter:
         self._thread.start()
 
     def finish(self) -> bool:
-        """Wait until the last save is on disk or was given up; whether it is on disk (on rank 0: of all ranks)."""
+        """Wait until the last save is on disk or given up. Returns whether it is on disk (on rank 0: for all ranks)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         return self._whole
 
-    def prepare(self, slices: Sequence[Slice], generators: dict[str, torch.Tensor]) -> Layout:
-        """Make the buffer for such a state, and touch its pages: the copies of saves then run at memory speed."""
+    def allocate(self, fragments: Sequence[Fragment], rng_state: dict[str, torch.Tensor]) -> Layout:
+        """Allocate the buffer for such a state and touch its pages, so that saves copy at the speed of memory."""
         specs: dict[str, tuple[torch.dtype, Sequence[int]]] = {
-            f"{state}/{s.name}": (torch.float32, (s.length,)) for state in STATES for s in slices
+            f"{state}/{part.name}": (torch.float32, (part.length,)) for state in STATES for part in fragments
         }
-        specs |= {GENERATOR + name: (torch.uint8, tuple(value.shape)) for name, value in generators.items()}
-        layout = lay_out(specs, {"format": "sharebert-checkpoint", "slices": json.dumps(_spans(slices))})
+        specs |= {RNG_STATE + name: (torch.uint8, tuple(value.shape)) for name, value in rng_state.items()}
+        layout = lay_out(specs, {"format": "sharebert-checkpoint", "slices": json.dumps(_spans(fragments))})
         if self._layout is None or layout.header != self._layout.header:
             self._layout = layout
             self._buffer = _aligned_zeros(layout.total_bytes)
             self._buffer[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         return self._layout
 
-    def _copy(self, slices: Sequence[Slice], generators: dict[str, torch.Tensor]) -> None:
-        layout = self.prepare(slices, generators)
+    def _copy(self, fragments: Sequence[Fragment], rng_state: dict[str, torch.Tensor]) -> None:
+        layout = self.allocate(fragments, rng_state)
         assert self._buffer is not None
         views = layout.views(self._buffer)
-        for s in slices:
+        for part in fragments:
             for state in STATES:
-                views[f"{state}/{s.name}"].copy_(s.tensors[state], non_blocking=True)
-        for name, value in generators.items():
-            views[GENERATOR + name].copy_(value)
+                views[f"{state}/{part.name}"].copy_(part.tensors[state], non_blocking=True)
+        for name, value in rng_state.items():
+            views[RNG_STATE + name].copy_(value)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     def _write(self, number: int, step: int, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
-        partial = self.checkpoints / f".{folder_name(step)}.{self.token}-{number}"
+        partial = self.checkpoints / f".{folder_name(step)}.{self._token}-{number}"
         self._remove_leftovers(before=number)
         deadline, pause_s = time.monotonic() + self.recipe.write_timeout_s, FIRST_PAUSE_S
         while not self._whole:
@@ -194,8 +199,8 @@ class CheckpointWriter:
             _note(partial, rank).unlink()
         _fsync_folder(partial)
         final = self.checkpoints / folder_name(step)
-        if final.exists():  # found damaged by this launch or made again after going back
-            final.rename(self.checkpoints / f".{final.name}.{self.token}-0")
+        if final.exists():  # damaged, or of the steps that this run returned from
+            final.rename(self.checkpoints / f".{final.name}.{self._token}-0")
         partial.rename(final)
         _fsync_folder(self.checkpoints)
         with contextlib.suppress(OSError):  # the checkpoint is whole, whatever happens to the hint and to old ones
@@ -204,9 +209,9 @@ class CheckpointWriter:
         self._remove_leftovers(before=1)
 
     def _delete_old(self, newest: int) -> None:
-        """Delete what `keep` and `keep_every` leave, now that that of step `newest` is whole.
+        """Delete what `keep` and `keep_every` do not keep, now that the checkpoint of step `newest` is whole.
 
-        One of a later step is none that this run could go on from, or it would have.
+        A later one goes too: this run could not resume from it, or it would have.
         """
         others = [(step_of(folder), folder) for folder in found(self.checkpoints)]
         older = [(step, folder) for step, folder in others if step < newest][self.recipe.keep - 1 :]
@@ -218,18 +223,18 @@ class CheckpointWriter:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _remove_leftovers(self, before: int = 0) -> None:
-        """Rank 0 deletes what a dead launch, or a save of this one before number `before`, left half done.
+        """Rank 0 deletes the unfinished folders of dead attempts, and of this one's saves before number `before`.
 
         Later ones stay: other ranks may be ahead, and have begun to write the next.
         """
         for leftover in self.checkpoints.glob(".step-*") if self.rank == 0 else ():
             token, _, number = leftover.name.rpartition(".")[2].rpartition("-")
-            if token != self.token or int(number) < before:
+            if token != self._token or int(number) < before:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _spans(slices: Sequence[Slice]) -> dict[str, list[int]]:
-    return {s.name: [s.start, s.length] for s in slices}
+def _spans(fragments: Sequence[Fragment]) -> dict[str, list[int]]:
+    return {part.name: [part.start, part.length] for part in fragments}
 
 
 def _aligned_zeros(size: int) -> torch.Tensor:

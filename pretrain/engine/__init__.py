@@ -1,1 +1,9 @@
-"""DeepSpeed behind one typed class; nothing outside this folder touches its private names."""
+"""DeepSpeed behind one typed class. Nothing outside this folder touches a private name of DeepSpeed.
+
+engine              the model with its optimizer: forward, backward, step, state
+config              precision, ZeRO and batch sizes as DeepSpeed's keys
+optimizer           AdamW's settings, its parameter groups, the learning rate of a step
+fragments           which elements of weights and moments this rank holds, at every ZeRO stage
+loss_scaler         fp16's dynamic loss scale
+deepspeed_import    importing DeepSpeed without its side effects
+"""

@@ -1,8 +1,10 @@
-"""Who holds what: the flat fp32 slices of weights and Adam moments that this rank owns, at every ZeRO stage.
+"""Who holds what: the flat fp32 fragments of weights and Adam moments that this rank owns, at every ZeRO stage.
 
-DeepSpeed keeps the state differently at each stage; checkpoints do not. Here each layout becomes one
-list of `Slice`, whose tensors are live views into the engine: a checkpoint copies out of them and into
-them, and knows no stage.
+DeepSpeed keeps the state differently at each stage; checkpoints do not. Here each layout becomes one list of
+`Fragment`, whose tensors are live views into DeepSpeed's memory. A checkpoint copies out of them and into them, and
+knows no stage.
+
+`DeepSpeedEngine` below is DeepSpeed's own; the rest of the project uses `pretrain.engine.engine.Engine`.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import torch
 
 from pretrain.distributed import World, share_of
 
+DeepSpeedEngine = Any
+
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 """The three fp32 tensors of a parameter: its weight, and Adam's first and second moment."""
 
 
 @dataclass(frozen=True)
-class Slice:
+class Fragment:
     """Elements `start` to `start + length` of the flattened parameter `name`, held by this rank."""
 
     name: str
@@ -29,11 +33,15 @@ class Slice:
     tensors: dict[str, torch.Tensor]
     """For each of STATES a live fp32 view [length] into the engine's own memory."""
 
+    def overlap(self, start: int, length: int) -> range:
+        """Which elements of the flattened parameter are in this fragment and in [start, start + length) too."""
+        return range(max(start, self.start), min(start + length, self.start + self.length))
 
-def owned(engine: Any, world: World) -> list[Slice]:
-    """The slices that this rank saves. Over all ranks they cover every element exactly once.
 
-    Under ZeRO 1 and 2 a rank may own nothing of a parameter; its slice is then left out.
+def owned(engine: DeepSpeedEngine, world: World) -> list[Fragment]:
+    """The fragments that this rank saves. Over all ranks they cover every element exactly once.
+
+    Under ZeRO 1 and 2 a rank may own nothing of a parameter, which then has no fragment here.
     """
     stage = engine.zero_optimization_stage()
     create_moments(engine)
@@ -46,15 +54,15 @@ def owned(engine: Any, world: World) -> list[Slice]:
     return list(_stage_3(engine, world) if stage == 3 else _stage_1_and_2(engine))
 
 
-def loaded(engine: Any, world: World) -> list[Slice]:
-    """The slices that this rank fills on a load: those it owns, and at stage 0, where all hold all, the whole."""
+def writable(engine: DeepSpeedEngine, world: World) -> list[Fragment]:
+    """The fragments that this rank fills on a load: those it owns; at stage 0, where all ranks hold all, everything."""
     if engine.zero_optimization_stage() == 0:
         create_moments(engine)
         return list(_stage_0(engine))
     return owned(engine, world)
 
 
-def refresh_working_weights(engine: Any) -> None:
+def refresh_working_weights(engine: DeepSpeedEngine) -> None:
     """Bring the weights that the forward pass uses up to date with the masters. A collective."""
     stage = engine.zero_optimization_stage()
     optimizer = engine.optimizer
@@ -67,34 +75,27 @@ def refresh_working_weights(engine: Any) -> None:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def shapes(engine: Any) -> dict[str, list[int]]:
+def shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:
     """The full shape of every parameter, by name."""
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
-def adam_steps(engine: Any) -> int:
+def adam_steps(engine: DeepSpeedEngine) -> int:
     """How many steps Adam has made: optimizer steps less those skipped."""
     create_moments(engine)
     states = [state for state in engine.basic_optimizer.state.values() if "step" in state]
     return max(int(state["step"]) for state in states)
 
 
-def set_adam_steps(engine: Any, steps: int) -> None:
-    """Let Adam's bias correction go on from `steps`."""
+def set_adam_steps(engine: DeepSpeedEngine, steps: int) -> None:
+    """Let Adam's bias correction continue from `steps`."""
     create_moments(engine)
     for state in engine.basic_optimizer.state.values():
         state["step"].fill_(steps)
 
 
-def _masters(engine: Any) -> list[torch.Tensor]:
-    """The tensors that the basic optimizer steps: whole parameters at stage 0, else this rank's flat partitions."""
-    if engine.zero_optimization_stage() == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
-
-
-def create_moments(engine: Any) -> None:
-    """Adam makes its moments at its first step; a load and a save before it need them."""
+def create_moments(engine: DeepSpeedEngine) -> None:
+    """Make Adam's moments now. It makes them at its first step, but a load or a save before that needs them."""
     for master in _masters(engine):
         state = engine.basic_optimizer.state[master]
         if not state:
@@ -103,35 +104,41 @@ def create_moments(engine: Any) -> None:
             state["exp_avg_sq"] = torch.zeros_like(master)
 
 
-def _tensors(engine: Any, master: torch.Tensor, start: int, length: int) -> dict[str, torch.Tensor]:
+def _masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
+    """The tensors that AdamW updates: whole parameters at stage 0, else this rank's flat partitions."""
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def _tensors(engine: DeepSpeedEngine, master: torch.Tensor, start: int, length: int) -> dict[str, torch.Tensor]:
     state = engine.basic_optimizer.state[master]
     flat = {"weight": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
     return {key: tensor.detach().view(-1).narrow(0, start, length) for key, tensor in flat.items()}
 
 
-def _narrow(whole: Slice, part: range) -> Slice:
+def _narrow(whole: Fragment, part: range) -> Fragment:
     tensors = {key: tensor.narrow(0, part.start, len(part)) for key, tensor in whole.tensors.items()}
-    return Slice(whole.name, whole.start + part.start, len(part), tensors)
+    return Fragment(whole.name, whole.start + part.start, len(part), tensors)
 
 
-def _stage_0(engine: Any) -> Iterator[Slice]:
+def _stage_0(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     for name, p in engine.module.named_parameters():
-        yield Slice(name, 0, p.numel(), _tensors(engine, p, 0, p.numel()))
+        yield Fragment(name, 0, p.numel(), _tensors(engine, p, 0, p.numel()))
 
 
-def _stage_1_and_2(engine: Any) -> Iterator[Slice]:
+def _stage_1_and_2(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     for name, p in engine.module.named_parameters():
         mapping = p._hp_mapping
         if mapping is not None:
             (master,) = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"]
             in_parameter, in_master = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-            yield Slice(
-                name, in_parameter.start, in_parameter.numel, _tensors(engine, master, in_master.start, in_master.numel)
-            )
+            tensors = _tensors(engine, master, in_master.start, in_master.numel)
+            yield Fragment(name, in_parameter.start, in_parameter.numel, tensors)
 
 
-def _stage_3(engine: Any, world: World) -> Iterator[Slice]:
-    """Every rank has an equal piece of every parameter; the last ones may be padded, or padding alone."""
+def _stage_3(engine: DeepSpeedEngine, world: World) -> Iterator[Fragment]:
+    """Every rank has an equal piece of every parameter; the last pieces may be padded, or padding alone."""
     optimizer = engine.optimizer
     for name, p in engine.module.named_parameters():
         group, start, length = optimizer.grad_position[optimizer.get_param_id(p)]
@@ -139,4 +146,4 @@ def _stage_3(engine: Any, world: World) -> Iterator[Slice]:
         real = max(0, min(length, p.ds_numel - first))
         if real:
             master = optimizer.fp32_partitioned_groups_flat[group]
-            yield Slice(name, first, real, _tensors(engine, master, start, real))
+            yield Fragment(name, first, real, _tensors(engine, master, start, real))

@@ -1,8 +1,8 @@
-"""Whether the shards are what was written: checksums, compared while the training runs.
+"""Whether the shards are what was written: their checksums are compared while the training runs.
 
-Opening a dataset looks at sizes alone, for reading terabytes would delay every start. Here each rank reads its
-share of the shards once a launch, in a thread; a flipped bit then ends the run, with the file's name. A dataset
-that is read through a cache needs none of it: copies are compared when they are made.
+Opening a dataset checks sizes only, because reading terabytes would delay every start. Here each rank reads its share
+of the shards once an attempt, in a thread. A flipped bit then ends the run, with the name of the file. A dataset that
+is read through a cache needs no check here: the cache compares each copy when it makes it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ from sharebert_common.errors import BadInput
 
 
 class ShardCheck:
-    """Starts to compare the checksums of shards `rank`, `rank` + `ranks`, … of each dataset."""
+    """Compares the checksums of shards `rank`, `rank` + `world_size`, … of each dataset while its block runs."""
 
     def __init__(self, datasets: Sequence[Dataset], rank: int, world_size: int) -> None:
         self._damage: BadInput | None = None
         self._over = threading.Event()
-        shares = [(dataset, dataset.files_to_verify()[rank::world_size]) for dataset in datasets]
-        self._thread = threading.Thread(target=self._compare, args=(shares,), name="shard-check", daemon=True)
+        self._shares = [(dataset, dataset.files_to_verify()[rank::world_size]) for dataset in datasets]
+
+    def __enter__(self) -> ShardCheck:
+        """Start comparing."""
+        self._thread = threading.Thread(target=self._compare, args=(self._shares,), name="shard-check", daemon=True)
         self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Stop after the shard that is being read."""
+        self._over.set()
 
     def _compare(self, shares: Sequence[tuple[Dataset, Sequence[str]]]) -> None:
         try:
@@ -35,10 +43,6 @@ class ShardCheck:
             self._damage = damage
 
     def raise_damage(self) -> None:
-        """Raise the BadInput, naming the file, of the first damaged shard that was found by now."""
+        """Raise BadInput, naming the file, where a damaged shard was found by now."""
         if self._damage is not None:
             raise self._damage
-
-    def close(self) -> None:
-        """Stop after the shard that is being read."""
-        self._over.set()

@@ -1,10 +1,9 @@
-"""A watchdog: a launch in which some rank stands still ends with the stacks of all ranks and that rank's name.
+"""A watchdog: an attempt in which some rank hangs ends, with the stacks of all ranks and the number of that rank.
 
-A rank that hangs leaves the others waiting in a collective, where they cannot help themselves. So each rank
-has a thread that looks how long ago its training last moved, and tells the others through a small file,
-RUN/heartbeats/rank-00000.json: no collective, and nothing that the hanging rank would have to answer. When
-nothing moved for `hang_s`, each rank writes its stacks to the log and says who is behind; then it exits with
-code 1, so that torchrun starts the ranks again.
+A rank that hangs leaves the others waiting in a collective. So each rank has a thread that checks how long ago its
+training last made progress, and tells the others through a small file, RUN/heartbeats/rank-00000.json. That takes no
+collective, and no answer of the rank that hangs. When there was no progress for `hang_s`, each rank writes its stacks
+to the log and says which rank is behind; then it exits with code 1, so that torchrun restarts the ranks.
 """
 
 from __future__ import annotations
@@ -24,25 +23,27 @@ from pretrain.distributed import World
 from pretrain.run.folder import RunFolder
 
 BEATS_PER_LIMIT = 10
-"""How many times within `hang_s` a rank looks and writes its file."""
+"""How many times within `hang_s` a rank checks, and writes its file."""
 
 
 class Watchdog:
-    """One rank's watch. `at` is called from the training; the rest happens in a thread of its own."""
+    """Watches one rank while its block runs. The training calls `at`; a thread does the rest."""
 
     def __init__(self, run: RunFolder, world: World, hang_s: float) -> None:
-        """Starts watching; `hang_s` of 0 watches nothing."""
+        """`hang_s` of 0 watches nothing."""
         self._run, self._world, self._hang_s = run, world, hang_s
         self._moves, self._place, self._moved, self._allowed_s = 0, "start", time.monotonic(), hang_s
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        if hang_s:
-            run.heartbeats.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Watchdog:
+        """Start watching."""
+        if self._hang_s:
+            self._moved = time.monotonic()
+            self._run.heartbeats.mkdir(parents=True, exist_ok=True)
             self._write()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
-
-    def __enter__(self) -> Watchdog:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -53,12 +54,12 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def at(self, place: str) -> None:
-        """The training moved on, and is now at `place`."""
+        """The training made progress, and is now at `place`."""
         self._moves, self._place, self._moved = self._moves + 1, place, time.monotonic()
 
     @contextmanager
     def patient(self, place: str, seconds: float) -> Iterator[None]:
-        """At a `place` where standing still for another `seconds` is ordinary."""
+        """At a `place` where waiting for another `seconds` is ordinary."""
         self.at(place)
         self._allowed_s = self._hang_s + seconds
         try:
@@ -71,14 +72,14 @@ class Watchdog:
         tick_s = self._hang_s / BEATS_PER_LIMIT
         while not self._over.wait(tick_s):
             still_s = time.monotonic() - self._moved
-            # Where a library hangs with the interpreter's lock, this thread never runs again: C code then ends us.
+            # Where a library hangs and holds the GIL, this thread never runs again: C code then ends the process.
             faulthandler.dump_traceback_later(self._allowed_s + 2 * tick_s, exit=True, file=2)
             self._write()
             if still_s > self._allowed_s:
                 self._end(still_s, tick_s)
 
     def _end(self, still_s: float, tick_s: float) -> None:
-        """Say what is known, and leave without waiting for anybody."""
+        """Say what is known, and exit without waiting for any rank."""
         me = self._world.rank
         lines = [f"rank {me} has not moved for {still_s:.0f} s, at: {self._place}"]
         lines += [f"rank {me}: {line}" for line in self._stacks()]
@@ -101,7 +102,7 @@ class Watchdog:
         return lines
 
     def _who_is_behind(self) -> str:
-        """The ranks whose file is old (frozen, or gone), else those that moved least."""
+        """The ranks whose file is old (frozen, or gone), else those with the least progress."""
         now, silent, moves, places = time.time(), [], {}, {}
         for rank in range(self._world.world_size):
             try:

@@ -1,4 +1,4 @@
-"""What a logging interval measured: sums over its steps, read once at its end."""
+"""What a logging interval measures: sums over its steps, which are read once at its end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.data.loader import DataRecipe, StepBatch
+from pretrain.data.datasets import DataRecipe
+from pretrain.data.loader import StepBatch
 from pretrain.distributed import World
-from pretrain.engine.engine import current_learning_rate, gradient_norm, loss_scale
-from pretrain.plan import flops_per_token, peak_flops_of
+from pretrain.engine.engine import Engine
+from pretrain.flops import flops_per_token, peak_flops_of
+from pretrain.objective import LossSums
 from pretrain.run.metric_log import MonitorRecipe
 from sharebert import ShareBertConfig
 
 
 class Meter:
-    """Adds up on the device, so that the host waits for it at the end of an interval alone."""
+    """Adds up on the device, so that the host waits for the device only at the end of an interval."""
 
     def __init__(
         self,
@@ -38,8 +40,8 @@ class Meter:
         self._step_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.own_work_s: list[float] = []
-        """Each rank's own work in the last interval: waiting for rows, and forward passes (which under ZeRO 3
-        wait for other ranks' weights, and tell little)."""
+        """Each rank's own work in the last interval: waiting for rows, and forward passes. (Under ZeRO 3 a forward
+        pass also waits for other ranks' weights, so there it says little.)"""
         self.reset()
 
     def reset(self) -> None:
@@ -49,14 +51,14 @@ class Meter:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._started = self._paused_from = time.perf_counter()
 
-    def add(self, loss_sum: torch.Tensor, correct: torch.Tensor) -> None:
-        """Count one micro-batch: fp32 scalars."""
-        self._step_sums[0] += loss_sum.detach()
-        self._step_sums[1] += correct
+    def add(self, losses: LossSums) -> None:
+        """Count one micro-batch."""
+        self._step_sums[0] += losses.loss.detach()
+        self._step_sums[1] += losses.correct
 
     @contextmanager
     def own_work(self) -> Iterator[None]:
-        """Time what this rank does by itself, by the device's clock."""
+        """Time what this rank does by itself, with the device's clock."""
         if self._world.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -69,7 +71,7 @@ class Meter:
             self._forward_s += time.perf_counter() - started
 
     def end_step(self, batch: StepBatch, *, skipped: bool) -> None:
-        """Count one optimizer step. The loss of a skipped one is no number to average, and is left out."""
+        """Count one optimizer step. The loss of a skipped step is not a number and is left out."""
         if not skipped:
             self._sums[:2] += self._step_sums
             self._sums[2] += batch.masked
@@ -79,11 +81,11 @@ class Meter:
         self._paused_from = time.perf_counter()
 
     def skip_time(self) -> None:
-        """Leave the time since the last step out of the speeds: it went into a validation."""
+        """Leave the time since the last step out of the speeds, because a validation took it."""
         self._skipped_s += time.perf_counter() - self._paused_from
 
-    def read(self, step: int, engine: Any, batch: StepBatch) -> dict[str, Any]:
-        """The interval's line of the log, and a new interval. A collective. What is not known is None."""
+    def read(self, step: int, engine: Engine, batch: StepBatch) -> dict[str, Any]:
+        """The interval's line of the log; a new interval begins. A collective. What is not known is None."""
         per_rank = torch.zeros(self._world.world_size, dtype=torch.float64, device=self._world.device)
         sums = torch.cat([self._sums, per_rank])
         sums[3 + self._world.rank] = self._own_s()
@@ -98,9 +100,9 @@ class Meter:
             "tokens": batch.rows_consumed * self._seq_len,
             "loss": loss_sum / masked if masked else None,
             "accuracy": correct / masked if masked else None,
-            "lr": current_learning_rate(engine),
-            "grad_norm": norm if math.isfinite(norm := gradient_norm(engine)) else None,
-            "loss_scale": loss_scale(engine),
+            "lr": engine.learning_rate,
+            "grad_norm": norm if math.isfinite(norm := engine.gradient_norm) else None,
+            "loss_scale": engine.loss_scale,
             "skipped": engine.skipped_steps,
             "tokens_per_s": tokens_per_s,
             "mfu": tokens_per_s * self._flops / (self._peak * self._world.world_size) if self._peak else None,

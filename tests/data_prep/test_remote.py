@@ -21,7 +21,8 @@ from data_prep import files
 from data_prep.files import open_binary
 from data_prep.pipeline import prepare
 from data_prep.shards.reader import CacheConfig, open_dataset
-from pretrain.data.loader import DataRecipe, Loader, open_datasets
+from pretrain.data.datasets import DataRecipe, open_datasets
+from pretrain.data.loader import Loader
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import parse
 

@@ -29,8 +29,10 @@ import torch.distributed as dist
 
 from pretrain import distributed
 from pretrain import train as training
+from pretrain.data.batches import MicroBatch
 from pretrain.distributed import World
 from pretrain.faults.stop import StopRequest
+from pretrain.objective import LossSums
 from pretrain.recipe import TrainRecipe
 from pretrain.run.folder import RunFolder
 from sharebert_common.recipe import load
@@ -71,11 +73,17 @@ class FaultyTrainer(training.Trainer):
         self.bad = (bad or first <= step < end) and self.world.rank == self.world.world_size - 1
         return super().step(step, batch)
 
-    def forward(self, micro: training.MicroBatch) -> Any:
-        loss_sum, correct = super().forward(micro)
-        if self.world.rank == self.world.world_size - 1:
-            time.sleep(self.plan.get("slow_s", 0))
-        return (loss_sum * math.nan if getattr(self, "bad", False) else loss_sum), correct
+    def __enter__(self) -> training.Trainer:
+        self.bad, healthy = False, self.objective
+
+        def faulty(model: Any, batch: MicroBatch) -> LossSums:
+            losses = healthy(model, batch)
+            if self.world.rank == self.world.world_size - 1:
+                time.sleep(self.plan.get("slow_s", 0))
+            return losses._replace(loss=losses.loss * math.nan) if self.bad else losses
+
+        self.objective = faulty
+        return super().__enter__()
 
 
 Trainer = training.Trainer
@@ -98,19 +106,18 @@ def copy_run(source: Path, target: Path, step: int) -> None:
 def save_again(recipe: TrainRecipe, world: World) -> None:
     """Load and save without a step between: what comes out is what the engine holds. Facts for the test as well."""
     run = RunFolder(recipe.run)
-    accepted = training._accept(recipe, run, world)
-    trainer = training.Trainer(recipe, run, world, StopRequest(), *accepted)
-    if recipe.zero["stage"] == 3 and world.world_size > 1:  # a rank alone holds all of everything
-        named = dict(trainer.engine.module.named_parameters())
-        for name in ("sharebert.word_embeddings.weight", "sharebert.factor_linear_all.weight"):
-            local, full = named[name].numel(), named[name].ds_numel
-            assert local == 0, f"{name}: {local} of {full} elements lie whole on this rank"
-    trainer.saver.files.checkpoints = run.path / "again"
-    trainer.saver.files.checkpoints.mkdir(exist_ok=True)
-    trainer.saver.save(trainer.first_step)
-    trainer.saver.finish()
-    with trainer.watchdog:
-        run.release()
+    accepted = training.accept(recipe, run, world)
+    with training.Trainer(recipe, run, world, StopRequest(), accepted) as trainer:
+        if recipe.zero.stage == 3 and world.world_size > 1:  # a rank alone holds all of everything
+            named = dict(trainer.engine.module.named_parameters())
+            for name in ("sharebert.word_embeddings.weight", "sharebert.factor_linear_all.weight"):
+                local, full = named[name].numel(), named[name].ds_numel
+                assert local == 0, f"{name}: {local} of {full} elements lie whole on this rank"
+        trainer.state.files.checkpoints = run.path / "again"
+        trainer.state.files.checkpoints.mkdir(exist_ok=True)
+        trainer.state.save(trainer.first_step)
+        trainer.state.finish()
+    run.release()
 
 
 def main() -> None:

@@ -32,14 +32,14 @@ class HangingTrainer(training.Trainer):
     """Stands still."""
 
     def step(self, step: int, batch: training.StepBatch) -> bool:
-        self.now = step
+        if f"{self.world.rank} {step}" == os.environ["HANG"]:
+            self.objective = stand_still
         return super().step(step, batch)
 
-    def forward(self, micro: training.MicroBatch) -> Any:
-        if f"{self.world.rank} {getattr(self, 'now', 0)}" == os.environ["HANG"]:
-            while True:
-                time.sleep(3600)
-        return super().forward(micro)
+
+def stand_still(*given: Any) -> Any:
+    while True:
+        time.sleep(3600)
 
 
 if __name__ == "__main__":

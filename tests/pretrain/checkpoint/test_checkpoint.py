@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import open_writer
 
 from pretrain.checkpoint import format as checkpoint
 from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
-from pretrain.engine.fragments import STATES, Slice
+from pretrain.engine.fragments import STATES, Fragment
 from sharebert_common.errors import BadInput
 
 SHAPES = {"a.weight": [7, 5], "b.bias": [3], "c.weight": [11]}
@@ -31,7 +32,7 @@ def state_of(name: str, state: str) -> torch.Tensor:
     return torch.randn(numel(name), generator=generator)
 
 
-def slices_of(rank: int, world_size: int, fill: Callable[[str, str], torch.Tensor] = state_of) -> list[Slice]:
+def fragments_of(rank: int, world_size: int, fill: Callable[[str, str], torch.Tensor] = state_of) -> list[Fragment]:
     """Each parameter cut into `ranks` unequal pieces; later ranks own nothing of the smallest."""
     found = []
     for name in SHAPES:
@@ -39,26 +40,26 @@ def slices_of(rank: int, world_size: int, fill: Callable[[str, str], torch.Tenso
         start, end = min(rank * size, numel(name)), min((rank + 1) * size, numel(name))
         if start < end:
             tensors = {state: fill(name, state)[start:end].clone() for state in STATES}
-            found.append(Slice(name, start, end - start, tensors))
+            found.append(Fragment(name, start, end - start, tensors))
     return found
 
 
 def write(
     folder: Path, step: int, world_size: int = 3, keep: int = 3, keep_every: int = 0, said: list[str] | None = None
 ) -> None:
-    """Save one checkpoint as `ranks` ranks do, in threads."""
+    """Save one checkpoint as `world_size` ranks do, in threads."""
 
     recipe = CheckpointRecipe(keep=keep, keep_every=keep_every, write_timeout_s=20)
     report = (said if said is not None else []).append
-    savers = [
-        CheckpointWriter(folder, recipe, rank, world_size, token=f"launch{step}", report=report)
+    writers = [
+        open_writer(folder, rank, world_size, report, token=f"launch{step}", recipe=recipe)
         for rank in range(world_size)
     ]
 
     def one(rank: int) -> None:
-        generators = {"cpu": torch.full((5,), rank, dtype=torch.uint8)}
-        savers[rank].save(step, slices_of(rank, world_size), SHAPES, generators, {"note": step})
-        savers[rank].finish()
+        rng_state = {"cpu": torch.full((5,), rank, dtype=torch.uint8)}
+        writers[rank].save(step, fragments_of(rank, world_size), SHAPES, rng_state, {"note": step})
+        writers[rank].finish()
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -69,8 +70,8 @@ def write(
 
 def assert_whole(found: checkpoint.Checkpoint, world_size: int) -> None:
     for rank in range(world_size):
-        wanted = slices_of(rank, world_size, lambda name, state: torch.full((numel(name),), -1.0))
-        checkpoint.load(found, wanted)
+        wanted = fragments_of(rank, world_size, lambda name, state: torch.full((numel(name),), -1.0))
+        checkpoint.load_fragments(found, wanted)
         for s in wanted:
             for state in STATES:
                 assert torch.equal(s.tensors[state], state_of(s.name, state)[s.start : s.start + s.length])
@@ -83,7 +84,7 @@ def test_any_number_of_ranks_reads_it(tmp_path: Path, readers: int) -> None:
     assert found is not None
     assert (found.step, found.world_size, found.training) == (10, 3, {"note": 10})
     assert_whole(found, readers)
-    assert checkpoint.load_generators(found, 2)["cpu"].tolist() == [2] * 5
+    assert checkpoint.load_rng_state(found, 2)["cpu"].tolist() == [2] * 5
     assert torch.equal(checkpoint.read_whole(found, "a.weight"), state_of("a.weight", "weight").view(7, 5))
 
 
@@ -171,9 +172,9 @@ def test_a_rank_that_writes_nothing_leaves_no_checkpoint(tmp_path: Path) -> None
     said: list[str] = []
     recipe = CheckpointRecipe(write_timeout_s=0.2)
     write(tmp_path, 10)
-    saver = CheckpointWriter(tmp_path, recipe, rank=0, world_size=2, token="x", report=said.append)
-    saver.save(20, slices_of(0, 2), SHAPES, {}, {})
-    saver.finish()
+    writer = open_writer(tmp_path, 0, 2, said.append, recipe=recipe)
+    writer.save(20, fragments_of(0, 2), SHAPES, {}, {})
+    writer.finish()
     assert [folder.name for folder in tmp_path.glob("*step*")] == ["step-00000010"]
     assert any("ranks [1] wrote no file" in line for line in said)
     assert "given up" in said[-1]
@@ -194,21 +195,21 @@ class FullDisk:
         self._fsync(handle)
 
 
-def saver_of(folder: Path, rank: int, world_size: int, said: list[str], timeout_s: float = 20) -> CheckpointWriter:
+def writer_of(folder: Path, rank: int, world_size: int, said: list[str], timeout_s: float = 20) -> CheckpointWriter:
     recipe = CheckpointRecipe(write_timeout_s=timeout_s)
-    return CheckpointWriter(folder, recipe, rank, world_size, token="t", report=said.append)
+    return open_writer(folder, rank, world_size, said.append, recipe=recipe)
 
 
 def test_a_write_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     disk = FullDisk(monkeypatch, "rank-00000")
-    saver = saver_of(tmp_path, 0, 1, said)
-    saver.save(10, slices_of(0, 1), SHAPES, {}, {})
+    writer = writer_of(tmp_path, 0, 1, said)
+    writer.save(10, fragments_of(0, 1), SHAPES, {}, {})
     while disk.refused < 2:
         time.sleep(0.01)
     assert not checkpoint.found(tmp_path)
     disk.full = False
-    assert saver.finish()
+    assert writer.finish()
     assert checkpoint.newest_whole(tmp_path, pytest.fail).step == 10  # type: ignore[union-attr]
     assert said[0] == "checkpoint of step 10: [Errno 28] No space left on device; it is tried again in 0.5 s"
 
@@ -218,13 +219,14 @@ def test_a_newer_save_ends_the_trying_of_an_older_one(tmp_path: Path, monkeypatc
     said: list[str] = []
     write(tmp_path, 10, world_size=2)
     disk = FullDisk(monkeypatch, "rank-00001")
-    savers = [saver_of(tmp_path, rank, 2, said, timeout_s=300) for rank in range(2)]
+    writers = [writer_of(tmp_path, rank, 2, said, timeout_s=300) for rank in range(2)]
     for rank in range(2):
-        savers[rank].save(20, slices_of(rank, 2), SHAPES, {}, {})
+        writers[rank].save(20, fragments_of(rank, 2), SHAPES, {}, {})
     while not disk.refused:
         time.sleep(0.01)
     threads = [
-        threading.Thread(target=savers[rank].save, args=(30, slices_of(rank, 2), SHAPES, {}, {})) for rank in range(2)
+        threading.Thread(target=writers[rank].save, args=(30, fragments_of(rank, 2), SHAPES, {}, {}))
+        for rank in range(2)
     ]
     for thread in threads:
         thread.start()
@@ -233,7 +235,7 @@ def test_a_newer_save_ends_the_trying_of_an_older_one(tmp_path: Path, monkeypatc
         assert not thread.is_alive()
     assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000010"]
     disk.full = False
-    assert all(saver.finish() for saver in savers)
+    assert all(writer.finish() for writer in writers)
     assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000030", "step-00000010"]
     assert not list(tmp_path.glob(".step-*"))
     given_up = [line for line in said if "given up" in line]
@@ -245,14 +247,14 @@ def test_a_rank_may_be_ahead_by_a_save(tmp_path: Path, monkeypatch: pytest.Monke
     """Rank 1 has written its part of two checkpoints before rank 0 has written its part of the first."""
     said: list[str] = []
     disk = FullDisk(monkeypatch, "rank-00000")
-    first, second = (saver_of(tmp_path, rank, 2, said) for rank in range(2))
-    first.save(10, slices_of(0, 2), SHAPES, {}, {})
+    first, second = (writer_of(tmp_path, rank, 2, said) for rank in range(2))
+    first.save(10, fragments_of(0, 2), SHAPES, {}, {})
     for step in (10, 20):
-        second.save(step, slices_of(1, 2), SHAPES, {}, {})
+        second.save(step, fragments_of(1, 2), SHAPES, {}, {})
         second.finish()
     disk.full = False
     first.finish()
-    first.save(20, slices_of(0, 2), SHAPES, {}, {})
+    first.save(20, fragments_of(0, 2), SHAPES, {}, {})
     assert first.finish()
     assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000020", "step-00000010"]
     assert not list(tmp_path.glob(".step-*"))
@@ -261,9 +263,9 @@ def test_a_rank_may_be_ahead_by_a_save(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_save_that_fails_to_the_end_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     FullDisk(monkeypatch, "rank-00000")
-    saver = saver_of(tmp_path, 0, 1, said, timeout_s=0.2)
-    saver.save(10, slices_of(0, 1), SHAPES, {}, {})
-    assert not saver.finish()
+    writer = writer_of(tmp_path, 0, 1, said, timeout_s=0.2)
+    writer.save(10, fragments_of(0, 1), SHAPES, {}, {})
+    assert not writer.finish()
     assert not list(tmp_path.glob("*step*"))
 
 
@@ -308,7 +310,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     assert found is not None
     tensors = {state: torch.zeros(40) for state in STATES}
     with pytest.raises(BadInput, match=r"holds 35 of the 40 elements of 'a.weight'"):
-        checkpoint.load(found, [Slice("a.weight", 0, 40, tensors)])
+        checkpoint.load_fragments(found, [Fragment("a.weight", 0, 40, tensors)])
     manifest = json.loads((found.folder / "manifest.json").read_text())
     (found.folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
     with pytest.raises(BadInput, match="checkpoint format 2, this program reads 1"):

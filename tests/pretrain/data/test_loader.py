@@ -17,7 +17,8 @@ import torch
 from numbered import SEQ_LEN, SPECIAL_IDS, VOCAB_SIZE, numbered_dataset, numbers_of, originals, real_rows, rows_saying
 
 from data_prep.shards.reader import Dataset
-from pretrain.data.loader import DataRecipe, Loader, StepBatch, micro_shape, open_datasets
+from pretrain.data.datasets import DataRecipe, micro_shape, open_datasets
+from pretrain.data.loader import Loader, StepBatch
 from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import parse
@@ -166,6 +167,33 @@ def test_the_state_is_of_what_was_handed_out_not_of_what_is_ready(dataset: Datas
         assert next(loader).rows_consumed == 10 * step
         assert loader.state()["rows_consumed"] == 10 * step
     loader.close()
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (10, 10), (11, 45), (20, 45), (44, 45), (45, 45)])
+def test_skipped_rows_are_never_handed_out(dataset: Dataset, before: int, after: int) -> None:
+    """A step that would hold some of them starts behind them, and so do all later steps."""
+    settings = recipe(global_batch=10)
+
+    def loader_at(position: int) -> Loader:
+        loader = Loader([dataset], settings, 5, 0, 1)
+        loader.load_state(loader.state() | {"rows_consumed": position})
+        return loader
+
+    skipping = loader_at(before)
+    skipping.skip(range(20, 30))
+    skipping.skip(range(29, 45))
+    (first,) = steps(skipping, 1)
+    (expected,) = steps(loader_at(after), 1)
+    assert first.rows == range(after, after + 10)
+    for name, values in real(first).items():
+        np.testing.assert_array_equal(values, real(expected)[name])
+
+
+def test_rows_are_skipped_behind_steps_that_are_prepared_already(dataset: Dataset) -> None:
+    loader = Loader([dataset], recipe(global_batch=10, prefetch=8), 5, 0, 1)
+    assert next(loader).rows == range(10)
+    loader.skip(range(25, 31))
+    assert [step.rows.start for step in steps(loader, 3)] == [10, 31, 41]
 
 
 def test_a_state_of_other_data_order_or_seed_is_refused(dataset: Dataset, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pretrain.engine.engine import compile_layers
+from pretrain.model import compile_layers
 from sharebert import ShareBertForMaskedLM
 
 ROWS, LENGTH = 4, 16

@@ -11,18 +11,12 @@ import pytest
 import torch
 from tiny_runs import losses, train_arguments, train_many
 
-from pretrain.engine.engine import (
-    OptimizerRecipe,
-    Precision,
-    ScheduleRecipe,
-    check_zero,
-    deepspeed_config,
-    is_decayed,
-    learning_rate,
-    optimizer_groups,
-)
+from pretrain.engine.config import Precision, ZeroRecipe, check_zero, deepspeed_config
+from pretrain.engine.optimizer import OptimizerRecipe, ScheduleRecipe, is_decayed, learning_rate, optimizer_groups
+from pretrain.recipe import TrainRecipe
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
+from sharebert_common.recipe import load
 
 ROOT = Path(__file__).parents[3]
 
@@ -82,7 +76,7 @@ def test_what_deepspeed_is_told(stage: int, precision: Precision) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = deepspeed_config(
-        zero={"stage": stage}, precision=precision, clip=0.5, micro_batch=4, micro_batches=3, parameters=1000
+        zero=ZeroRecipe(stage=stage), precision=precision, clip=0.5, micro_batch=4, micro_batches=3, parameters=1000
     )
     DeepSpeedConfig(dict(config))  # its own check
     halves = {key for key in ("bf16", "fp16") if config.get(key, {}).get("enabled")}
@@ -94,23 +88,28 @@ def test_what_deepspeed_is_told(stage: int, precision: Precision) -> None:
         assert config["fp16"]["loss_scale"] == 0, "0 is DeepSpeed's word for dynamic"
 
 
+def zero_of(*overrides: str) -> ZeroRecipe:
+    return load(TrainRecipe, "demo", ["run=r", "data.dataset=d", *overrides]).zero
+
+
 def test_deepspeeds_own_keys_win_and_unknown_ones_are_refused() -> None:
-    zero = {"stage": 2, "reduce_bucket_size": 77}
+    zero = zero_of("zero.stage=2", "zero.reduce_bucket_size=77", "zero.contiguous_gradients=false")
     config = deepspeed_config(zero=zero, precision="fp32", clip=0, micro_batch=1, micro_batches=1, parameters=5)
     assert config["zero_optimization"]["reduce_bucket_size"] == 77
+    assert config["zero_optimization"]["contiguous_gradients"] is False
     check_zero(zero)
     with pytest.raises(BadInput, match="did you mean 'reduce_bucket_size'"):
-        check_zero({"reduce_bucket": 1})
+        check_zero(zero_of("zero.reduce_bucket=1"))
     with pytest.raises(BadInput, match="no ZeRO stage"):
-        check_zero({"stage": 5})
+        zero_of("zero=5")
     with pytest.raises(BadInput, match="round_robin_gradients: checkpoints would be wrong"):
-        check_zero({"stage": 2, "round_robin_gradients": True})
+        check_zero(zero_of("zero.stage=2", "zero.round_robin_gradients=true"))
 
 
 def test_a_start_does_not_load_a_compiler() -> None:
     """DeepSpeed asks for its Muon optimizer at every start, whose decorators would load Inductor."""
     code = (
-        "import sys; from pretrain.engine.engine import import_deepspeed; import_deepspeed();"
+        "import sys; from pretrain.engine.deepspeed_import import import_deepspeed; import_deepspeed();"
         "from deepspeed.runtime.zero.utils import is_zero_supported_optimizer as supported;"
         "import deepspeed.comm; deepspeed.comm.get_rank = lambda group=None: 1; supported(None);"
         "print(*(name in sys.modules for name in sys.argv[1:]))"

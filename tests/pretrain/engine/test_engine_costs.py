@@ -1,4 +1,4 @@
-"""What the engine costs: how often a step makes the host wait, and whether large blocks are given back."""
+"""What the engine costs: how often a step makes the host wait."""
 
 from __future__ import annotations
 
@@ -34,11 +34,3 @@ def test_reads_of_an_optimizer_step(costs: dict[str, Any]) -> None:
     assert costs["reads"].keys() == MOST.keys()
     for stage, most in MOST.items():
         assert costs["reads"][stage] <= most, f"ZeRO {stage}: {costs['reads'][stage]} reads"
-
-
-def test_large_blocks_are_mapped_on_their_own_for_models_of_published_sizes(costs: dict[str, Any]) -> None:
-    if costs["mapped"][0] is None:
-        pytest.skip("glibc's mallinfo2 is not there to count mapped blocks (glibc 2.33 or later)")
-    small, published = costs["mapped"]
-    assert small == 0
-    assert published > 5  # some fit into what the heap had free

@@ -11,14 +11,10 @@ import pytest
 import torch
 from tiny_runs import losses, train_arguments, train_many
 
-from pretrain.engine.engine import (
-    deepspeed_config,
-    import_deepspeed,
-    load_scaler_state,
-    loss_scale,
-    scale_can_fall,
-    scaler_state,
-)
+from pretrain.engine.config import ZeroRecipe, deepspeed_config
+from pretrain.engine.deepspeed_import import import_deepspeed
+from pretrain.engine.engine import Engine
+from pretrain.engine.loss_scaler import load_scaler_state, loss_scale, scaler_state
 
 BAR = 0.02
 """Nats between the means of the last 50 of 300 steps."""
@@ -58,7 +54,7 @@ def fp16_engine(stage: int) -> Any:
     from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
     keys = deepspeed_config(
-        zero={"stage": stage}, precision="fp16", clip=0.5, micro_batch=4, micro_batches=1, parameters=1000
+        zero=ZeroRecipe(stage=stage), precision="fp16", clip=0.5, micro_batch=4, micro_batches=1, parameters=1000
     )
     fp16 = DeepSpeedConfig(keys).float16_config
     scaler = CreateLossScaler(torch.half, fp16.loss_scale, fp16.loss_scale == 0, fp16.dynamic_loss_scale_args())
@@ -90,7 +86,7 @@ def test_fp16s_scale_falls_on_overflow_and_rises_after_a_thousand_good_steps(sta
     assert scale_after(engine, True) == 2**15
     assert scale_after(engine, *[False] * 1000) == 2**15
     assert scale_after(engine, False) == 2**16
-    assert scale_can_fall(engine)
+    assert Engine(engine, clip=0.5).loss_scale_can_fall
 
 
 @pytest.mark.usefixtures("no_process_group")

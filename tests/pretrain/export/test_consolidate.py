@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import SPECIAL
-from tiny_runs import train_arguments, train_many
+from tiny_runs import open_writer, train_arguments, train_many
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -23,8 +23,7 @@ import sharebert_cli
 from exports.dense_export import read_dense
 from exports.export import read_config, read_export, tensor_shapes
 from pretrain.checkpoint import format as checkpoint
-from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
-from pretrain.engine.fragments import Slice
+from pretrain.engine.fragments import Fragment
 from pretrain.export.consolidate import consolidate
 from pretrain.export.weight_sources import CheckpointMasters
 from sharebert import SIZES, ShareBertConfig
@@ -269,10 +268,10 @@ def big_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of sharebert-large with a checkpoint of one rank, as far as consolidation reads it."""
     run = tmp_path_factory.mktemp("big") / "run"
     config = ShareBertConfig(**{**SIZES["sharebert-large"], "num_hidden_layers": 2})
-    slices = []
+    fragments = []
     for name, shape in tensor_shapes(config).items():
         values = torch.randn(math.prod(shape)) * 0.02
-        slices.append(Slice(name, 0, len(values), {"weight": values, "exp_avg": values, "exp_avg_sq": values}))
+        fragments.append(Fragment(name, 0, len(values), {"weight": values, "exp_avg": values, "exp_avg_sq": values}))
     run.mkdir()
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate([*SPECIAL, *map(str, range(30523))])}))
     tokenizer.add_special_tokens(SPECIAL)
@@ -282,7 +281,7 @@ def big_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenizer_sha256": hashlib.sha256((run / "tokenizer.json").read_bytes()).hexdigest(),
         "loader": {"fingerprint": "made up", "rows_consumed": 0},
     }
-    saver = CheckpointWriter(run / "checkpoints", CheckpointRecipe(), 0, 1, "token", pytest.fail)
-    saver.save(1, slices, {name: list(shape) for name, shape in tensor_shapes(config).items()}, {}, training)
-    saver.finish()
+    writer = open_writer(run / "checkpoints", 0, 1, pytest.fail)
+    writer.save(1, fragments, {name: list(shape) for name, shape in tensor_shapes(config).items()}, {}, training)
+    writer.finish()
     return run

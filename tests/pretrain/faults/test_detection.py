@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from pretrain.checkpoint.format import Checkpoint
 from pretrain.distributed import World
-from pretrain.engine.engine import import_deepspeed, load_scaler_state, scaler_state
-from pretrain.faults.detection import FaultsRecipe, SkippedSteps, SlowRanks, SpikeDetector, TooManyFaults
-from pretrain.faults.skipping import BadRows, BadRowsFile
+from pretrain.engine.deepspeed_import import import_deepspeed
+from pretrain.engine.loss_scaler import load_scaler_state, scaler_state
+from pretrain.faults.detection import SlowRanks, SpikeDetector
+from pretrain.faults.recipe import FaultsRecipe
+from pretrain.faults.skipping import BadRows, BadRowsFile, SkippedSteps, TooManyFaults
 from sharebert_common.errors import BadInput
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -72,34 +74,18 @@ def test_of_two_ranks_the_slow_one_is_named() -> None:
     assert "rank 1 on b" in said[0]
 
 
-class Counter:
-    """A loader that only counts."""
-
-    consumed = 0
-
-    def state(self) -> dict[str, Any]:
-        return {"rows_consumed": self.consumed}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.consumed = state["rows_consumed"]
-
-
-def test_bad_rows_are_passed_over_by_this_launch_and_the_next(alone: World, tmp_path: Path) -> None:
+def test_bad_rows_are_kept_for_the_next_attempt(alone: World, tmp_path: Path) -> None:
     file = tmp_path / "bad_rows.jsonl"
     rows = BadRowsFile(file, alone, pytest.fail)
     rows.add(BadRows(20, 30, step=3, back_to=0))
     rows.add(BadRows(29, 45, step=4, back_to=0))
     again = BadRowsFile(file, alone, pytest.fail)
+    again.read()
     assert again.entries == rows.entries
     assert (again.returns_to(0), again.returns_to(5)) == (2, 0)
-    loader = Counter()
-    for before, after in ((0, 0), (10, 10), (11, 45), (20, 45), (44, 45), (45, 45)):
-        loader.consumed = before
-        again.pass_over(loader, 10)  # type: ignore[arg-type]
-        assert loader.consumed == after, before
     file.write_text("rows\n")
-    with pytest.raises(BadInput, match="not a list of rows to pass over"):
-        BadRowsFile(file, alone, pytest.fail)
+    with pytest.raises(BadInput, match="not a list of rows to skip"):
+        BadRowsFile(file, alone, pytest.fail).read()
 
 
 def test_more_rows_are_given_up_each_time(alone: World, tmp_path: Path) -> None:
@@ -118,7 +104,7 @@ def test_more_rows_are_given_up_each_time(alone: World, tmp_path: Path) -> None:
     skips.count(10, range(120, 130), skipped=True)
     skips.count(11, range(130, 140), skipped=False)
     assert skips.in_a_row == 0
-    with pytest.raises(TooManyFaults, match="going back to step 5 2 times did not help"):
+    with pytest.raises(TooManyFaults, match="returning to step 5 2 times did not help"):
         skips.give_up_rows(13, found)
 
 

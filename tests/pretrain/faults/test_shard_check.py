@@ -16,13 +16,14 @@ from sharebert_common.errors import BadInput
 def outcome(check: ShardCheck) -> str | None:
     """What the check found, once it is through."""
     deadline = time.monotonic() + 60
-    while check._thread.is_alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    try:
-        check.raise_damage()
-    except BadInput as damage:
-        return str(damage)
+    with check:
+        while check._thread.is_alive():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        try:
+            check.raise_damage()
+        except BadInput as damage:
+            return str(damage)
     return None
 
 

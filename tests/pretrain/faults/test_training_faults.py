@@ -1,4 +1,4 @@
-"""Faults of the training under every ZeRO stage: skipped steps, rows passed over, giving up, a slow rank, memory."""
+"""Faults of the training under every ZeRO stage: skipped steps, rows to skip, giving up, a slow rank, memory."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan.append({"overrides": train_arguments(dataset, run, **keys), **fault})
 
     for case in CASES:
-        add("clean", case, {}, faults__dry_run=False)
-        add("dry", case, {}, faults__dry_run=True)
+        add("clean", case, {}, faults__memory_probe=False)
+        add("dry", case, {}, faults__memory_probe=True)
         add("skip", case, {"bad_steps": [5, 7]})
         add("back", case, {"bad_rows": [61, 88]}, faults__max_skipped=3)
-    failed = {"error": "going back to step 5 2 times did not help"}
+    failed = {"error": "returning to step 5 2 times did not help"}
     add("end", (1, "fp32"), {"bad_steps": [6, 99], **failed}, faults__max_skipped=2, faults__max_returns=2)
     nothing = {"error": "there is no checkpoint to go back to; started again, rows 10 to 29 of the order are passed"}
     add("start", (2, "fp32"), {"bad_rows": [10, 30], **nothing}, faults__max_skipped=2)
@@ -86,7 +86,7 @@ def test_after_too_many_it_goes_back_and_passes_over_the_rows(runs: Path, stage:
     assert all("loss" in line for line in lines)
     assert [line["rows"] for line in lines] == [10 * s for s in range(1, 7)] + [10 * s for s in range(10, STEPS + 4)]
     assert losses(run)[:6] == losses(clean)[:6], "step 6 is made again, and is the same"
-    assert "step 9: 3 steps in a row were not finite; going back to step 5; rows 60 to 89 of the order" in said(
+    assert "step 9: 3 steps in a row were not finite; returning to step 5; rows 60 to 89 of the order" in said(
         runs, run
     )
 
@@ -104,7 +104,7 @@ def test_a_run_that_cannot_be_helped_ends_with_a_report(runs: Path) -> None:
     run = runs / "end-1-fp32"
     state = json.loads((run / "state.json").read_text())
     assert state["state"] == "failed"
-    assert "step 7: 2 steps in a row were not finite, and going back to step 5 2 times did not help" in state["reason"]
+    assert "step 7: 2 steps in a row were not finite, and returning to step 5 2 times did not help" in state["reason"]
     assert str(run / "bad_rows.jsonl") in state["reason"]
     entries = [json.loads(line) for line in (run / "bad_rows.jsonl").read_text().splitlines()]
     assert [(entry["first"], entry["end"]) for entry in entries] == [(50, 70), (50, 90)]
@@ -134,7 +134,8 @@ def test_memory_that_does_not_suffice_shows_at_the_start(dataset: Path, tmp_path
     """The address space is limited to what is mapped after the imports, and 2 GB more; the step takes more."""
     code = (
         "import re, resource, sys; from pathlib import Path; from pretrain.__main__ import launch\n"
-        "import torch, pretrain.train; from pretrain.engine.engine import import_deepspeed; import_deepspeed()\n"
+        "import torch, pretrain.train; from pretrain.engine.deepspeed_import import import_deepspeed\n"
+        "import_deepspeed()\n"
         "torch.set_num_threads(1)\n"
         "used = int(re.search(r'VmSize:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**30,) * 2)\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.run.folder import RunFolder
-from pretrain.run.metric_log import Monitor
+from pretrain.run.metric_log import MetricLog
 
 
 @pytest.fixture
@@ -18,8 +18,10 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-def monitor(run: RunFolder, step: int = 0) -> Monitor:
-    return Monitor(run, enabled=True, steps=9, step=step, config_yaml="a: 1")
+def metric_log(run: RunFolder, step: int = 0) -> MetricLog:
+    log = MetricLog(run, enabled=True, steps=9)
+    log.open(step, "a: 1")
+    return log
 
 
 def valid(step: int, loss: float) -> dict[str, float]:
@@ -39,10 +41,10 @@ def lines(run: RunFolder) -> list[tuple[int, float]]:
 
 
 def test_lines_that_wait_are_written_at_the_end(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = monitor(run)
+    shown = metric_log(run)
     with monkeypatch.context() as full:
-        full.setattr("pretrain.run.metric_log._LogFile.write", refuse)
-        full.setattr("pretrain.run.metric_log._Board.write", refuse)
+        full.setattr("pretrain.run.log_file.LogFile.write", refuse)
+        full.setattr("pretrain.run.event_file.EventFile.write", refuse)
         shown.line(valid(1, 7.0))
         shown.line(valid(2, 6.0))
     assert lines(run) == []
@@ -56,11 +58,11 @@ def refuse(output: object) -> None:
 
 def test_a_launch_that_died_before_its_first_checkpoint_is_not_shown(run: RunFolder) -> None:
     for last in (5.0, 4.0):
-        shown = monitor(run)
+        shown = metric_log(run)
         for step in range(2):
             shown.line(valid(step, last))
         shown.close()
-        shown = monitor(run, step=1)
+        shown = metric_log(run, step=1)
         shown.line(valid(2, last))
         shown.close()
     assert points(run) == [(0, 4.0), (1, 4.0), (2, 4.0)]

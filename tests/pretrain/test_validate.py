@@ -12,7 +12,7 @@ import pytest
 from numbered import SPECIAL_IDS, numbered_dataset, numbers_of, originals, real_rows, rows_saying
 
 from data_prep.shards.reader import Dataset
-from pretrain.data.heldout import Block, unigram_entropy, validation_blocks
+from pretrain.validate import Block, unigram_entropy, validation_blocks
 from sharebert_common.errors import BadInput
 
 VALIDATION = [20, 13]

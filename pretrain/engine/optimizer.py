@@ -1,0 +1,72 @@
+"""AdamW as the recipe asks for it: its settings, its groups of parameters, its learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from sharebert_common.recipe import STRICT
+
+
+@dataclass(config=STRICT, kw_only=True)
+class OptimizerRecipe:
+    """AdamW, with the authors' settings."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Highest learning rate, reached at the end of the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled decay, on all but biases and the LayerNorms of layers and head."""
+    clip: Annotated[float, Field(ge=0)] = 0.5
+    """Highest norm of the whole gradient; 0 does not clip."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ScheduleRecipe:
+    """Learning rate over the steps: linear warm-up from 0, then decay to `final`."""
+
+    warmup: Annotated[float, Field(ge=0)] = 0.06
+    """Length of the warm-up: a fraction of all steps below 1, a number of steps from 1."""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape after the warm-up."""
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Last learning rate as a fraction of the highest."""
+
+
+def learning_rate(step: int, steps: int, highest: float, recipe: ScheduleRecipe) -> float:
+    """The learning rate of optimizer step `step`, counted from 1, of `steps`. A pure function."""
+    warmup = recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps
+    if step < warmup:
+        return highest * step / warmup
+    if recipe.decay == "constant":
+        return highest
+    done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
+    shape = 1 - done if recipe.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return highest * (recipe.final + (1 - recipe.final) * shape)
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay acts on the parameter `name`.
+
+    As in the authors' recipe: not on biases, nor on the LayerNorms of the layers (with the final one
+    and the head's); their two factor norms are decayed.
+    """
+    if name.endswith("bias"):
+        return False
+    return not name.endswith("norm.weight") or "factor_norm" in name
+
+
+def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in two groups, decayed and not; the order is that of `named_parameters`."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for name, p in named if is_decayed(name)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not is_decayed(name)], "weight_decay": 0.0},
+    ]

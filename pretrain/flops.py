@@ -1,0 +1,39 @@
+"""FLOPs of a training step, and the peak of the devices that it may run on."""
+
+from __future__ import annotations
+
+import torch
+
+from sharebert import ShareBertConfig
+
+PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "a40": 150e12, "v100": 125e12}
+"""Dense bf16 (V100: fp16) FLOP/s of one GPU, from the makers' data sheets (SXM where there is a choice)."""
+
+
+def generated_elements(config: ShareBertConfig) -> int:
+    """Elements of the matrices that a layer uses: four [H, H], and two of the feed-forward network."""
+    return 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+
+
+def flops_per_token(config: ShareBertConfig, seq_len: int, mask_rate: float, tokens_per_micro_batch: int) -> float:
+    """FLOPs of forward and backward a token, counting a multiply-add as two.
+
+    6L(4H² + 2HI) for the layers, 12·L·T·H for the attention scores and their use, 6·rate·(head) for the masked
+    tokens, and 6F(4H² + 2HI)/tokens for the generated weights, which each rank makes once a micro-batch.
+    """
+    hidden, layers, matrices = config.hidden_size, config.num_hidden_layers, generated_elements(config)
+    dense, decoder = {
+        "untied": (hidden**2, hidden * config.vocab_size),
+        "tied": (hidden * config.factor_size, config.factor_size * config.vocab_size),
+        "none": (0, 0),
+    }[config.mlm_head]
+    making = 6 * config.factor_size * matrices / tokens_per_micro_batch if config.sharing == "veps" else 0.0
+    return 6 * layers * matrices + 12 * layers * seq_len * hidden + 6 * mask_rate * (dense + decoder) + making
+
+
+def peak_flops_of(device: torch.device) -> float:
+    """Data-sheet FLOP/s of this device, or 0 where it is not known (every CPU)."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device).lower()
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0.0)

@@ -1,0 +1,59 @@
+"""What people see of a run as it trains: a progress bar on a terminal, steady lines in a job's log."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Terminal:
+    """Shows the lines of the log."""
+
+    def __init__(self, steps: int, step: int) -> None:
+        """`steps` is where the run ends, `step` where it is."""
+        self._steps = steps
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[line]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=steps, completed=step, line="")
+
+    def show(self, values: dict[str, Any]) -> None:
+        """Show one line of the log."""
+        step = values["step"]
+        if "valid_loss" in values:
+            text = f"valid loss {values['valid_loss']:.4f}  accuracy {values['valid_accuracy']:.3f}"
+            self._print(f"step {step}/{self._steps}  {text}")
+            return
+        loss, norm = values.get("loss", float("nan")), values.get("grad_norm", float("inf"))
+        text = f"loss {loss:.4f}  lr {values['lr']:.2e}  grad norm {norm:.2f}  {values['tokens_per_s']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, line=text)
+        else:
+            self._print(f"step {step}/{self._steps}  {text}")
+
+    def close(self) -> None:
+        """Leave the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            with contextlib.suppress(OSError):  # a full disk, where the job's log lies on one
+                print(text, file=sys.stderr, flush=True)
