@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BANDWIDTH = {"a100": 2.039e12, "h100": 3.35e12}
 """Bytes/s of a GPU's memory, from the makers' data sheets (A100 80 GB SXM, H100 SXM)."""
 
+PLAN_DEFAULTS = {"run": "(not given)", "data": {"dataset": "(not given)"}}
+"""Keys that a plan can do without."""
+
 UTILISATIONS = (0.40, 0.55, 0.70)
 """Shares of a GPU's peak that plans are made for."""
 

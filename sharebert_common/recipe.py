@@ -1,8 +1,7 @@
 """Recipes: a YAML file and `key=value` overrides become a checked dataclass.
 
-The ground floor: every stage reads its config through this module, and it imports no stage.
-OmegaConf reads and merges (`${run}/x` interpolation, `1e-3` is a number); pydantic checks types,
-ranges and unknown keys. Merge order: defaults of the dataclass < YAML < `key=value`.
+Every stage reads its recipe through this module. OmegaConf reads and merges (`${run}/x` interpolation, `1e-3` is a
+number); pydantic checks types, ranges and unknown keys. What wins: `key=value` over YAML over the dataclass's defaults.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +25,8 @@ T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", defer_build=True)
 """The pydantic config of every recipe dataclass: `@dataclass(config=STRICT, kw_only=True)`.
 
-Validators are built when a recipe is read, and docstrings are read for `--help`: the many processes that import a
-recipe to unpickle it need neither, and both together take longer than the import of NumPy.
+Validators are built when a recipe is read, and docstrings are read for `--help`. The many processes that only unpickle
+a recipe need neither, and both together take longer than the import of NumPy.
 """
 
 
@@ -52,7 +51,13 @@ def find(recipe: str | Path) -> Path:
     )
 
 
-def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str] = ()) -> T:
+def load(
+    schema: type[T],
+    recipe: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
     """Read a recipe into `schema`, a dataclass.
 
     A schema may say in `SHORTHAND: ClassVar[dict[str, str]]` that a plain value of one of its keys
@@ -62,6 +67,7 @@ def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str] = 
         schema: a pydantic dataclass declared with `STRICT`.
         recipe: path or shipped name of a YAML file; None for defaults alone.
         overrides: `key.subkey=value`, the value in YAML.
+        defaults: nested values of keys that the recipe and the overrides may leave out.
 
     Raises:
         BadInput: unreadable YAML, an unknown key (the nearest known one is named), a wrong value.
@@ -91,7 +97,7 @@ def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str] = 
                 raw = OmegaConf.to_container(part).get(key)  # type: ignore[union-attr]
                 if raw is not None and not isinstance(raw, dict):
                     part[key] = {inner: raw}
-        values = OmegaConf.to_container(OmegaConf.merge(merged, from_command_line), resolve=True)
+        values = OmegaConf.to_container(OmegaConf.merge(defaults or {}, merged, from_command_line), resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise BadInput(f"{where}: {' '.join(str(error).split())}") from error
     return parse(schema, values, where)

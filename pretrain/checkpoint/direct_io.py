@@ -1,8 +1,8 @@
 """Writing a large file past the page cache.
 
-A checkpoint is written beside the training, on processors that are all at work. The ordinary way copies every byte into
-the page cache and has the kernel write it from there; direct writes let the disk read the buffer itself. (480 MB on an
-ext4 of a virtual disk: 0.02 s of a processor instead of 0.1 s to 1 s, and no dataset pushed out of memory.)
+A checkpoint is written while the training uses all processors. A buffered write copies every byte into the page cache,
+and the kernel writes it from there. With a direct write the disk reads the buffer itself. (480 MB on an ext4 of a
+virtual disk: 0.02 s of a processor instead of 0.1 s to 1 s, and the page cache keeps the dataset.)
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ import os
 from pathlib import Path
 
 BLOCK_BYTES = 4096
-"""Address, offset and length of a direct write are multiples of a disk's block; no disk has larger ones."""
+"""Address, offset and length of a direct write are multiples of the disk's block size, at most this."""
+
 CHUNK_BYTES = 16 << 20
+"""Bytes of one call."""
 
 
 def write_direct(path: Path, data: memoryview) -> None:
-    """Write bytes to a new file and fsync it; where the file system has no direct writes, or `data` does not start at
-    a multiple of BLOCK_BYTES in memory, through the cache. Raises OSError where the disk does not take them."""
+    """Write bytes to a new file and fsync it.
+
+    The write is buffered where the file system has no direct writes, or where `data` does not start at a multiple of
+    BLOCK_BYTES in memory. Raises OSError where the disk does not take the bytes.
+    """
     with path.open("wb", buffering=0) as out:
         done = _write_blocks(out.fileno(), data[: len(data) // BLOCK_BYTES * BLOCK_BYTES])
         while done < len(data):
@@ -28,7 +33,7 @@ def write_direct(path: Path, data: memoryview) -> None:
 
 
 def _write_blocks(handle: int, data: memoryview) -> int:
-    """Write what can be written past the cache; how many bytes that were."""
+    """Write what can be written directly; returns how many bytes that were."""
     direct = getattr(os, "O_DIRECT", 0)  # Linux has it
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
     done = 0

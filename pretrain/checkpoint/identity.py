@@ -1,7 +1,7 @@
-"""What may change between two launches of a run, and what may not.
+"""What may change between two attempts of a run, and what may not.
 
-Model and tokenizer may not: the weights would mean something else. Datasets may, where `data.may_change` asks for
-it. Everything else of the recipe may, and each change is reported with both values.
+The model and the tokenizer may not, because the weights would mean something else. Datasets may, where
+`data.may_change` allows it. Everything else in the recipe may, and each change is reported with both values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sharebert_common.errors import BadInput
 
 
 def identity(model: ShareBertConfig, dataset: Dataset) -> dict[str, Any]:
-    """What may not change within a run, beside the seed, which the loader's state carries."""
+    """What may not change within a run. (The seed may not either; it is in the loader's state.)"""
     return {
         "model": model.to_dict(),
         "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
@@ -37,7 +37,7 @@ def refuse_differences(found: Checkpoint, ours: Mapping[str, Any]) -> None:
 
 
 def report_changes(config: Path, recipe: Mapping[str, Any], report: Callable[[str], None]) -> None:
-    """Report every key whose value differs from that in `config`, the recipe of the launch before, if there was one."""
+    """Report every key whose value differs from that in `config`, the earlier attempt's recipe, if there is one."""
     try:
         before = OmegaConf.to_container(OmegaConf.load(config))
     except Exception:  # none yet, or one that is not readable: it will be written again
@@ -50,7 +50,7 @@ def report_changes(config: Path, recipe: Mapping[str, Any], report: Callable[[st
 def _differences(
     old: Mapping[Any, Any], new: Mapping[Any, Any], prefix: str = "", only: Mapping[Any, Any] | None = None
 ) -> list[tuple[str, Any, Any]]:
-    """Dotted key, old and new value of all leaves that differ; of the keys of `only` alone, where it is given."""
+    """Dotted key, old and new value of all leaves that differ. With `only`, those of its keys."""
     found = []
     for key in sorted(old.keys() | new.keys()) if only is None else sorted(only):
         a, b = old.get(key), new.get(key)

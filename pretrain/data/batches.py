@@ -1,4 +1,4 @@
-"""Rows become micro-batches: read, masked, and laid out at a fixed shape."""
+"""From rows to micro-batches: read, mask, and lay out at a fixed shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MicroBatch:
     """What one forward pass takes. `capacity` = rows × max(1, round(mask_rate × seq_len)) is fixed."""
 
     tokens: torch.Tensor
-    """[rows, seq_len] int64, masks applied."""
+    """[rows, seq_len] int64, with masks applied."""
     document_ids: torch.Tensor
     """[rows, seq_len] uint8 (int32 for datasets with more than 255 documents a row); 0 is padding."""
     positions: torch.Tensor
@@ -107,7 +107,7 @@ class Batcher:
         ]
 
     def _read(self, dataset: I64, rows: I64) -> tuple[Array, Array]:
-        """Tokens and segments [n, seq_len] of rows of several datasets, in the order asked for."""
+        """Tokens and document ids [n, seq_len] of rows of several datasets, in the order asked for."""
         present = np.unique(dataset)
         if len(present) == 1:
             return self._read_one(int(present[0]), rows)

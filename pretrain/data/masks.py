@@ -1,4 +1,4 @@
-"""Which tokens of a row are hidden, and behind what: a pure function of (seed, epoch, row, position).
+"""Which tokens of a row are masked, and what stands in their place: a pure function of (seed, epoch, row, position).
 
 The masked-language-model objective of Devlin et al., "BERT", NAACL 2019, section 3.1, with an exact
 number of masked tokens a row, so that shapes never change. docs/format.md carries the definition and
@@ -22,20 +22,20 @@ from sharebert_common.errors import BadInput
 Hide = Literal["mixed", "chosen", "all"]
 """What is put in place of tokens.
 
-`mixed`: chosen ones become [MASK] (80 %), a random ordinary word (10 %), themselves (10 %).
-`chosen`: every chosen one becomes [MASK]. `all`: every ordinary token of the row becomes [MASK].
+`mixed`: a chosen token becomes [MASK] (80 %), a random ordinary word (10 %), or stays (10 %).
+`chosen`: every chosen token becomes [MASK]. `all`: every ordinary token of the row becomes [MASK].
 """
 
 MASK_BELOW = np.uint64(0.8 * 2**32)
 RANDOM_BELOW = np.uint64(0.9 * 2**32)
 REPLACEMENTS = 2**32
-"""Counter of a row's stream from which replacements are drawn; choices are drawn from 0 on."""
+"""Counter in a row's stream from which replacements are drawn. Choices are drawn from 0 on."""
 
 HALF = np.uint64(32)
 NEVER = np.uint32(2**32 - 1)
 
 CHUNK_TOKENS = 32_768
-"""How many tokens are ranked at once: the arrays of a chunk stay in a core's second-level cache."""
+"""Tokens that are ranked at once, so that the arrays of a chunk stay in a core's second-level cache."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MaskedRows:
 
 
 class Masks:
-    """Chooses tokens and hides them.
+    """Chooses tokens and masks them.
 
     A row of n non-padding tokens has exactly max(1, round(rate · n)) chosen ones (rounded as IEEE 754
     and Python do: halves to even), or all of its ordinary tokens where it has fewer. Special tokens,
@@ -100,11 +100,11 @@ class Masks:
         rows: NDArray[np.int64],
         hide: Hide = "mixed",
     ) -> MaskedRows:
-        """Choose and hide tokens.
+        """Choose and mask tokens.
 
         Args:
             tokens: [n, seq_len] ids.
-            segments: [n, seq_len], 0 where padding is.
+            document_ids: [n, seq_len], 0 at padding.
             epochs: [n] of each row.
             rows: [n] the rows' numbers in their dataset.
             hide: what to put in place of the tokens.

@@ -1,4 +1,4 @@
-"""What a launch ran on, for `environment.json`: commit, versions, hardware, and how the ranks communicate."""
+"""What an attempt ran on, for `environment.json`: commit, versions, hardware, and how the ranks communicate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("sharebert", "torch", "deepspeed", "numpy", "safetensors", "tokenize
 
 VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_NUM_THREADS", "CUDA_", "DS_ACCELERATOR",
              "MASTER_", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")  # fmt: skip
-"""Beginnings of the environment variables that are recorded. All others may be secrets, and are not."""
+"""Prefixes of the environment variables that are recorded. All others may be secrets and are not recorded."""
 
 
 def environment(device: torch.device, hosts: list[str]) -> dict[str, Any]:

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.plan import AUTHORS_TOKENS, documented_tables, flops_per_token, kernel_table, speed_table
+from pretrain.flops import flops_per_token
+from pretrain.plan import AUTHORS_TOKENS, PLAN_DEFAULTS, documented_tables, kernel_table, report, speed_table
+from pretrain.recipe import TrainRecipe
 from sharebert import SIZES, ShareBertConfig
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import load
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 
@@ -44,3 +48,31 @@ def test_the_page_shows_what_the_functions_give() -> None:
         assert table in page, (
             f"docs/performance.md is out of date; its tables are printed by `python -m pretrain.plan`:\n{table}"
         )
+
+
+def test_a_plan_needs_no_dataset_where_the_recipe_gives_the_sizes() -> None:
+    recipe = load(TrainRecipe, "sharebert-small", defaults=PLAN_DEFAULTS)
+    config = ShareBertConfig.from_dict(SIZES["sharebert-small"])
+    micro_rows = recipe.resolve(8, needs_data=False).micro_rows
+    lines = report(recipe, gpus=8, gpu="h100").splitlines()
+    assert f"FLOPs a token         {flops_per_token(config, 128, 0.15, micro_rows * 128) / 1e6:,.1f} M" in lines
+    with pytest.raises(BadInput, match=r"no dataset|no such|manifest"):
+        recipe.resolve(8)
+    with pytest.raises(BadInput, match="model: hidden_size"):
+        load(TrainRecipe, "sharebert-small", ["model.hidden_size=-1"], defaults=PLAN_DEFAULTS).resolve(
+            8, needs_data=False
+        )
+
+
+def test_a_plan_takes_the_sizes_of_a_dataset_that_exists(dataset: Path) -> None:
+    keys = [
+        f"data.dataset={dataset}",
+        "data.global_batch=8",
+        "data.micro_batch=4",
+        "model.hidden_size=32",
+        "model.intermediate_size=48",
+    ]
+    recipe = load(TrainRecipe, "demo", keys, defaults=PLAN_DEFAULTS)
+    training = recipe.resolve(needs_data=False)
+    assert training.seq_len == training.datasets[0].seq_len
+    assert training.model.config.vocab_size >= training.datasets[0].vocab_size
