@@ -19,7 +19,7 @@ from tiny_runs import log_of, train_arguments
 
 from data_prep.shards.reader import open_dataset, write_manifest
 from pretrain.checkpoint.identity import report_changes
-from pretrain.model import build_model, choose_model, refuse_other_tokenizer
+from pretrain.model import ModelRecipe, build_model, choose_model, refuse_other_tokenizer
 from sharebert_common.errors import BadInput
 from sharebert_common.files import file_sha256
 
@@ -225,7 +225,7 @@ def export(dataset: Path, tmp_path: Path) -> Path:
         "factor_size": 8,
         "mlm_head": "tied",
     }
-    model = build_model(choose_model(arguments, 301, 32), seed=0)
+    model = build_model(choose_model(ModelRecipe(**arguments), 301, 32), seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7)
@@ -236,8 +236,8 @@ def export(dataset: Path, tmp_path: Path) -> Path:
 
 def test_a_run_starts_from_an_export_with_longer_positions(export: Path) -> None:
     with pytest.raises(BadInput, match="max_position_embeddings: 32, and the dataset's rows have 64 tokens"):
-        choose_model({"init_from": str(export)}, 301, 64)
-    choice = choose_model({"init_from": str(export), "max_position_embeddings": 64}, 301, 64)
+        choose_model(ModelRecipe(init_from=str(export)), 301, 64)
+    choice = choose_model(ModelRecipe(init_from=str(export), max_position_embeddings=64), 301, 64)
     model = build_model(choice, seed=0)
     for name, parameter in model.named_parameters():
         known = parameter[:32] if "position" in name else parameter
@@ -246,11 +246,11 @@ def test_a_run_starts_from_an_export_with_longer_positions(export: Path) -> None
     assert positions.shape == (64, 32)
     assert 0 < positions[32:].std() < 0.1
     with pytest.raises(BadInput, match=r"'sharebert\.position_embeddings\.weight' is"):
-        build_model(choose_model({"init_from": str(export), "max_position_embeddings": 16}, 301, 16), seed=0)
+        build_model(choose_model(ModelRecipe(init_from=str(export), max_position_embeddings=16), 301, 16), seed=0)
 
 
 def test_an_export_with_another_tokenizer_is_refused(export: Path, dataset: Path, tmp_path: Path) -> None:
-    choice = choose_model({"init_from": str(export)}, 301, 32)
+    choice = choose_model(ModelRecipe(init_from=str(export)), 301, 32)
     refuse_other_tokenizer(choice, open_dataset(dataset))
     other = retokenize(Path(shutil.copytree(dataset, tmp_path / "other")))
     with pytest.raises(BadInput, match=r"tokenizer\.json has sha256 \w+, the tokenizer of .*other has \w+"):
