@@ -109,7 +109,13 @@ class Trainer:
                 self.loader.skip(entry.rows)
             self.hosts = distributed.hosts()
             self.slow_ranks = SlowRanks(recipe.faults.slow_factor, self.hosts, self.report)
-            found = find_checkpoint(self.run, self.world, self.identity, self.loader.check_state)
+            found = find_checkpoint(
+                self.run,
+                self.world,
+                self.identity,
+                self.loader.check_state,
+                or_none=recipe.checkpoint.restart_if_unreadable,
+            )
             torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))
             model = build_model(training.model, recipe.seed)
             model.sharebert.recompute = recipe.recompute
@@ -129,7 +135,7 @@ class Trainer:
             if recipe.faults.memory_probe and (found is None or found.step < recipe.steps):
                 # Before the load: after one, ZeRO 3 would record an order of parameters that later steps do not keep.
                 probe_memory(self.engine, self.loader, self.objective)
-            self.first_step = self.state.load(found, recipe.seed) if found else 0
+            self.first_step = self.state.load(found, recipe.seed) if found else self.state.begin()
             self.start_run()
             self.metric_log.open(self.first_step, to_yaml(recipe))
             opened.callback(self.metric_log.close)

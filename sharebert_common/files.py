@@ -29,6 +29,15 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: what was made, renamed or removed there."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

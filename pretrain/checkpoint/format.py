@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,18 @@ from sharebert_common.errors import BadInput
 FORMAT = 1
 RNG_STATE = "generator/"
 """Prefix of the tensors that hold the states of random generators."""
+
+
+READ_TRIES, FIRST_PAUSE_S = 3, 0.5
+"""How often a checkpoint is read where the file system fails, and the first pause; each is twice the one before."""
+
+
+class Damaged(BadInput):
+    """The files of a checkpoint are not what was written."""
+
+
+class Unreadable(BadInput):
+    """The files of a checkpoint cannot be read now, or not by this program. They may be whole."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +90,29 @@ def found(checkpoints: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> Checkpoint:
-    """Open the checkpoint in `folder`; sizes are checked, checksums are not. Raises BadInput, naming the file."""
+    """Open the checkpoint in `folder`; sizes are checked, checksums are not.
+
+    Raises Damaged or Unreadable, both BadInput, naming the file.
+    """
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise BadInput(f"{path}: checkpoint format {manifest['format']}, this program reads {FORMAT}")
+            raise Unreadable(f"{path}: checkpoint format {manifest['format']}, this program reads {FORMAT}")
         if manifest.pop("checksum") != manifest_checksum(manifest):
-            raise BadInput(f"{path}: damaged (its checksum is not its own)")
+            raise Damaged(f"{path}: damaged (its checksum is not its own)")
         for name, entry in manifest["files"].items():
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
-                raise BadInput(f"{folder / name}: {size} bytes, {entry['bytes']} were written")
+                raise Damaged(f"{folder / name}: {size} bytes, {entry['bytes']} were written")
     except FileNotFoundError as error:
-        raise BadInput(f"{error.filename}: missing") from error
+        raise Damaged(f"{error.filename}: missing") from error
+    except OSError as error:
+        raise Unreadable(f"{error.filename or path}: cannot be read now ({error.strerror or error})") from error
+    except BadInput:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        raise (
-            error if isinstance(error, BadInput) else BadInput(f"{path}: not a checkpoint manifest ({error})")
-        ) from error
+        raise Damaged(f"{path}: not a checkpoint manifest ({error})") from error
     return Checkpoint(folder, manifest)
 
 
@@ -104,28 +122,69 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 
 def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
-    """Compare the checksums of `files` (default: all). Raises BadInput, naming the first that differs."""
+    """Compare the checksums of `files` (default: all).
+
+    Raises Damaged, naming the first file that differs, or Unreadable.
+    """
     names = list(checkpoint.manifest["files"] if files is None else files)
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as threads:  # hashing frees the GIL
         sums = threads.map(lambda name: _checksum(checkpoint.folder / name), names)
         for name, found_sum in zip(names, sums, strict=True):
             if found_sum != checkpoint.manifest["files"][name]["xxh3_128"]:
-                raise BadInput(f"{checkpoint.folder / name}: damaged (its checksum is not the one in the manifest)")
+                raise Damaged(f"{checkpoint.folder / name}: damaged (its checksum is not the one in the manifest)")
 
 
-def newest_whole(checkpoints: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies. Each damaged one on the way is named to `report`."""
-    return next(all_whole(checkpoints, report), None)
+def read_whole_checkpoint(folder: Path) -> Checkpoint:
+    """Open and verify the checkpoint in `folder`. A file system that fails is tried again for a few seconds.
 
-
-def all_whole(checkpoints: Path, report: Callable[[str], None]) -> Iterator[Checkpoint]:
-    """The checkpoints that verify, newest first, each read when it is asked for. Damaged ones are named to `report`."""
-    for folder in found(checkpoints):
+    Raises Damaged or Unreadable, both BadInput, naming the file.
+    """
+    pause_s = FIRST_PAUSE_S
+    for left in reversed(range(READ_TRIES)):
         try:
             checkpoint = read_manifest(folder)
             verify(checkpoint)
-        except (BadInput, OSError) as error:
-            report(f"{error}; taking the checkpoint before it")
+            break
+        except Unreadable as error:
+            if not left or not isinstance(error.__cause__, OSError):
+                raise
+            time.sleep(pause_s)
+            pause_s *= 2
+    return checkpoint
+
+
+def newest_whole(checkpoints: Path, report: Callable[[str], None], *, or_none: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None where there is no checkpoint at all.
+
+    Args:
+        checkpoints: the folder of a run's checkpoints.
+        report: takes a line for each checkpoint that is damaged or cannot be read.
+        or_none: None also where there are checkpoints and none of them verifies.
+
+    Raises BadInput where there are checkpoints and none of them verifies: a run that started anew would lose them.
+    """
+    reasons: list[str] = []
+
+    def note(reason: str) -> None:
+        reasons.append(reason)
+        report(reason)
+
+    newest = next(all_whole(checkpoints, note), None)
+    if newest is None and reasons and not or_none:
+        raise BadInput(
+            f"{checkpoints}: no checkpoint can be read ({'; '.join(reasons)}); mend that, or move them away to start "
+            "at step 0, or set checkpoint.restart_if_unreadable=true"
+        )
+    return newest
+
+
+def all_whole(checkpoints: Path, report: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The checkpoints that verify, newest first, each read when it is asked for. The others are named to `report`."""
+    for folder in found(checkpoints):
+        try:
+            checkpoint = read_whole_checkpoint(folder)
+        except BadInput as error:
+            report(str(error))
             continue
         yield checkpoint
 
@@ -179,7 +238,12 @@ def rank_file(rank: int) -> str:
 
 def _checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: missing") from error
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be read now ({error.strerror or error})") from error
     return digest.hexdigest()

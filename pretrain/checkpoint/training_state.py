@@ -21,7 +21,12 @@ from sharebert_common.errors import BadInput
 
 
 def find_checkpoint(
-    run: RunFolder, world: World, identity: Mapping[str, Any], check_loader_state: Callable[[Mapping[str, Any]], None]
+    run: RunFolder,
+    world: World,
+    identity: Mapping[str, Any],
+    check_loader_state: Callable[[Mapping[str, Any]], None],
+    *,
+    or_none: bool = False,
 ) -> Checkpoint | None:
     """The newest whole checkpoint of a run, the same on every rank. A collective.
 
@@ -30,12 +35,20 @@ def find_checkpoint(
         world: of this process.
         identity: of this launch, from `identity.identity`.
         check_loader_state: raises BadInput where the loader could not continue from a state.
+        or_none: None where there are checkpoints and none can be read.
 
-    Raises BadInput, on every rank, where the checkpoint belongs to another model, tokenizer or dataset.
+    Raises BadInput, on every rank, where there are checkpoints and none can be read, and where the newest one belongs
+    to another model, tokenizer or dataset.
     """
-    newest = newest_whole(run.checkpoints, run.say) if world.is_main else None
-    name = distributed.broadcast_from_main(newest.folder.name if newest else "")
-    found, refusal = None, None
+    name, found, refusal = "", None, None
+    if world.is_main:
+        try:
+            newest = newest_whole(run.checkpoints, run.say, or_none=or_none)
+            name = newest.folder.name if newest else ""
+        except BadInput as error:
+            refusal = str(error)
+    distributed.first_refusal(refusal)
+    name = distributed.broadcast_from_main(name)
     if name:
         try:
             found = read_manifest(run.checkpoints / name)
@@ -76,6 +89,11 @@ class TrainingState:
         """Wait until the last save is on disk or given up; whether it is whole. A collective."""
         return distributed.all_agree(self.files.finish())
 
+    def begin(self) -> int:
+        """Start without a checkpoint, at step 0. Returns 0."""
+        self.files.branch_off(0)
+        return 0
+
     def load(self, found: Checkpoint, seed: int) -> int:
         """Take up a checkpoint: weights, moments, counters, rows and generators. Returns its step. A collective.
 
@@ -84,6 +102,7 @@ class TrainingState:
             seed: of the run; on another world size than the checkpoint's, dropout is seeded from it.
         """
         load_fragments(found, self.engine.writable_fragments(self.world))
+        self.files.branch_off(found.step)
         self.engine.load_state(found.step, found.training)
         self._report_changed_data(found)
         self.loader.load_state(found.training["loader"])

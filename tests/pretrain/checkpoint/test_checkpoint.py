@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,13 @@ def fragments_of(rank: int, world_size: int, fill: Callable[[str, str], torch.Te
 
 
 def write(
-    folder: Path, step: int, world_size: int = 3, keep: int = 3, keep_every: int = 0, said: list[str] | None = None
+    folder: Path,
+    step: int,
+    world_size: int = 3,
+    keep: int = 3,
+    keep_every: int = 0,
+    said: list[str] | None = None,
+    resumed_from: int | None = None,
 ) -> None:
     """Save one checkpoint as `world_size` ranks do, in threads."""
 
@@ -55,6 +62,9 @@ def write(
         open_writer(folder, rank, world_size, report, token=f"launch{step}", recipe=recipe)
         for rank in range(world_size)
     ]
+
+    if resumed_from is not None:
+        writers[0].branch_off(resumed_from)
 
     def one(rank: int) -> None:
         rng_state = {"cpu": torch.full((5,), rank, dtype=torch.uint8)}
@@ -99,8 +109,8 @@ def test_it_holds_no_pickle_and_safetensors_reads_it(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "step-00000010\n"
 
 
-def damage_flip(folder: Path) -> None:
-    path = folder / "rank-00001.safetensors"
+def damage_flip(folder: Path, rank: int = 1) -> None:
+    path = folder / f"rank-{rank:05d}.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
@@ -270,30 +280,141 @@ def test_a_save_that_fails_to_the_end_says_so(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_newest_whole_one_is_never_deleted(tmp_path: Path) -> None:
-    """It stays where newer ones are damaged; these go when the run has a whole one again."""
+    """It stays where newer ones are damaged; these go when the run that resumed from it has a whole one again."""
     for step in (10, 20, 30):
         write(tmp_path, step, world_size=1)
     for step in (20, 30):
         (tmp_path / checkpoint.folder_name(step) / "rank-00000.safetensors").write_bytes(b"")
     assert checkpoint.newest_whole(tmp_path, [].append).step == 10  # type: ignore[union-attr]
-    write(tmp_path, 15, world_size=1, keep=2)
+    said: list[str] = []
+    write(tmp_path, 15, world_size=1, keep=2, said=said, resumed_from=10)
+    assert said == ["continuing from step 10; step-00000020, step-00000030 will be deleted after the next checkpoint"]
     assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000015", "step-00000010"]
     write(tmp_path, 20, world_size=1, keep=1)
     assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000020"]
 
 
-def test_a_disk_that_cannot_be_read_is_a_damage_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_one_goes_only_where_the_run_said_so(tmp_path: Path) -> None:
+    write(tmp_path, 30, world_size=1)
+    write(tmp_path, 20, world_size=1, keep=1)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000030", "step-00000020"]
+
+
+def test_a_damaged_one_takes_no_place_of_those_that_are_kept(tmp_path: Path) -> None:
+    for step in (10, 20):
+        write(tmp_path, step, world_size=1, keep=2)
+    damage_flip(tmp_path / "step-00000020", rank=0)
+    said: list[str] = []
+    write(tmp_path, 30, world_size=1, keep=2, said=said)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000030", "step-00000010"]
+    assert "rank-00000.safetensors: damaged" in said[0]
+
+
+class BadDisk:
+    """Reads below a folder fail, as often as wanted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, times: int) -> None:
+        self.folder, self.left, self._open = folder, times, Path.open
+        monkeypatch.setattr(Path, "open", lambda path, *given, **keys: self.open(path, *given, **keys))
+        monkeypatch.setattr(checkpoint, "FIRST_PAUSE_S", 0.01)
+
+    def open(self, path: Path, *given: Any, **keys: Any) -> Any:
+        if self.left and self.folder in path.parents:
+            self.left -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return self._open(path, *given, **keys)
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 10)
     write(tmp_path, 20)
+    BadDisk(monkeypatch, tmp_path / "step-00000020", times=2)
+    assert checkpoint.newest_whole(tmp_path, pytest.fail).step == 20  # type: ignore[union-attr]
 
-    def failing(found: checkpoint.Checkpoint) -> None:
-        if found.step == 20:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), "rank-00000.safetensors")
 
-    monkeypatch.setattr(checkpoint, "verify", failing)
+def test_one_that_cannot_be_read_now_is_named_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    disk = BadDisk(monkeypatch, tmp_path / "step-00000020", times=1000)
     said: list[str] = []
     assert checkpoint.newest_whole(tmp_path, said.append).step == 10  # type: ignore[union-attr]
-    assert "Input/output error: 'rank-00000.safetensors'; taking the checkpoint before it" in said[0]
+    assert "step-00000020/manifest.json: cannot be read now (Input/output error)" in said[0]
+    write(tmp_path, 30, keep=1)
+    write(tmp_path, 40, keep=2)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000040", "step-00000030"]
+    disk.left = 0
+
+
+def test_where_none_can_be_read_a_run_does_not_start_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint.newest_whole(tmp_path, pytest.fail) is None
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    damage_cut(tmp_path / "step-00000010")
+    manifest = tmp_path / "step-00000020" / "manifest.json"
+    newer = json.loads(manifest.read_text()) | {"format": 2}
+    manifest.write_text(json.dumps(newer))
+    with pytest.raises(BadInput) as refused:
+        checkpoint.newest_whole(tmp_path, [].append)
+    for part in ("checkpoint format 2, this program reads 1", "were written", "checkpoint.restart_if_unreadable=true"):
+        assert part in str(refused.value)
+    assert checkpoint.newest_whole(tmp_path, [].append, or_none=True) is None
+
+
+def failing_once(function: Callable[..., Any], fails: Callable[..., bool], *, afterwards: bool) -> Callable[..., Any]:
+    """`function`, which raises EIO the first time that `fails` says so: before or after it did its work."""
+    left = [1]
+
+    def wrapped(*given: Any, **keys: Any) -> Any:
+        now = bool(left and fails(*given))
+        if now:
+            left.clear()
+            if not afterwards:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        result = function(*given, **keys)
+        if now:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return result
+
+    return wrapped
+
+
+def is_folder(handle: int) -> bool:
+    return Path(f"/proc/self/fd/{handle}").readlink().is_dir()
+
+
+@pytest.mark.parametrize("afterwards", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", ["first folder's fsync", "second folder's fsync", "rename", "unlink", "replace"])
+def test_every_step_of_a_save_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, afterwards: bool
+) -> None:
+    """One call fails, before or after it did its work: the checkpoint is whole a moment later, on both ranks."""
+    monkeypatch.setattr("pretrain.checkpoint.writer.FIRST_PAUSE_S", 0.01)
+    match step.split()[-1]:
+        case "fsync":
+            parent = step.startswith("second")
+
+            def fails(handle: int) -> bool:
+                return is_folder(handle) and (Path(f"/proc/self/fd/{handle}").readlink() == tmp_path) is parent
+
+            monkeypatch.setattr(os, "fsync", failing_once(os.fsync, fails, afterwards=afterwards))
+        case name:
+
+            def of_a_checkpoint(path: Path, *_: Any, **__: Any) -> bool:
+                return "step-00000010" in str(path)
+
+            wrapped = failing_once(getattr(Path, name), of_a_checkpoint, afterwards=afterwards)
+            monkeypatch.setattr(Path, name, lambda *given, **keys: wrapped(*given, **keys))
+    said: list[str] = []
+    write(tmp_path, 10, world_size=2, said=said)
+    assert len([line for line in said if "tried again" in line]) == 1, said
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-00000010"]
+    found = checkpoint.newest_whole(tmp_path, pytest.fail)
+    assert found is not None
+    assert sorted(path.name for path in found.folder.iterdir()) == [
+        "manifest.json",
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+    ]
 
 
 def test_leftovers_of_a_dead_launch_never_count(tmp_path: Path) -> None:
@@ -302,6 +423,9 @@ def test_leftovers_of_a_dead_launch_never_count(tmp_path: Path) -> None:
     assert checkpoint.newest_whole(tmp_path, pytest.fail).step == 10  # type: ignore[union-attr]
     write(tmp_path, 30, world_size=1)
     assert not list(tmp_path.glob(".step-*"))
+    (tmp_path / ".latest.123-456").touch()
+    write(tmp_path, 40, world_size=1)
+    assert not list(tmp_path.glob(".latest*"))
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
