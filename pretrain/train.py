@@ -130,7 +130,9 @@ class Trainer:
                 parameters=sum(p.numel() for p in model.parameters()),
             )
             self.engine = open_engine(model, self.deepspeed_keys, recipe.optimizer)
-            self.state = TrainingState(recipe.checkpoint, self.run, self.world, self.engine, self.loader, self.identity)
+            self.state = TrainingState(
+                recipe.checkpoint, self.run, self.world, self.engine, self.loader, self.identity, self.metric_log.sync
+            )
             self.state.open()
             if recipe.faults.memory_probe and (found is None or found.step < recipe.steps):
                 # Before the load: after one, ZeRO 3 would record an order of parameters that later steps do not keep.

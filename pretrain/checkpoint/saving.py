@@ -44,9 +44,12 @@ class RankSave:
     """Start and length of each fragment in it, by parameter."""
     manifest: dict[str, Any]
     """The manifest without the files."""
+    sync_log: Callable[[], None]
+    """Makes the run's log durable; rank 0 calls it before the checkpoint becomes whole."""
     deadline: float
     """When rank 0 stops waiting for the files of the others, on `time.monotonic`'s clock."""
     _files: dict[str, Any] = field(default_factory=dict, init=False)
+    _note_tried: bool = field(default=False, init=False)
 
     @property
     def partial(self) -> Path:
@@ -68,10 +71,16 @@ class RankSave:
         self.partial.mkdir(exist_ok=True)
 
     def write_rank_file(self) -> None:
-        """Write this rank's file, and then a note that it is whole."""
+        """Write this rank's file, and then a note that it is whole.
+
+        A note that is there although writing it failed is enough. Rank 0 may have read it and moved the folder.
+        """
+        if self._note_tried and (self._note(self.rank).exists() or not self.partial.exists()):
+            return
         write_direct(self.partial / rank_file(self.rank), self.data)
         size, checksum = len(self.data), xxhash.xxh3_128(self.data).hexdigest()
         entry = {"slices": self.fragments, "bytes": size, "xxh3_128": checksum}
+        self._note_tried = True
         write_atomically(self._note(self.rank), json.dumps(entry))
 
     def collect_notes(self) -> None:
@@ -90,7 +99,8 @@ class RankSave:
         self._files = {rank_file(rank): json.loads(self._note(rank).read_text(encoding="utf-8")) for rank in ranks}
 
     def write_manifest(self) -> None:
-        """Write the manifest in place of the notes, and make the folder durable."""
+        """Write the manifest in place of the notes, and make the folder and the run's log durable."""
+        self.sync_log()
         whole = json.loads(json.dumps(self.manifest | {"files": self._files}))  # as it will be read
         write_atomically(self.partial / "manifest.json", json.dumps(whole | {"checksum": manifest_checksum(whole)}))
         for rank in range(self.world_size):

@@ -71,9 +71,11 @@ class TrainingState:
         engine: Engine,
         loader: Loader,
         identity: dict[str, Any],
+        sync_log: Callable[[], None],
     ) -> None:
+        """`sync_log` makes the run's log durable; it is called before a checkpoint becomes whole."""
         self.run, self.world, self.engine, self.loader, self.identity = run, world, engine, loader, identity
-        self.files = CheckpointWriter(run.checkpoints, recipe, world.rank, world.world_size, report=run.say)
+        self.files = CheckpointWriter(run.checkpoints, recipe, world.rank, world.world_size, run.say, sync_log)
 
     def open(self) -> None:
         """Make ready to save: agree on this attempt's token, remove leftovers, allocate the buffer. A collective."""

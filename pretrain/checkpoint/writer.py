@@ -60,6 +60,8 @@ class CheckpointWriter:
     world_size: int
     report: Callable[[str], None]
     """Takes a line for the log."""
+    sync_log: Callable[[], None] = lambda: None
+    """Makes the run's log durable."""
     _token: str = field(default="", init=False)
     _buffer: torch.Tensor | None = field(default=None, init=False)
     _layout: Layout | None = field(default=None, init=False)
@@ -126,6 +128,7 @@ class CheckpointWriter:
             data=self._buffer.numpy().data,
             fragments=_spans(fragments),
             manifest={"format": FORMAT, "step": step, "training": training, "shapes": shapes},
+            sync_log=self.sync_log,
             deadline=time.monotonic() + self.recipe.write_timeout_s,
         )
         self._thread = threading.Thread(

@@ -4,6 +4,8 @@ A rank that hangs leaves the others waiting in a collective. So each rank has a 
 training last made progress, and tells the others through a small file, RUN/heartbeats/rank-00000.json. That takes no
 collective, and no answer of the rank that hangs. When there was no progress for `hang_s`, each rank writes its stacks
 to the log and says which rank is behind; then it exits with code 1, so that torchrun restarts the ranks.
+
+Time in which the process itself was suspended (SIGSTOP, `scontrol suspend`, a laptop's lid) does not count.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain.distributed import World
@@ -35,6 +39,7 @@ class Watchdog:
         self._moves, self._place, self._moved, self._allowed_s = 0, "start", time.monotonic(), hang_s
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Watchdog:
         """Start watching."""
@@ -42,6 +47,10 @@ class Watchdog:
             self._moved = time.monotonic()
             self._run.heartbeats.mkdir(parents=True, exist_ok=True)
             self._write()
+            faulthandler.register(signal.SIGQUIT, file=2, all_threads=True)  # stacks, for the guard and for people
+            guard = [sys.executable, "-S", "-E", str(Path(__file__).with_name("guard.py")), str(os.getpid())]
+            self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, bufsize=0)
+            self._tell_guard(self._hang_s)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -51,7 +60,11 @@ class Watchdog:
         if self._thread is not None:
             self._over.set()
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
+            self._thread = None
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()
+            self._guard.wait()
+            self._guard = None
 
     def at(self, place: str) -> None:
         """The training made progress, and is now at `place`."""
@@ -70,13 +83,25 @@ class Watchdog:
 
     def _watch(self) -> None:
         tick_s = self._hang_s / BEATS_PER_LIMIT
-        while not self._over.wait(tick_s):
-            still_s = time.monotonic() - self._moved
-            # Where a library hangs and holds the GIL, this thread never runs again: C code then ends the process.
-            faulthandler.dump_traceback_later(self._allowed_s + 2 * tick_s, exit=True, file=2)
+        while True:
+            slept_from = time.monotonic()
+            if self._over.wait(tick_s):
+                return
+            now = time.monotonic()
+            suspended_s = now - slept_from - tick_s
+            if suspended_s > tick_s:
+                self._moved = min(now, self._moved + suspended_s)
+            still_s = now - self._moved
+            self._tell_guard(self._allowed_s + 2 * tick_s)
             self._write()
             if still_s > self._allowed_s:
                 self._end(still_s, tick_s)
+
+    def _tell_guard(self, seconds: float) -> None:
+        """Python code runs here, and should run again within `seconds`."""
+        if self._guard is not None and self._guard.stdin is not None:
+            with suppress(OSError):  # somebody ended it
+                self._guard.stdin.write(f"{seconds}\n".encode())
 
     def _end(self, still_s: float, tick_s: float) -> None:
         """Say what is known, and exit without waiting for any rank."""

@@ -27,6 +27,10 @@ class LogFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             del self.waiting[0]
 
+    def sync(self) -> None:
+        """Make durable what was written. Raises OSError."""
+        os.fsync(self._handle)
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._handle)

@@ -61,6 +61,15 @@ class MetricLog:
             self._write(output)
         self._terminal.show(values)
 
+    def sync(self) -> None:
+        """Make the lines of `log.jsonl` durable, so that a checkpoint never has a step that the log lacks."""
+        for output in self._outputs:
+            if isinstance(output, LogFile):
+                try:
+                    output.sync()
+                except OSError as error:
+                    self._run.say(f"{output.path}: {error.strerror or error}")
+
     def close(self) -> None:
         """Close the files. Lines that wait are tried once more, since the last checkpoint may have waited for room as
         well; what cannot be written now is lost.

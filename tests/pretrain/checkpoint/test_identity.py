@@ -255,3 +255,38 @@ def test_an_export_with_another_tokenizer_is_refused(export: Path, dataset: Path
     other = retokenize(Path(shutil.copytree(dataset, tmp_path / "other")))
     with pytest.raises(BadInput, match=r"tokenizer\.json has sha256 \w+, the tokenizer of .*other has \w+"):
         refuse_other_tokenizer(choice, open_dataset(other))
+
+
+def test_a_run_whose_checkpoints_cannot_be_read_is_left_as_it_is(
+    results: dict[str, Any], dataset: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Another program's newer format, for instance: nothing is trained, cut or deleted, unless it was asked for."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "private", run)
+    manifest = run / "checkpoints" / "step-00000002" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    given = train_arguments(dataset, run, steps=4)
+    refused, anew = launch_all(tmp_path, [given, [*given, "checkpoint.restart_if_unreadable=true"]])
+    code, said, _ = refused
+    assert code == 2
+    assert "checkpoint format 2, this program reads 1" in said
+    assert "checkpoint.restart_if_unreadable=true" in said
+    code, said, _ = anew
+    assert code == 0
+    assert "continuing from step 0; step-00000002 will be deleted after the next checkpoint" in said
+    assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4]
+
+
+def test_the_log_of_a_refused_run_is_not_cut(
+    results: dict[str, Any], dataset: Path, folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "private", run)
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    (run / "checkpoints" / "step-00000002").mkdir()
+    log = (run / "log.jsonl").read_bytes()
+    ((code, said, _),) = launch_all(tmp_path, [train_arguments(dataset, run, steps=4)])
+    assert code == 2
+    assert "manifest.json: missing" in said
+    assert (run / "log.jsonl").read_bytes() == log
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("step")] == ["step-00000002"]

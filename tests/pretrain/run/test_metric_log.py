@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,27 @@ def test_a_launch_that_died_before_its_first_checkpoint_is_not_shown(run: RunFol
         shown.line(valid(2, last))
         shown.close()
     assert points(run) == [(0, 4.0), (1, 4.0), (2, 4.0)]
+
+
+def test_a_clock_that_was_set_back_between_two_attempts_drops_no_point(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_800_000_000.0
+    for attempt, back_s in enumerate((0, 3600, 7200)):
+        monkeypatch.setattr(time, "time", lambda back_s=back_s: now - back_s)
+        shown = metric_log(run, step=10 * attempt)
+        for step in range(10 * attempt + 1, 10 * attempt + 13):  # two steps that the next attempt makes again
+            shown.line(valid(step, float(attempt)))
+        shown.close()
+        run.cut_log(10 * attempt + 10)
+    assert points(run) == [(step, float((step - 1) // 10 if step <= 30 else 2)) for step in range(1, 33)]
+
+
+def test_the_log_is_durable_when_asked(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = metric_log(run)
+    shown.line(valid(1, 7.0))
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
+    shown.sync()
+    assert synced == [str(run.log)]
+    shown.close()
