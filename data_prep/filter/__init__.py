@@ -1,1 +1,7 @@
-"""Which documents stay: cleaning, deduplication, decontamination."""
+"""Leave documents out.
+
+clean          rules that look at one document: lengths, symbols, repetition, language
+ngrams         hashes of word n-grams, for the three others
+dedup          documents that repeat an earlier one, exactly or nearly
+decontaminate  documents that overlap with evaluation sets
+"""

@@ -19,7 +19,9 @@ import numpy as np
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from data_prep.shards.reader import CacheConfig, Dataset, LocalFiles, open_dataset
+from data_prep.shards.cache import CacheConfig
+from data_prep.shards.dataset_files import LocalFiles
+from data_prep.shards.reader import Dataset, open_dataset
 from pretrain.data.batches import Batcher, MicroBatch
 from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from made_texts import made_texts
 
 from data_prep.filter import ngrams
-from data_prep.filter.clean import CleanConfig, Cleaner, EvaluationConfig, normalise, repetition_shares, symbol_shares
-from data_prep.filter.decontaminate import evaluation_ngrams
+from data_prep.filter.clean import CleanConfig, Cleaner, normalise, repetition_shares, symbol_shares
+from data_prep.filter.decontaminate import DecontaminateConfig, evaluation_ngrams
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read.documents import Batch
 from sharebert_common.errors import BadInput
@@ -106,7 +106,7 @@ def test_evaluation_sets(tmp_path: Path, kind: str) -> None:
         " ".join(words[2:15]) + " " + TEXTS[1],
     ]
     for action, kept in (("report", texts), ("remove", [texts[0], texts[2]])):
-        got, counts = clean(texts, evaluation=EvaluationConfig(paths=[str(path)], action=action))
+        got, counts = clean(texts, evaluation=DecontaminateConfig(paths=[str(path)], action=action))
         assert got == kept
         assert counts["overlap"] == 2
         assert counts["dropped.evaluation"] == 2 * (action == "remove")
@@ -118,7 +118,7 @@ def test_bad_evaluation_sets(tmp_path: Path) -> None:
     messages = {"short.txt": "no example in .* has 13 words", "none": "no such file", "bad.jsonl": "not JSON"}
     for name, message in messages.items():
         with pytest.raises(BadInput, match=message):
-            evaluation_ngrams(EvaluationConfig(paths=[str(tmp_path / name)]))
+            evaluation_ngrams(DecontaminateConfig(paths=[str(tmp_path / name)]))
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,4 +1,4 @@
-"""Vocabularies: trained the same every time, taken from files, refused where they cannot work."""
+"""Vocabularies: trained the same every time, loaded from files, refused if they cannot work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from made_texts import made_texts
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
-from data_prep.shards.reader import SPECIAL_TOKENS
+from data_prep.shards.format import SPECIAL_TOKENS
 from data_prep.tokens.tokenizer import TokenizerConfig, TrainConfig, Vocabulary, load, train
 from sharebert_common.errors import BadInput
 
