@@ -1,7 +1,6 @@
 """Hashes of all word n-grams of many texts at once, for repetition, near duplicates and decontamination.
 
-Words are runs of letters and digits in lower case (every byte outside ASCII counts as a letter), so spacing and
-punctuation do not matter.
+What a word is: see `words`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.filter.words import words
 from sharebert_common.counter_rng import GOLDEN, splitmix64
 
-_TABLE = bytes(b if b >= 0x80 or chr(b).isalnum() else 0x20 for b in range(256))
 _CHUNK_BYTES = 1 << 18  # arrays take 8 bytes for each: small enough for the CPU cache, for any document
 _MULTIPLIER = int(GOLDEN)  # odd, so multiplication by its powers loses no bit
 _POWERS = np.cumprod(np.full(_CHUNK_BYTES, _MULTIPLIER, np.uint64))
@@ -32,36 +31,28 @@ def ngram_hashes(
 
     Returns: hashes of all texts, one after the other; offsets [texts + 1] of each one's first.
     """
-    data = [_lower(text) for text in texts]
+    data = [words(text) for text in texts]
     ends = np.cumsum([len(piece) + 1 for piece in data], dtype=np.int64)
     joined = b" ".join(data)
     del data
-    words, starts = _word_hashes(joined)
+    hashed, starts = _word_hashes(joined)
     counts = np.diff(np.searchsorted(starts, ends), prepend=0)
     first = np.cumsum(counts) - counts
-    sums = np.zeros(max(len(words) - n + 1, 0), np.uint64)
+    sums = np.zeros(max(len(hashed) - n + 1, 0), np.uint64)
     for k in range(n):
-        sums += words[k : k + len(sums)] * _POWERS[k]
+        sums += hashed[k : k + len(sums)] * _POWERS[k]
     grams = np.maximum(counts - n + 1, 0)
     offsets = np.concatenate([[0], np.cumsum(grams)])
     chosen = np.repeat(first - offsets[:-1], grams) + np.arange(offsets[-1])
     hashes = splitmix64(sums[chosen])
     if whole_if_short:
         short = np.flatnonzero((counts > 0) & (counts < n))
-        spans = [words[first[i] : first[i] + counts[i]] for i in short]
+        spans = [hashed[first[i] : first[i] + counts[i]] for i in short]
         whole = np.array([(span * _POWERS[: len(span)]).sum() for span in spans], np.uint64)
         hashes = np.insert(hashes, offsets[short], splitmix64(whole))
         grams[short] = 1
         offsets = np.concatenate([[0], np.cumsum(grams)])
     return hashes, offsets
-
-
-def _lower(text: str) -> bytes:
-    """The words of a text in lower case, in UTF-8, with a space for every byte of a separator."""
-    if len(text) <= _CHUNK_BYTES:
-        return text.lower().encode().translate(_TABLE)
-    pieces = (text[i : i + _CHUNK_BYTES] for i in range(0, len(text), _CHUNK_BYTES))
-    return b"".join(piece.lower().encode().translate(_TABLE) for piece in pieces)
 
 
 def _word_hashes(data: bytes) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

@@ -129,9 +129,9 @@ def test_bad_evaluation_sets(tmp_path: Path) -> None:
 )
 def test_ngrams_are_those_of_a_naive_reading(texts: list[str], n: int, whole: bool) -> None:
     hashes, offsets = ngram_hashes(texts, n, whole)
-    seen: dict[tuple[bytes, ...], int] = {}
+    seen: dict[tuple[str, ...], int] = {}
     for text, start, stop in zip(texts, offsets, offsets[1:], strict=False):
-        words = [word for word in re.split(rb"[^a-z0-9\x80-\xff]+", text.lower().encode()) if word]
+        words = re.findall("[abéω]+|北", text.lower())
         grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         if whole and words and not grams:
             grams = [tuple(words)]
