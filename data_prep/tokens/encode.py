@@ -89,10 +89,16 @@ def _has_safe_cuts(config: dict[str, Any]) -> bool:
         return False
     normalizer = config.get("normalizer") or {"type": None}
     steps = normalizer.get("normalizers", [normalizer])
-    added = config.get("added_tokens", [])
     return all(step["type"] in _SAFE_NORMALIZERS for step in steps) and not any(
-        " " in token["content"] or token["lstrip"] or token["rstrip"] for token in added
+        _may_reach_a_cut(token) for token in config.get("added_tokens", [])
     )
+
+
+def _may_reach_a_cut(token: dict[str, Any]) -> bool:
+    """Whether an added token may hold the space between two ASCII letters or digits, or strip it."""
+    content = token["content"]
+    stripped = (token["lstrip"] and content[0].isalnum()) or (token["rstrip"] and content[-1].isalnum())
+    return " " in content or stripped
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

@@ -11,9 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as config_dataclass
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from data_prep.progress import say
 from data_prep.shards.format import SPECIAL_TOKENS
+from data_prep.tokens.inference import as_in_training, training_template
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -79,20 +81,22 @@ UNTRAINED = Vocabulary("", 0, {})
 
 
 def load(path: str, lowercase: bool) -> str:
-    """Load a tokenizer.json or vocab.txt, as the text of a tokenizer.json without padding and truncation.
+    """Load a tokenizer.json or vocab.txt, as the text of a tokenizer.json.
+
+    Padding and truncation are taken off. If it would give other ids at inference than in training rows, it is
+    corrected, and a line says so: see `as_in_training`.
 
     Raises BadInput: not readable, or a special token is missing.
     """
     file = Path(path)
     try:
+        text = file.read_bytes().decode("utf-8-sig")
         if file.suffix == ".txt":
-            words = file.read_text(encoding="utf-8").splitlines()
-            if len(set(words)) != len(words):
-                raise BadInput(f"{path}: the same word on two lines; this is no vocab.txt")
+            words = word_list(path, text)
             _require_special(path, words)
             tokenizer = _bert(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"), lowercase)
         else:
-            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            tokenizer = Tokenizer.from_str(text)
     except BadInput:
         raise
     except OSError as error:
@@ -102,7 +106,26 @@ def load(path: str, lowercase: bool) -> str:
     _require_special(path, [word for word in SPECIAL_TOKENS.values() if tokenizer.token_to_id(word) is not None])
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return str(tokenizer.to_str())
+    text, changes = as_in_training(tokenizer)
+    for change in changes:
+        say(f"{path}: {change}")
+    return text
+
+
+def word_list(path: str, text: str) -> list[str]:
+    """The words of a vocab.txt: line n is the word with id n. Lines end at \\n or \\r\\n and at nothing else.
+
+    Blank lines at the end are left out. Raises BadInput, naming the lines, where two words are the same.
+    """
+    words = [line.removesuffix("\r") for line in text.split("\n")]
+    while words and not words[-1]:
+        words.pop()
+    first: dict[str, int] = {}
+    for number, word in enumerate(words, 1):
+        if first.setdefault(word, number) != number:
+            what = f"the same word {word!r} is" if word else "no word is"
+            raise BadInput(f"{path}: {what} on lines {first[word]} and {number}; each line of a vocab.txt is one word")
+    return words
 
 
 def train(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> str:
@@ -129,7 +152,7 @@ def train(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> str:
                 show_progress=False,
             ),
         )
-        return str(tokenizer.to_str())
+        return as_in_training(tokenizer)[0]
     bare = _bert(models.WordPiece(unk_token="[UNK]"), config.lowercase)
     alphabet = _alphabet(texts(), bare, config.train.alphabet)
     # The trainer numbers the pieces of one character in the order of a randomly seeded hash map, and breaks ties by
@@ -169,12 +192,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 def _with_special(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS.values()])
-    ids = tokenizer.get_vocab()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
-    )
+    tokenizer.post_processor = training_template(tokenizer)
     return tokenizer
 
 
