@@ -149,15 +149,14 @@ def _trainings(configs: list[str], overrides: list[str], on: Any) -> tuple[list[
 
 def _submit_prep(configs: list[str], overrides: list[str], on: Any, *, show: bool) -> int:
     from cluster.submit import submit_prep
-    from data_prep.filter.dedup import rules
     from data_prep.pipeline import PrepRecipe
+    from data_prep.stages import stage_names
 
     if len(configs) > 1 or show:
         raise BadInput("--stage prep: takes one recipe, and has no --dry-run")
     recipe = load(PrepRecipe, configs[0], overrides)
-    rounds = 4 if rules(recipe.clean) else 2  # stages that need all of the one before
     command = [sys.executable, "-m", "sharebert_cli", "prep", configs[0], *overrides]
-    for job in submit_prep(command, Path(recipe.output), rounds, on):
+    for job in submit_prep(command, Path(recipe.output), len(stage_names(recipe.clean)), on):
         print(f"{recipe.output}: job {job}")
     return FINISHED
 

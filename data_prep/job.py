@@ -1,4 +1,4 @@
-"""A planned run of a recipe: inputs, parts, vocabulary, and the folder where its work lies until it is whole."""
+"""The plan of a recipe: inputs, parts, vocabulary, and the folder for the work in progress."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from uuid import uuid4
 
 import numpy as np
 
-from data_prep.files import is_url
+from data_prep.arrays import save_array
 from data_prep.filter.clean import Cleaner, normalise
 from data_prep.filter.decontaminate import evaluation_ngrams
-from data_prep.parts import save_array
 from data_prep.progress import say
 from data_prep.read.documents import Batch, read_part
 from data_prep.read.sources import Input, Part, find_inputs, plan_parts
@@ -26,9 +25,10 @@ from data_prep.tokens.tokenizer import UNTRAINED, Vocabulary, load, train
 from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 from sharebert_common.recipe import plain
+from sharebert_common.remote_files import is_url
 
 WORK = ".work"
-"""Folder inside the output; gone when the dataset is whole."""
+"""Folder inside the output; it is deleted when the dataset is complete."""
 
 EVALUATION = "evaluation.npy"
 """In the work folder: hashes of the n-grams of the evaluation sets."""
@@ -38,7 +38,7 @@ _SAMPLE_CHARS = 1 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker knows. Pickled once a stage for each of them."""
+    """What every worker needs to know. It is pickled once a stage for each worker."""
 
     recipe: PrepRecipe
     work: Path
@@ -47,14 +47,14 @@ class Job:
     vocab: Vocabulary = UNTRAINED
 
     def documents(self, number: int, counts: Counter[str]) -> Iterator[Batch]:
-        """The documents of a part, read and cleaned by the rules that look at one document."""
+        """The documents of a part, read and cleaned by the rules that look at one document at a time."""
         grams = np.load(self.work / EVALUATION, mmap_mode="r") if self.recipe.clean.evaluation.paths else None
         cleaner = Cleaner(self.recipe.clean, grams)
         for batch in self.normalised(number, counts):
             yield cleaner(batch, counts)
 
     def normalised(self, number: int, counts: Counter[str]) -> Iterator[Batch]:
-        """The documents of a part, read, with their Unicode normalised; all of them."""
+        """All documents of a part, with their Unicode normalised, before any rule."""
         for batch in read_part(self.parts[number], self.inputs, self.recipe.source, counts):
             yield normalise(batch, self.recipe.clean)
 
@@ -64,7 +64,7 @@ def plan(recipe: PrepRecipe) -> Job:
     if is_url(recipe.output):
         raise BadInput(
             f"output: {recipe.output}: a dataset is made on a local or shared disk; give a folder there, and copy it "
-            "to the URL when it is whole"
+            "to the URL when it is complete"
         )
     inputs = find_inputs(recipe.source)
     parts = plan_parts(inputs, recipe.source)
@@ -78,7 +78,7 @@ def plan(recipe: PrepRecipe) -> Job:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"output: {recipe.output}: {error.strerror}") from error
-    # Machines that begin at the same time all do what follows, and get the same: it does not matter who is last.
+    # Machines that begin at the same time all do this and get the same result, so it does not matter which is last.
     if len(grams):
         temporary = work / f".{EVALUATION}.{uuid4().hex}"
         save_array(temporary, grams)
@@ -93,13 +93,13 @@ def plan(recipe: PrepRecipe) -> Job:
 
 
 def given_vocabulary(recipe: PrepRecipe) -> str | None:
-    """The existing tokenizer that the recipe names, if it does. Raises BadInput."""
+    """The text of the tokenizer that the recipe names, or None. Raises BadInput."""
     path = recipe.tokenizer.path
     return load(path, recipe.tokenizer.lowercase) if path else None
 
 
 def content_config(recipe: PrepRecipe) -> dict[str, Any]:
-    """The recipe without places on this machine and the number of workers, which do not show in the dataset."""
+    """The recipe without paths of this machine and the number of workers, which do not change the dataset."""
     config = plain(recipe)
     for key in ("output", "workers"):
         del config[key]
@@ -117,7 +117,7 @@ def _sample(job: Job) -> Iterator[str]:
         counts: Counter[str] = Counter()
         for batch in job.documents(number, counts):
             for text in batch.texts:
-                # The trainer holds what it is given many times over: a document of 64 MB would cost it 5 GB.
+                # The trainer needs many times the memory of its input: 5 GB for a document of 64 MB.
                 yield from (text[i : i + _SAMPLE_CHARS] for i in range(0, len(text), _SAMPLE_CHARS))
             if counts["bytes_in"] >= share:
                 break

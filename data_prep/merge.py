@@ -1,4 +1,4 @@
-"""The last step: shards to their place, report, manifest."""
+"""The last step of `sharebert prep`: move the shards to their place, write the report and the manifest."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep.filter.dedup import rules
 from data_prep.job import WORK, Job, content_config, given_vocabulary
 from data_prep.parts import part_folder, part_stats
 from data_prep.progress import say
 from data_prep.read.sources import Input, find_inputs
 from data_prep.recipe import PrepRecipe
 from data_prep.report import MARKDOWN, PAGE, Report
-from data_prep.shards import reader as shards
-from data_prep.stages import layout, shards_of
+from data_prep.shards.format import MANIFEST, SPLITS, TOKENIZER, write_manifest
+from data_prep.shards.reader import open_dataset
+from data_prep.stages import layout, shards_of, stage_names
 from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 
 
 def merge(job: Job, output: Path) -> None:
-    """Make a dataset of the finished parts. Killed halfway, it can be run again: the manifest comes last."""
+    """Make a dataset of the finished parts. It can be run again after a kill, because the manifest is written last."""
     plan = layout(job)
-    splits: dict[str, Any] = {split: {"rows": 0, "tokens": 0, "documents": 0, "shards": []} for split in shards.SPLITS}
+    splits: dict[str, Any] = {split: {"rows": 0, "tokens": 0, "documents": 0, "shards": []} for split in SPLITS}
     padding = 0
     for number, (name, _) in enumerate(shards_of(plan)):
         stats = part_stats(job.work, "pack", number)
@@ -37,11 +37,11 @@ def merge(job: Job, output: Path) -> None:
         split["documents"] += stats["documents"]
         split["shards"].append(shard)
         _move(part_folder(job.work, "pack", number) / shard["name"], output / shard["name"])
-    for name, split in splits.items():  # what an earlier recipe, stopped in its merge, may have left
+    for name, split in splits.items():  # an earlier recipe that was killed in its merge may have left some
         for path in (output / name).glob("*"):
             if f"{name}/{path.name}" not in {shard["name"] for shard in split["shards"]}:
                 path.unlink()
-    staged = job.work / "merge"  # written here and moved: a kill leaves no temporary file in the dataset
+    staged = job.work / "merge"  # written here and then moved, so a kill leaves no temporary file in the dataset
     staged.mkdir(exist_ok=True)
     manifest = {
         "seq_len": job.recipe.seq_len,
@@ -56,25 +56,25 @@ def merge(job: Job, output: Path) -> None:
         "versions": {name: version(name) for name in ("sharebert", "tokenizers")},
     }
     counts: Counter[str] = Counter()
-    for stage in ("scan", "encode") if rules(job.recipe.clean) else ("encode",):
+    for stage in [name for name in stage_names(job.recipe.clean) if name in ("scan", "encode")]:
         for number in range(len(job.parts)):
             counts.update(part_stats(job.work, stage, number))
     report = Report(counts, splits, padding, job.recipe.seq_len)
-    texts = {shards.TOKENIZER: job.vocab.json, MARKDOWN: report.markdown(), PAGE: report.page()}
-    with ThreadPoolExecutor() as threads:  # so that all wait for the disk at the same time
+    texts = {TOKENIZER: job.vocab.json, MARKDOWN: report.markdown(), PAGE: report.page()}
+    with ThreadPoolExecutor() as threads:  # so that they wait for the disk together
         writes = [threads.submit(write_atomically, staged / name, text) for name, text in texts.items()]
-        writes.append(threads.submit(shards.write_manifest, staged, manifest))
+        writes.append(threads.submit(write_manifest, staged, manifest))
     for write in writes:
         write.result()
-    for name in (*texts, shards.MANIFEST):
+    for name in (*texts, MANIFEST):
         _move(staged / name, output / name)
     shutil.rmtree(output / WORK, ignore_errors=True)
     say(f"done\n{report.text()}\n\n  with histograms: {output / PAGE}")
 
 
 def check_same(recipe: PrepRecipe, output: Path) -> None:
-    """Raise BadInput where the dataset at `output` was made from another config, input or tokenizer."""
-    manifest = shards.open_dataset(output).manifest
+    """Raise BadInput if the dataset at `output` was made from another config, input or tokenizer."""
+    manifest = open_dataset(output).manifest
     ours = {"config": content_config(recipe), "sources": _sources(find_inputs(recipe.source))}
     given = given_vocabulary(recipe)
     if given is not None:
@@ -93,7 +93,7 @@ def _sources(inputs: list[Input]) -> list[dict[str, Any]]:
 
 def _move(source: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
-    if source.exists():  # else an earlier merge of this job has moved it
+    if source.exists():  # otherwise an earlier merge of this job has moved it
         source.replace(target)
 
 

@@ -1,4 +1,4 @@
-"""Run the parts of a stage: on all local cores, each whole or absent, none twice.
+"""Run the parts of a stage on all local cores. Each part is complete or absent, and runs once.
 
 A part's result is a folder that appears under its name only when it is complete. A rerun, on this machine or
 another, does the parts whose folders are missing.
@@ -24,22 +24,19 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data_prep.progress import StageProgress
 from sharebert_common.errors import BadInput
 
 _STATS = "stats.json"
-_ENDING = 4  # parts that are being put in their place; a disk flushes four files in about the time of one
+_ENDING = 4  # parts that are moved to their place at once; a disk flushes four files in about the time of one
 
 
 @dataclass(frozen=True)
 class Stage:
     """One step of the pipeline.
 
-    `work(job, number, folder)` does part `number`: it writes into `folder` and returns what to remember of it
-    (JSON; "bytes" and "tokens" show in the progress). It must be a function of a module, and a pure one.
+    `work(job, number, folder)` does part `number`: it writes into `folder` and returns statistics of the part as JSON
+    ("bytes" and "tokens" show in the progress). It must be a function of a module, so that it can be pickled, and pure.
     """
 
     name: str
@@ -51,7 +48,7 @@ class Stage:
 
 
 def part_folder(work: Path, stage: str, number: int) -> Path:
-    """Where the result of a part lies."""
+    """Folder of the result of a part."""
     return work / stage / f"part-{number:06d}"
 
 
@@ -61,17 +58,17 @@ def part_stats(work: Path, stage: str, number: int) -> dict[str, Any]:
 
 
 def missing_parts(work: Path, stage: Stage) -> list[int]:
-    """The parts that nobody has finished."""
+    """The parts that are not finished."""
     present = {path.name for path in (work / stage.name).glob("part-*")}
     return [n for n in range(stage.parts) if part_folder(work, stage.name, n).name not in present]
 
 
 class LocalCores:
-    """Runs parts on the cores of this machine; a context manager. This process is one of the workers.
+    """Runs parts on the cores of this machine. This process is one of the workers. It is a context manager.
 
     Args:
-        workers: processes, this one included. The others start at once, so that their imports, which take longest of
-            all in a small run, go on while this process plans.
+        workers: number of processes, this one included. The others start in `__enter__`, so that their imports, which
+            take most of the time of a small run, happen while this process plans.
     """
 
     def __init__(self, workers: int) -> None:
@@ -96,13 +93,13 @@ class LocalCores:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for process, _ in self._processes:
-            process.terminate()  # it does nothing now, and to take its interpreter apart would take it 60 ms
+            process.terminate()  # it is idle now; a clean exit of its interpreter would take 60 ms
             process.join()
 
     def run(self, stage: Stage, job: Any, work: Path, numbers: Sequence[int]) -> None:
         """Do these parts of a stage.
 
-        Raises what a part raised; BadInput where a worker was killed.
+        Raises what a part raised, or BadInput if a worker was killed.
         """
         (work / stage.name).mkdir(parents=True, exist_ok=True)
         with StageProgress(stage.name, len(numbers)) as progress:
@@ -129,11 +126,11 @@ class LocalCores:
                     other.result()
                     yield from _received(results)
             finally:
-                self._taken.value = len(numbers)  # after an error nobody begins another part
+                self._taken.value = len(numbers)  # after an error no process begins another part
 
 
 def _attend(connection: Connection, task: Any, results: SimpleQueue[dict[str, Any]]) -> None:
-    """On a thread for each worker: give it its share in a stage, and take what it says of each part."""
+    """Run in a thread for each worker: send the worker the stage, and receive the statistics of each part."""
     try:
         connection.send(task)
         while isinstance(message := connection.recv(), dict):
@@ -153,8 +150,8 @@ def _received(results: SimpleQueue[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _serve(connection: Connection, taken: Any) -> None:
-    """What a worker does: parts of one stage after the other, until its parent dismisses it."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a worker for every core already
+    """The main loop of a worker: parts of one stage after the other, until the parent ends it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each core already has a worker
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:
         try:
@@ -170,7 +167,7 @@ def _serve(connection: Connection, taken: Any) -> None:
 
 
 def _die_with_parent() -> None:
-    """A part may take minutes yet where the parent was killed; the worker does not finish it."""
+    """End the worker when its parent is killed: a part may take minutes more."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -178,7 +175,7 @@ def _die_with_parent() -> None:
 
 
 def _untaken(numbers: Sequence[int], taken: Any) -> Iterator[int]:
-    """Take the parts that no other process has taken, one at a time: none idles while another has two to do."""
+    """Take parts that no other process has taken, one at a time, so that no process is idle while another has two."""
     while True:
         with taken.get_lock():
             place = taken.value
@@ -189,7 +186,7 @@ def _untaken(numbers: Sequence[int], taken: Any) -> Iterator[int]:
 
 
 def _run_parts(stage: Stage, job: Any, work: Path, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Do parts. Each is put in its place while the next are computed: to wait for a disk takes no processor."""
+    """Do parts. Each is moved to its place while the next ones are computed, as a wait for the disk takes no CPU."""
     ending: deque[Future[dict[str, Any]]] = deque()
     with ThreadPoolExecutor(_ENDING) as aside:
         for number in numbers:
@@ -210,7 +207,7 @@ class _Computed:
     durable: bool
 
     def complete(self) -> dict[str, Any]:
-        """Make it appear under its name; where another process was first, its result stays."""
+        """Give the folder its name. If another process was first, its result stays."""
         try:
             if self.durable:
                 for path in filter(Path.is_file, self.folder.rglob("*")):
@@ -234,10 +231,3 @@ def _compute(stage: Stage, job: Any, work: Path, number: int) -> _Computed:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    """As `np.save`, which does not say why where the disk is full."""
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,12 +1,12 @@
-"""`sharebert prep`: plan parts → run those that are missing → merge.
+"""`sharebert prep`: plan the parts → run those that are missing → merge.
 
-    inputs ─▶ parts ─▶ scan   (a part: read, clean, hash; only where duplicates are looked for)
+    inputs ─▶ parts ─▶ scan   (a part: read, clean, hash; only if duplicates are to be removed)
                     ─▶ dedup  (a range of hashes: which documents repeat an earlier one)
                     ─▶ encode (a part: read, clean, encode, sort by random key)
                     ─▶ pack   (a shard: gather its range of keys from all parts, pack rows, write)
-                    ─▶ merge  (shards to their place, report, manifest)
+                    ─▶ merge  (move the shards to their place, write report and manifest)
 
-What a part is depends on inputs and config alone, so who runs it does not show in the dataset.
+The parts depend on the inputs and the recipe alone, so the dataset is the same whoever runs them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data_prep.job import WORK, plan
 from data_prep.merge import check_same, merge
 from data_prep.parts import LocalCores, missing_parts
 from data_prep.recipe import PrepRecipe
-from data_prep.shards.reader import MANIFEST
+from data_prep.shards.format import MANIFEST
 from data_prep.stages import stages
 from sharebert_common.errors import BadInput
 
@@ -28,16 +28,16 @@ __all__ = ["PrepRecipe", "prepare"]
 
 
 def prepare(recipe: PrepRecipe, task: tuple[int, int] | None = None) -> Path:
-    """Make the dataset of a recipe, or what is missing of it.
+    """Make the dataset of a recipe, or the parts of it that are missing.
 
     Args:
         recipe: what to make.
-        task: (i, n): run parts i, i + n, … of each stage whose predecessors are complete, and stop there. A call
-            without `task` does whatever is left, and merges.
+        task: (i, n): run parts i, i + n, … of each stage whose earlier stages are complete, and do not merge. A call
+            without `task` runs all parts that are left, and merges.
 
     Returns: the folder of the dataset.
 
-    Raises BadInput for anything wrong with the input or the config; what is done by then is kept.
+    Raises BadInput for anything wrong with the input or the recipe. Finished parts are kept.
     """
     try:
         return _prepare(recipe, task)
@@ -55,7 +55,7 @@ def _prepare(recipe: PrepRecipe, task: tuple[int, int] | None) -> Path:
     output = Path(recipe.output)
     if (output / MANIFEST).exists():
         check_same(recipe, output)
-        shutil.rmtree(output / WORK, ignore_errors=True)  # a merge may have been killed after its last step but this
+        shutil.rmtree(output / WORK, ignore_errors=True)  # a merge may have been killed just before this step
         return output
     with LocalCores(recipe.workers or len(os.sched_getaffinity(0))) as cores:
         job = plan(recipe)

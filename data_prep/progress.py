@@ -1,4 +1,4 @@
-"""How far it is: a live bar on a terminal, else a line a minute for a log file."""
+"""Progress: a live bar on a terminal, otherwise a line a minute for a log file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ LINE_EVERY_S = 60.0
 
 
 def say(line: str) -> None:
-    """One line for whoever watches, beside what the command prints as its result."""
+    """Print one line to stderr; stdout is for the result of the command."""
     print(f"prep: {line}", file=sys.stderr, flush=True)
 
 
 class StageProgress:
-    """Progress of one stage; a context manager. Parts are about equal, so their number tells the time left.
+    """Progress of one stage, as a context manager. Parts are of about equal size, so their number gives the time left.
 
     Args:
-        stage: its name.
-        parts: how many there are to do.
+        stage: name of the stage.
+        parts: number of parts to do.
     """
 
     def __init__(self, stage: str, parts: int) -> None:
@@ -52,7 +52,7 @@ class StageProgress:
             say(f"{self._stage}: {self._rate()} · done")
 
     def advance(self, size_bytes: int, tokens: int) -> None:
-        """One more part is done, of so much text (or, of a shard, so many bytes)."""
+        """One more part is done, with this many bytes of text (or of a shard) and tokens."""
         self._done += 1
         self._bytes += size_bytes
         self._tokens += tokens
@@ -66,7 +66,7 @@ class StageProgress:
         return f"{self._done}/{self._parts} parts{megabytes}{tokens}"
 
     def _say_every_minute(self) -> None:
-        """On a thread of its own: a part may take longer than a minute."""
+        """Run in a thread of its own, because a part may take longer than a minute."""
         while not self._ended.wait(LINE_EVERY_S):
             seconds = time.monotonic() - self._started
             left = f" · {_duration(seconds * (self._parts / self._done - 1))} left" if self._done else ""

@@ -16,35 +16,35 @@ from sharebert_common.recipe import STRICT
 
 @dataclass(config=STRICT, kw_only=True)
 class ShardConfig:
-    """How rows lie on disk."""
+    """How rows are stored on disk."""
 
     rows_per_block: int = Field(default=4096, ge=1)
-    """Rows of one tar member."""
+    """Rows of a block, which is one tar member."""
     bytes_per_shard: int = Field(default=256 << 20, ge=1 << 16)
-    """About the size of a shard; a worker holds one in memory."""
+    """About the bytes of a shard; a worker holds one in memory."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class PrepRecipe:
-    """Text → a dataset to pretrain on."""
+    """Make a dataset to pretrain on from text."""
 
     SHORTHAND: ClassVar[dict[str, str]] = {"source": "paths", "tokenizer": "path"}
 
     output: str
-    """Folder of the dataset."""
+    """Folder of the dataset, on a local or shared disk."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the order of documents and the choice of those that validate."""
+    """Seed of the order of documents and of the choice of validation documents."""
     source: SourceConfig
-    """Where documents come from; a plain value means source.paths."""
+    """Where documents come from; a plain value sets source.paths."""
     clean: CleanConfig = field(default_factory=CleanConfig)
-    """Which documents are changed or left out; nothing by default."""
+    """Which documents are changed or left out; none by default."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """The vocabulary; a plain value means tokenizer.path."""
+    """The vocabulary; a plain value sets tokenizer.path."""
     seq_len: int = Field(default=128, ge=8, le=65_536)
-    """Tokens of a row, [CLS] and [SEP] included."""
+    """Tokens of a row, with [CLS] and [SEP]."""
     validation: float = Field(default=0.01, ge=0)
-    """Held-out documents: rows if 1 or more, else the fraction of all tokens. Whole documents, so at least that."""
+    """Size of the validation split: rows if 1 or more, otherwise a fraction of all tokens; rounded up to documents."""
     shards: ShardConfig = field(default_factory=ShardConfig)
-    """How rows lie on disk."""
+    """How rows are stored on disk."""
     workers: int | None = Field(default=None, ge=1)
-    """Processes on this machine; none: one a core. Never changes the result."""
+    """Processes on this machine; none: one for each core. It never changes the result."""

@@ -1,4 +1,4 @@
-"""What `sharebert prep` did, for people: lines for the terminal, `report.md`, and a page with histograms."""
+"""The report of `sharebert prep`: lines for the terminal, `report.md`, and a page with histograms."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ table { border-collapse: collapse; } td { padding: .15rem 1.5rem .15rem 0; } td 
 @media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd; } }
 """
 _LABELS = {
-    "chars_in": "Characters a document, before cleaning",
-    "tokens": "Tokens a document",
-    "symbols": "Share of symbols, all documents that this rule saw",
-    "repetition": "Share of repeated word 5-grams, all documents that this rule saw",
+    "chars_in": "Characters of a document, before cleaning",
+    "tokens": "Tokens of a document",
+    "symbols": "Share of symbols, in all documents that this rule looked at",
+    "repetition": "Share of repeated word 5-grams, in all documents that this rule looked at",
 }
 
 
@@ -47,9 +47,9 @@ class Report:
     """The report of a finished dataset.
 
     Args:
-        counts: of all parts, added up.
+        counts: the sum over all parts.
         splits: as the manifest has them.
-        padding: tokens of padding in all rows.
+        padding: padding tokens in all rows.
         seq_len: tokens of a row.
     """
 
@@ -63,7 +63,7 @@ class Report:
         }
 
     def text(self) -> str:
-        """The same for the terminal."""
+        """The report for the terminal."""
         lines = []
         for title, table in self.sections.items():
             if table:
@@ -80,7 +80,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def page(self) -> str:
-        """The text of `report.html`: one file, without scripts or anything from elsewhere."""
+        """The text of `report.html`: one file, without scripts and without links to other files."""
         body = ["<h1>Dataset report</h1>"]
         for title, table in self.sections.items():
             if table:

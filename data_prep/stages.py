@@ -1,4 +1,4 @@
-"""The stages of `sharebert prep`, each a function from (job, number of a part) to files in a folder."""
+"""The stages of `sharebert prep`. Each is a function from (job, number of a part) to files in a folder."""
 
 from __future__ import annotations
 
@@ -12,30 +12,42 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.arrays import save_array
 from data_prep.filter import dedup
-from data_prep.filter.clean import drop
+from data_prep.filter.clean import CleanConfig, drop
 from data_prep.job import Job
-from data_prep.parts import Stage, part_folder, part_stats, save_array
+from data_prep.parts import Stage, part_folder, part_stats
 from data_prep.read.documents import Batch, utf8_bytes
 from data_prep.report import count_sizes
-from data_prep.shards import reader as shards
+from data_prep.shards.format import SPLITS, shard_name
+from data_prep.shards.shard_file import write_shard
 from data_prep.tokens import shuffle
 from data_prep.tokens.encode import CheckedEncoder
 from data_prep.tokens.pack import pack
 from sharebert_common.files import write_atomically
 
 
+def stage_names(clean: CleanConfig) -> list[str]:
+    """The stages of a recipe, in order. Every part of a stage needs all parts of the stage before it."""
+    return [*(("scan", "dedup") if dedup.rules(clean) else ()), "encode", "pack"]
+
+
 def stages(job: Job) -> Iterator[Stage]:
-    """The stages in order; each is asked for when those before it are complete."""
-    if dedup.rules(job.recipe.clean):
-        yield Stage("scan", len(job.parts), scan)
-        yield Stage("dedup", key_ranges(job), find_duplicates)
-    yield Stage("encode", len(job.parts), encode)
-    yield Stage("pack", len(shards_of(layout(job))), pack_shard, durable=True)
+    """The stages in order. Take the next one only when all parts of those before it are done."""
+    for name in stage_names(job.recipe.clean):
+        match name:
+            case "scan":
+                yield Stage(name, len(job.parts), scan)
+            case "dedup":
+                yield Stage(name, key_ranges(job), find_duplicates)
+            case "encode":
+                yield Stage(name, len(job.parts), encode)
+            case "pack":
+                yield Stage(name, len(shards_of(layout(job))), pack_shard, durable=True)
 
 
 def scan(job: Job, number: int, folder: Path) -> dict[str, Any]:
-    """Read and clean a part, and write the keys by which duplicates are found."""
+    """Read and clean a part, and write the keys that find duplicates."""
     keys = dedup.KeyWriter(folder, job.recipe.clean)
     counts: Counter[str] = Counter()
     kept = [np.zeros(0, np.int64)]
@@ -48,7 +60,7 @@ def scan(job: Job, number: int, folder: Path) -> dict[str, Any]:
 
 
 def key_ranges(job: Job) -> int:
-    """In how many ranges the keys of all parts are brought together."""
+    """Number of ranges into which the keys of all parts are divided."""
     keys = sum(part_stats(job.work, "scan", number)["keys"] for number in range(len(job.parts)))
     return 1 + keys // dedup.RANGE_KEYS
 
@@ -81,17 +93,17 @@ def encode(job: Job, number: int, folder: Path) -> dict[str, Any]:
 
 
 def pack_shard(job: Job, number: int, folder: Path) -> dict[str, Any]:
-    """Gather, pack and write one shard; those of both splits are numbered one after the other."""
+    """Gather, pack and write one shard. The shards of validation are numbered after those of train."""
     plan = layout(job)
     split, index = shards_of(plan)[number]
     text = shuffle.gather(_runs(job), split, plan.shards[split][index], plan.validation_below, job.vocab.dtype)
     blocks = pack(
         text, job.recipe.seq_len, job.vocab.special_ids, plan.segments_dtype, job.recipe.shards.rows_per_block
     )
-    entry = shards.write_shard(folder, shards.shard_name(split, index), blocks)
+    entry = write_shard(folder, shard_name(split, index), blocks)
     documents = len(text.lengths)
     tokens = int(text.lengths.sum())
-    # All but padding: the tokens, their [SEP]s, a [CLS] a row; one [SEP] may have been left off the end.
+    # Everything else is padding: `tokens` counts each [SEP], a row has one [CLS], and the last [SEP] may be cut off.
     padding = max(0, entry["rows"] * (job.recipe.seq_len - 1) - tokens)
     return {
         "split": split,
@@ -104,12 +116,12 @@ def pack_shard(job: Job, number: int, folder: Path) -> dict[str, Any]:
 
 
 def shards_of(plan: shuffle.Layout) -> list[tuple[str, int]]:
-    """(split, number within it) of every shard, as the parts of the stage `pack` are numbered."""
-    return [(split, index) for split in shards.SPLITS for index in range(len(plan.shards[split]))]
+    """(split, number in it) of every shard, in the order of the parts of the stage `pack`."""
+    return [(split, index) for split in SPLITS for index in range(len(plan.shards[split]))]
 
 
 def layout(job: Job) -> shuffle.Layout:
-    """Which documents go where: worked out once every part is encoded, and kept in the work folder."""
+    """Which documents go to which shard. It is computed when every part is encoded, and kept in the work folder."""
     file = job.work / "layout.json"
     if not file.exists():
         recipe = job.recipe
@@ -127,7 +139,7 @@ def _read_layout(file: Path) -> shuffle.Layout:
 
 
 def _kept(job: Job, part: int, counts: Counter[str]) -> Iterator[Batch]:
-    """The documents that the scan kept, without duplicates. What the scan has counted is not counted again."""
+    """The documents that the scan kept, without duplicates. The scan has counted all but the duplicates."""
     kept = np.load(part_folder(job.work, "scan", part) / "kept.npy")
     found = [part_folder(job.work, "dedup", number) for number in range(key_ranges(job))]
     repeats = {

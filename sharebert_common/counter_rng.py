@@ -1,8 +1,8 @@
-"""Random numbers that are a pure function of what they are for: no state, no order of calls.
+"""Random numbers and hashes that are pure functions of their inputs: no state, no order of calls.
 
-SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, with
-Stafford's mix 13), read as a counter-based generator: number `counter` of the stream of a key is
-found directly. Arithmetic is modulo 2^64. docs/format.md carries the definition and test vectors.
+SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, with Stafford's mix 13),
+used as a counter-based generator: number `counter` of the stream of a key is computed directly. Arithmetic is modulo
+2^64. docs/format.md holds the definition and test vectors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Stream(IntEnum):
-    """What random numbers are for; streams of one seed are independent of each other."""
+    """What random numbers are used for. The streams of one seed are independent of each other."""
 
     SHARDS = 1
     ROWS = 2
@@ -39,8 +39,13 @@ def mix(x: U64) -> U64:
     return x
 
 
+def splitmix64(x: U64) -> U64:
+    """SplitMix64's output for each state of `x` [any shape], a random-looking 64-bit number: mix(x + GOLDEN)."""
+    return mix(x + GOLDEN)
+
+
 def key(seed: int, stream: Stream, *parts: ArrayLike) -> U64:
-    """The keys of a stream, one for each element of the broadcast `parts` (such as epoch and row).
+    """The keys of a stream, one for each element of the broadcast `parts` (for example epoch and row).
 
     k = 0; for every v of (seed, stream, *parts): k = mix((k + GOLDEN) xor v).
     """

@@ -23,7 +23,8 @@ def make_dataset(folder: Path, *, train_rows: int = 192, validation_rows: int = 
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
 
-    from data_prep.shards.reader import write_manifest, write_shard
+    from data_prep.shards.format import write_manifest
+    from data_prep.shards.shard_file import write_shard
     from sharebert_common.files import file_sha256
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that serves a folder, ranges included, and fails as it is told to."""
+"""An HTTP server on loopback that serves a folder, with ranges, and makes faults on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/format.md once more, one row and one number at a time: what the vectorised code is compared with."""
+"""The definitions of docs/format.md, one row and one number at a time. Tests compare the vectorised code with it."""
 
 from __future__ import annotations
 

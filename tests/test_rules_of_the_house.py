@@ -55,6 +55,41 @@ def test_a_floor_imports_only_the_floors_below(package: str) -> None:
             assert fits, f"{file.relative_to(ROOT)}:{statement.lineno} imports {module}"
 
 
+def test_training_can_use_shards_without_the_rest_of_data_prep() -> None:
+    for file in sorted((ROOT / "data_prep" / "shards").glob("*.py")):
+        for statement, module in imports(parsed(file)):
+            inside = not module.startswith("data_prep") or module.startswith("data_prep.shards.")
+            assert inside, f"{file.relative_to(ROOT)}:{statement.lineno} imports {module}"
+
+
+def files_imported(file: Path, package: str) -> set[Path]:
+    """The files of the same package that a file imports, absolutely or relatively, at its top or in a function."""
+    here = file.relative_to(ROOT).with_suffix("").parts
+    names = [module for _, module in imports(parsed(file))]
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join((*here[: -node.level], *(node.module or "").split("."))).rstrip(".")
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] != package:
+            continue
+        candidates = [ROOT.joinpath(*parts), ROOT.joinpath(*parts[:-1])]  # the last part may be a name in a module
+        files = [path for c in candidates for path in (c.with_suffix(".py"), c / "__init__.py") if path.is_file()]
+        found.update(files[:1])
+    return found - {file}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_circle_of_files(package: str) -> None:
+    imported = {file: files_imported(file, package) for file in sorted((ROOT / package).rglob("*.py"))}
+    while free := [file for file, others in imported.items() if not others & imported.keys()]:
+        for file in free:
+            del imported[file]
+    assert not imported, f"in a circle, or above one: {sorted(str(file.relative_to(ROOT)) for file in imported)}"
+
+
 def test_nothing_imports_the_command() -> None:
     for file in ROOT.glob("*/**/*.py"):
         if file.relative_to(ROOT).parts[0] in MAY_IMPORT:

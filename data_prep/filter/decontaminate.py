@@ -1,27 +1,42 @@
-"""Overlap with evaluation sets: the n-grams of texts that models will be judged on."""
+"""Find documents that overlap with evaluation sets: they share word n-grams with the texts that judge a model."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import field
+from typing import Any, Literal
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from data_prep.filter.clean import EvaluationConfig
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read import tables
 from data_prep.read.documents import read_part
 from data_prep.read.sources import Input, SourceConfig, find_inputs, plan_parts
 from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
 
 
-def evaluation_ngrams(config: EvaluationConfig) -> NDArray[np.uint64]:
-    """Sorted hashes of the word n-grams of all examples in the files.
+@dataclass(config=STRICT, kw_only=True)
+class DecontaminateConfig:
+    """The evaluation sets, and what to do with documents that overlap with them."""
 
-    Every string of a jsonl object counts, every text column of a parquet file, and of other files every line.
+    paths: list[str] = field(default_factory=list)
+    """Evaluation files, folders, globs or URLs: all text of jsonl and parquet files counts, and each line of others."""
+    ngram: int = Field(default=13, ge=1)
+    """Words in a row that a document and an example must share to overlap; shorter examples are not looked for."""
+    action: Literal["report", "remove"] = "report"
+    """What happens to documents that overlap: report counts them, remove leaves them out too."""
+
+
+def evaluation_ngrams(config: DecontaminateConfig) -> NDArray[np.uint64]:
+    """Sorted hashes of the word n-grams of all examples in the evaluation files.
+
+    Every string of a jsonl object counts, every text column of a parquet file, and every line of other files.
 
     Raises BadInput: a file is missing or unreadable, or no example is long enough.
     """
@@ -34,7 +49,15 @@ def evaluation_ngrams(config: EvaluationConfig) -> NDArray[np.uint64]:
     return hashes
 
 
-def _texts(config: EvaluationConfig) -> Iterator[list[str]]:
+def overlaps(texts: Sequence[str], wanted: NDArray[np.uint64], n: int) -> NDArray[np.bool_]:
+    """Whether each text has one of the n-grams whose sorted hashes are `wanted`."""
+    hashes, offsets = ngram_hashes(texts, n)
+    at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+    hits = np.concatenate([[0], np.cumsum(wanted[at] == hashes)]) if len(wanted) else np.zeros(len(hashes) + 1)
+    return hits[offsets[1:]] > hits[offsets[:-1]]
+
+
+def _texts(config: DecontaminateConfig) -> Iterator[list[str]]:
     source = SourceConfig(paths=config.paths, format="text", document="line")
     try:
         inputs = find_inputs(source)

@@ -1,10 +1,9 @@
-"""Duplicates over the whole corpus: exact ones, and near ones by MinHash and bands, in bounded memory.
+"""Find duplicates in the whole corpus, in bounded memory: exact ones, and near ones by MinHash and bands.
 
-A document has one key for its exact text, and one for each band of its MinHash signature (Broder 1997; Leskovec,
-Rajaraman, Ullman, Mining of Massive Datasets, chapter 3). Keys go to disk, sorted, part by part. A range of
-all keys is then brought together from all parts: documents with the same key are copies (or candidates for near
-copies, which the choice of bands makes likely at the wanted similarity), and all but the first in source and
-document order are dropped.
+A document has one key for its exact text, and one key for each band of its MinHash signature (Broder 1997; Leskovec,
+Rajaraman, Ullman, Mining of Massive Datasets, chapter 3). Each part writes its keys to disk, sorted. Then each range
+of keys is read from all parts: documents with the same key are copies, or, for the keys of bands, are likely to have
+the wanted similarity. All of them but the first in source and document order are dropped.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_prep.arrays import save_array
 from data_prep.filter.clean import CleanConfig
-from data_prep.filter.ngrams import mix, ngram_hashes
-from data_prep.parts import save_array
+from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read.documents import Batch
+from sharebert_common.counter_rng import splitmix64
 
 KEY = np.dtype([("key", "<u8"), ("check", "<u4"), ("number", "<u4")])
-"""96 bits of hash, and the document's number within its part: among 10**10 texts no two hashes meet by chance."""
+"""96 bits of hash, and the document's number in its part. Among 10**10 texts no two hashes are equal by chance."""
 
 PLACE = np.dtype([("part", "<u4"), ("number", "<u4")])
-RANGE_KEYS = 8 << 20  # brought together at once: under 1 GB with what sorting needs
+RANGE_KEYS = 8 << 20  # keys of a range: under 1 GB with the memory for sorting
 NGRAM = 5
 
 _PERMUTATIONS = 128
@@ -35,7 +35,7 @@ _SIGNATURE_SEED = 1
 
 
 class KeyWriter:
-    """Takes the documents of one part and writes their keys in sorted runs, RULE-0000.npy …"""
+    """Writes the keys of the documents of one part in sorted runs, RULE-0000.npy …"""
 
     def __init__(self, folder: Path, config: CleanConfig) -> None:
         self._folder, self._config = folder, config
@@ -52,7 +52,7 @@ class KeyWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the keys that are still in memory."""
         for rule, held in self._held.items():
             keys = np.concatenate([np.zeros(0, KEY), *held])
             save_array(self._folder / f"{rule}-{self._runs:04d}.npy", keys[np.argsort(keys["key"], kind="stable")])
@@ -61,12 +61,12 @@ class KeyWriter:
 
 
 def rules(config: CleanConfig) -> list[str]:
-    """The kinds of duplicates that the config asks to drop, in the order in which they count."""
+    """The kinds of duplicates that the config drops; a document is counted under the first that applies."""
     return ["exact"] * config.exact_duplicates + ["near"] * (config.near_duplicates is not None)
 
 
 def exact_keys(batch: Batch) -> NDArray[Any]:
-    """One key [n] a document, of its text."""
+    """Keys [n] of the texts, one for each document."""
     keys = np.zeros(len(batch.texts), KEY)
     keys["number"] = batch.numbers
     for i, text in enumerate(batch.texts):
@@ -76,7 +76,7 @@ def exact_keys(batch: Batch) -> NDArray[Any]:
 
 
 def near_keys(batch: Batch, similarity: float) -> NDArray[Any]:
-    """A key [n * bands] for every band of every document's signature; documents without a word have none."""
+    """Keys [n * bands], one for each band of each document's signature; documents without a word have none."""
     import rensa
 
     bands, rows = bands_for(similarity)
@@ -86,18 +86,18 @@ def near_keys(batch: Batch, similarity: float) -> NDArray[Any]:
     values = np.array(signatures.to_rows(), np.uint64).reshape(-1, _PERMUTATIONS)[filled, : bands * rows]
     folded = np.broadcast_to(np.arange(bands, dtype=np.uint64), (len(filled), bands))
     for row in range(rows):
-        folded = mix(folded ^ values[:, row::rows])
+        folded = splitmix64(folded ^ values[:, row::rows])
     keys = np.zeros((len(filled), bands), KEY)
     keys["number"] = batch.numbers[filled, None]
-    keys["key"], keys["check"] = folded, mix(folded) & np.uint64(0xFFFFFFFF)
+    keys["key"], keys["check"] = folded, splitmix64(folded) & np.uint64(0xFFFFFFFF)
     return keys.reshape(-1)
 
 
 def bands_for(similarity: float) -> tuple[int, int]:
-    """(bands, rows of a band) of a signature such that pairs become candidates at about this Jaccard similarity.
+    """(bands, rows of a band) with which pairs become candidates at about this Jaccard similarity.
 
-    Two documents of similarity s share a band with probability 1 - (1 - s**rows)**bands. The choice makes the area
-    of errors on both sides of the wanted similarity least, where a copy that is missed counts four times as much.
+    Two documents of similarity s share a band with probability 1 - (1 - s**rows)**bands. This returns the
+    numbers with the smallest area of errors on both sides of the wanted similarity; a missed copy counts four times.
     """
     s = (np.arange(1000) + 0.5) / 1000
     best = (np.inf, 1, 1)
@@ -110,13 +110,13 @@ def bands_for(similarity: float) -> tuple[int, int]:
 
 
 def repeated(folders: Sequence[Path], rule: str, number: int, ranges: int) -> NDArray[Any]:
-    """Places [n] (PLACE, sorted) of documents whose key an earlier document has, for one range of keys.
+    """Places [n] (PLACE, sorted) of documents that have the key of an earlier document, for one range of keys.
 
     Args:
-        folders: of all parts, in order, as `KeyWriter` filled them.
+        folders: of all parts, in order, with what `KeyWriter` wrote.
         rule: "exact" or "near".
-        number: of the range.
-        ranges: how many there are.
+        number: which range.
+        ranges: number of ranges.
     """
     edges = (number << 64) // ranges, ((number + 1) << 64) // ranges
     keys, parts = [np.zeros(0, KEY)], [np.zeros(0, np.uint32)]
@@ -136,7 +136,7 @@ def repeated(folders: Sequence[Path], rule: str, number: int, ranges: int) -> ND
 
 
 def dropped(files: Sequence[Path], part: int) -> NDArray[np.int64]:
-    """Numbers of the documents of a part that any of these files of places names, sorted."""
+    """Sorted numbers of the documents of a part that are in any of these files of places."""
     found = [np.zeros(0, np.int64)]
     for file in files:
         places = np.load(file, mmap_mode="r")

@@ -1,7 +1,7 @@
-"""Read one part: bytes of files, rows of tables → documents, in memory that does not grow with the input.
+"""Read the documents of one part from files and tables, in memory that does not grow with the input.
 
-A range of a file holds the documents that begin in it. Both neighbours find the same boundary by the same
-rule, so that no document is lost or read twice.
+A range of a file holds the documents that begin in it. Two neighbouring ranges find the boundary between them by the
+same rule, so no document is lost or read twice.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Batch:
-    """Some documents of a part, in order, with their numbers [n] within the part."""
+    """Some documents of a part, in order, with their numbers [n] in the part."""
 
     numbers: NDArray[np.int64]
     texts: list[str]
 
 
 def read_part(part: Part, inputs: Sequence[Input], config: SourceConfig, counts: Counter[str]) -> Iterator[Batch]:
-    """The documents of a part, a few megabytes at a time; empty ones are left out.
+    """The documents of a part, a few megabytes at a time, without empty ones.
 
-    `counts` takes documents and bytes_in (UTF-8 of their text), invalid_utf8 (documents repaired),
-    bad_documents and long_documents (skipped), splits (cuts made in long documents).
+    Adds to `counts`: documents_in and bytes_in (of their text in UTF-8), invalid_utf8 (documents repaired),
+    bad_documents and long_documents (documents skipped), splits (cuts in long documents).
 
-    Raises BadInput for what cannot be read, or what the config says to refuse, naming file and place.
+    Raises BadInput, naming file and place, for what cannot be read and for what the config refuses.
     """
     first = 0
     for piece in part:
@@ -55,7 +55,7 @@ def read_part(part: Part, inputs: Sequence[Input], config: SourceConfig, counts:
 
 
 def utf8_bytes(texts: Sequence[str]) -> int:
-    """How many bytes the texts have as UTF-8."""
+    """Bytes of the texts in UTF-8."""
     return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
 
@@ -101,7 +101,7 @@ class _Reader:
             yield texts
 
     def _whole(self, piece: Piece) -> Iterator[tuple[int, bytes]]:
-        """A text file that is one document: (offset, bytes), cut at whitespace near every multiple of the stride."""
+        """A text file that is one document: (offset, bytes), cut at whitespace near each multiple of the stride."""
         stride, window = self.config.stride_bytes, self.config.cut_window
         nominal, ahead, carry = piece.start, b"", b""
         with Stream(self.item) as stream:
@@ -137,12 +137,12 @@ class _Reader:
             while data := stream.read(READ_BYTES if stop is None else min(READ_BYTES, stop - position)):
                 position += len(data)
                 buffer = carry + data
-                if skipping:  # the rest of a line that was too long
+                if skipping:  # the rest of a line that is too long
                     end = buffer.find(b"\n") + 1
                     offset += end or len(buffer)
                     buffer, skipping = buffer[end:] if end else b"", not end
                 cut = max(buffer.rfind(s) + len(s) if s in buffer else 0 for s in self._separators)
-                # Nothing is kept of what is handed on: it may be one large document, and work on it takes memory.
+                # No reference to a yielded block is kept: it may be one large document, whose processing takes memory.
                 whole, carry = [buffer[:cut]], buffer[cut:]
                 del data, buffer
                 if cut:
@@ -162,7 +162,7 @@ class _Reader:
                 yield offset, whole.pop()
 
     def _boundary(self, stream: Stream, nominal: int) -> int:
-        """The byte where the first document after `nominal` begins; inside a long text, a place near its limit."""
+        """The offset at which the first document after `nominal` begins; in a long text, a cut near its limit."""
         if nominal <= 0 or nominal >= self.item.bytes:
             return nominal
         base, tail = nominal - 1, b""
@@ -211,7 +211,7 @@ class _Reader:
         return texts
 
     def _odd_json_line(self, line: bytes, offset: int) -> str | None:
-        """The text of a line that orjson does not take: invalid UTF-8 or lone surrogates repaired, else None."""
+        """The text of a line that orjson refuses, with invalid UTF-8 and lone surrogates repaired, or None."""
         if not line.strip():
             return None
         decoded = self._decode(line, offset)
@@ -221,7 +221,7 @@ class _Reader:
             self._bad(f"not JSON ({error})", offset)
             return None
         if not isinstance(value, dict) or not isinstance(value.get(self.config.text_key), str):
-            found = f"its keys: {', '.join(value)}" if isinstance(value, dict) else "it is no object"
+            found = f"its keys: {', '.join(value)}" if isinstance(value, dict) else "it is not an object"
             self._bad(f"no text under '{self.config.text_key}' ({found})", offset)
             return None
         text: str = value[self.config.text_key]
@@ -271,7 +271,7 @@ class _Reader:
         return f"{self.item.name}, line {line}"
 
     def _cut(self, data: bytes) -> int:
-        """Where to cut so that `data[:cut]` ends with the last whitespace, or at least with a whole character."""
+        """Where to cut, so that `data[:cut]` ends with the last whitespace, or at least with a complete character."""
         tail = max(0, len(data) - self.config.cut_window)
         cut = max(data.rfind(space, tail) for space in (b" ", b"\n", b"\t", b"\r")) + 1
         if cut:

@@ -1,7 +1,7 @@
-"""Which text goes in: find the inputs and divide them into parts by bytes.
+"""The inputs of a recipe, and their division into parts by bytes.
 
-The parts are a pure function of the inputs and the config, never of the number of workers: that is what
-makes the dataset the same, byte for byte, however many machines made it.
+The parts are a pure function of the inputs and the recipe, never of the number of workers. So the dataset is the same,
+byte for byte, on any number of machines.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass as config_dataclass
 
-from data_prep import files
 from data_prep.read import tables
+from data_prep.read.find import find
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -30,36 +30,36 @@ _KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_PARTS = 64  # enough for the cores of one machine on a small corpus …
-_PART_BYTES = (4 << 20, 256 << 20)  # … and on a large one, parts that cost minutes, not hours, to lose
+_PARTS = 64  # enough for the cores of one machine with a small corpus …
+_PART_BYTES = (4 << 20, 256 << 20)  # … and for a large corpus: to lose a part costs minutes, not hours
 
 
 @config_dataclass(config=STRICT, kw_only=True)
 class SourceConfig:
-    """Where documents come from and what to do with those that cannot be read."""
+    """Where documents come from, and what happens to those that cannot be read."""
 
     paths: str | list[str] = Field(default_factory=list)
     """Files, folders, globs or fsspec URLs: .txt, .jsonl (each also .gz and .zst) and .parquet."""
     hub: str | None = None
-    """Instead of paths: a dataset's name on the Hugging Face hub, or a folder that `datasets` can load."""
+    """Name of a dataset on the Hugging Face hub, or a folder that `datasets` can load; use it instead of paths."""
     hub_config: str | None = None
-    """Configuration of the hub dataset."""
+    """Configuration name of the hub dataset."""
     hub_split: str = "train"
-    """Split of the hub dataset, in the notation of `datasets`, `train[:10%]` included."""
+    """Split of the hub dataset, as `datasets` writes it, for example `train[:10%]`."""
     text_key: str = "text"
-    """The key (jsonl) or column (parquet, hub) that holds a document's text."""
+    """Key (jsonl) or column (parquet, hub) that holds the text of a document."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """Format of the files; auto goes by their names."""
+    """Format of the files; auto takes it from their names."""
     document: Literal["file", "line", "paragraph"] = "file"
-    """What is one document of a text file: all of it, each line, or each block between blank lines."""
+    """What one document of a text file is: the whole file, a line, or a block between blank lines."""
     encoding_errors: Literal["replace", "refuse"] = "replace"
-    """Invalid UTF-8: replace by U+FFFD and count the document, or stop."""
+    """What happens to invalid UTF-8: replace puts U+FFFD and counts the document, refuse stops."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
-    """A jsonl line that is not JSON, a document without text: stop, or skip and count."""
+    """What happens to a line that is not JSON and to a document without text: refuse stops, skip counts it."""
     max_document_bytes: int = Field(default=64 << 20, ge=1 << 10)
-    """Longer documents are split at whitespace in text files; in jsonl and parquet see long_documents."""
+    """Most bytes of a document: a longer one of a text file is split at whitespace; others see long_documents."""
     long_documents: Literal["refuse", "skip"] = "refuse"
-    """A jsonl or parquet document over max_document_bytes: stop, or skip and count."""
+    """What happens to a jsonl or parquet document over max_document_bytes: refuse stops, skip counts it."""
 
     def __post_init__(self) -> None:
         if bool(self.paths) == bool(self.hub):
@@ -67,33 +67,33 @@ class SourceConfig:
 
     @property
     def cut_window(self) -> int:
-        """How many bytes before its limit a long text is searched for whitespace to cut it at."""
+        """How many bytes before the limit a long text is searched for whitespace, to cut it there."""
         return min(64 << 10, self.max_document_bytes // 4)
 
     @property
     def stride_bytes(self) -> int:
-        """A text file that is one document is cut near the multiples of this, so that no piece exceeds the limit."""
+        """A text file that is one document is cut near multiples of this, so that no piece is over the limit."""
         return self.max_document_bytes - self.cut_window
 
 
 @dataclass(frozen=True)
 class Input:
-    """One file (or hub dataset) that documents come from."""
+    """One file or hub dataset that documents come from."""
 
     name: str
-    """Known by this in manifest and messages: a path without the machine's own folders."""
+    """Its name in the manifest and in messages: a path without the machine's own folders."""
     location: str
-    """Path or URL that opens it."""
+    """Path or URL to open."""
     kind: Kind
     compression: str | None
     bytes: int
     changed: str
-    """Time of change or ETag, where the file system tells: a changed input makes another plan."""
+    """Time of change or ETag, where the file system has one: a changed input gives another plan."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of an input: nominal bytes of a file, row groups of parquet, rows of a hub dataset."""
+    """A range of an input: bytes of a file, row groups of a parquet file, or rows of a hub dataset."""
 
     input: int
     start: int
@@ -104,9 +104,9 @@ Part = list[Piece]
 
 
 def find_inputs(config: SourceConfig) -> list[Input]:
-    """All inputs, in the order given; those of one folder or glob sorted by name.
+    """All inputs in the order of the recipe; those of one folder or glob are sorted by name.
 
-    Raises BadInput: nothing found, an unknown format, empty files only, two inputs of one name.
+    Raises BadInput: nothing found, an unknown format, empty files only.
     """
     if config.hub:
         name = f"{PurePosixPath(config.hub).name}/{config.hub_config or 'default'}/{config.hub_split}"
@@ -114,7 +114,7 @@ def find_inputs(config: SourceConfig) -> list[Input]:
         return [Input(name, config.hub, "hub", None, table.nbytes, "")]
     inputs = []
     for pattern in [config.paths] if isinstance(config.paths, str) else config.paths:
-        found = files.find(pattern)
+        found = find(pattern)
         if not found:
             raise BadInput(f"source.paths: {pattern}: no such file")
         for file in found:
@@ -126,7 +126,7 @@ def find_inputs(config: SourceConfig) -> list[Input]:
 
 
 def plan_parts(inputs: Sequence[Input], config: SourceConfig) -> list[Part]:
-    """Divide the inputs into parts of about equal bytes; small inputs share one."""
+    """Divide the inputs into parts of about equal bytes; small inputs share a part."""
     part_bytes = min(max(sum(i.bytes for i in inputs) // _PARTS, _PART_BYTES[0]), _PART_BYTES[1])
     parts: list[Part] = []
     room = 0
@@ -154,7 +154,7 @@ def _kind(name: str, forced: str) -> tuple[Kind, str | None]:
 
 def _ranges(item: Input, config: SourceConfig, part_bytes: int) -> list[tuple[int, int, int]]:
     """(start, stop, bytes) of the pieces of one input."""
-    if item.compression:  # a compressed stream can only be read from its start
+    if item.compression:  # a compressed stream can be read from its start only
         return [(0, item.bytes, item.bytes)]
     if item.kind == "parquet":
         return [(group, group + 1, size) for group, size in enumerate(tables.row_group_bytes(item.location))]

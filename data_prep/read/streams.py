@@ -1,4 +1,4 @@
-"""A file's bytes, decompressed, with every way in which reading can fail turned into one clear line."""
+"""The decompressed bytes of a file. Every failure to read becomes one clear line."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import zstandard
 
-from data_prep import files
 from data_prep.read.sources import Input
 from sharebert_common.errors import BadInput
+from sharebert_common.remote_files import open_binary
 
-_ZSTD_INPUT_BYTES = 16 << 10  # what a little input can unpack to is held in memory
+_ZSTD_INPUT_BYTES = 16 << 10  # a small input may unpack to much, and all of it is held in memory
 _ZSTD_WINDOW_BYTES = 1 << 31  # as `zstd --long=31` needs
 
 
 class Stream:
-    """Reads an input from front to back; an uncompressed one also from any offset. A context manager."""
+    """Reads an input from start to end, or an uncompressed one from any offset. It is a context manager."""
 
     def __init__(self, item: Input) -> None:
         self._item = item
-        self._raw = files.open_binary(item.location)
+        self._raw = open_binary(item.location)
         self._read: Any = self._raw
         if item.compression == "gzip":
             self._read = gzip.GzipFile(fileobj=self._raw)
@@ -38,13 +38,13 @@ class Stream:
         self._raw.close()
 
     def seek(self, offset: int) -> None:
-        """Go to a byte of an uncompressed input."""
+        """Go to an offset of an uncompressed input."""
         self._raw.seek(offset)
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes, fewer only at the end.
 
-        Raises BadInput, naming the file, where it is truncated or damaged.
+        Raises BadInput, naming the file, if it is truncated or damaged.
         """
         pieces = []
         try:
@@ -58,7 +58,7 @@ class Stream:
 
 
 class _ZstdReader:
-    """Zstandard frames one after the other; unlike the library's own reader, an unfinished frame is an error."""
+    """Reads Zstandard frames one after the other. Unlike for the library's own reader, a cut frame is an error."""
 
     def __init__(self, raw: Any) -> None:
         self._raw = raw

@@ -1,4 +1,4 @@
-"""Columns of text: parquet files and datasets of the Hugging Face hub, both by way of Arrow."""
+"""Columns of text in parquet files and in datasets of the Hugging Face hub, both read with Arrow."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep import files
 from sharebert_common.errors import BadInput, nearest
+from sharebert_common.remote_files import open_binary
 
 _BATCH_ROWS = 1000
 
@@ -66,8 +66,8 @@ def _parquet(location: str) -> Any:
     import pyarrow.parquet
 
     try:
-        # Buffered, not pre-buffered: a row group of gigabytes is read page by page.
-        return pa.parquet.ParquetFile(files.open_binary(location), buffer_size=1 << 20, pre_buffer=False)
+        # Buffered, not pre-buffered, so that a row group of gigabytes is read page by page.
+        return pa.parquet.ParquetFile(open_binary(location), buffer_size=1 << 20, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{location}: not readable as parquet ({' '.join(str(error).split())})") from error
 
@@ -92,5 +92,5 @@ def _as_bytes(name: str, key: str, column: Any) -> list[bytes | None]:
         raise BadInput(f"{name}: column '{key}' holds {column.type}, not text; set source.text_key")
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    # As bytes: the policy on invalid UTF-8 is the caller's.
+    # As bytes, because the caller decides about invalid UTF-8.
     return column.cast(pa.large_binary()).to_pylist()  # type: ignore[no-any-return]

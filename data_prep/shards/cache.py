@@ -1,4 +1,4 @@
-"""Copies of a dataset's files on this node's own disk: fetched once, checked, and dropped when room is needed."""
+"""Copies of a dataset's files on this node's own disk: fetched once, checked, and deleted when space is needed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.files import FIRST_WAIT_S, TRIES, open_binary
-from data_prep.shards.reader import TOKENIZER, CacheConfig, LocalFiles, all_shards
+from pydantic import Field
+from pydantic.dataclasses import dataclass as config_dataclass
+
+from data_prep.shards.dataset_files import OPEN_SHARDS
+from data_prep.shards.format import TOKENIZER, all_shards
 from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
+from sharebert_common.remote_files import ATTEMPTS, FIRST_WAIT_S, open_binary
 
 _STAGE_THREADS = 4
 _COPY_BYTES = 8 << 20
 
 
+@config_dataclass(config=STRICT, kw_only=True)
+class CacheConfig:
+    """Copies of shards on this node's own disk, checked by checksum and shared by all processes of the node."""
+
+    folder: str
+    """Folder of the copies; several datasets may share it."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Most bytes of copies: beyond it the shards that were not used for longest are deleted; none: all are kept."""
+    stage: bool = False
+    """Copy the whole dataset before the first row is read."""
+
+
 class CachedFiles:
-    """Files of a dataset, read through a cache that all processes of this node share.
+    """Files of a dataset, read through a cache that all processes of this node share. See `DatasetFiles`.
 
     Args:
         location: folder or URL of the dataset.
         manifest: of the dataset.
         config: see `CacheConfig`.
 
-    Raises BadInput: a shard larger than the cache, a file that cannot be fetched or arrives damaged every time.
+    Raises BadInput: a shard larger than the cache, a file that cannot be fetched or is damaged after every attempt.
     """
 
     def __init__(self, location: str, manifest: Mapping[str, Any], config: CacheConfig) -> None:
@@ -40,11 +57,11 @@ class CachedFiles:
         largest = max(size for _, size in self._expected.values())
         if config.max_bytes is not None and config.max_bytes < largest:
             raise BadInput(f"cache.max_bytes: {config.max_bytes} is less than one shard ({largest} bytes)")
-        # A deleted file takes room until it is unmapped: hold no more of them open than the cache may hold.
-        room = (config.max_bytes or largest * LocalFiles.open_shards) // max(largest, 1)
-        self.open_shards = max(1, min(LocalFiles.open_shards, room))
+        # A deleted file takes space until it is unmapped, so at most as many are open as the cache may hold.
+        room = (config.max_bytes or largest * OPEN_SHARDS) // max(largest, 1)
+        self.open_shards = max(1, min(OPEN_SHARDS, room))
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self._root.glob("*/*/.*.part"):  # of a process that was killed, or one that is at work
+        for part in self._root.glob("*/*/.*.part"):  # of a process that was killed, or of one that still copies
             with _locked(part.with_suffix(".lock"), wait=False) as free:
                 if free:
                     part.unlink(missing_ok=True)
@@ -54,7 +71,7 @@ class CachedFiles:
                 list(pool.map(lambda name: self.open(name).close(), self._expected))
 
     def open(self, name: str) -> BinaryIO:
-        """Open the copy of a file, which is fetched first where there is none."""
+        """Open the copy of a file; fetch it first where there is none."""
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         with _locked(path.with_name(f".{path.name}.lock")):
@@ -63,13 +80,13 @@ class CachedFiles:
                     file = path.open("rb")
                     os.utime(path)
                     return file
-                except FileNotFoundError:  # not yet fetched, or dropped by another process since
+                except FileNotFoundError:  # not fetched yet, or deleted by another process
                     self._fetch(name, path)
 
     def _fetch(self, name: str, path: Path) -> None:
         digest, size = self._expected[name]
         temporary = path.with_name(f".{path.name}.part")
-        for attempt in range(TRIES):
+        for attempt in range(ATTEMPTS):
             try:
                 self._reserve(temporary, size)
                 found = _copy(f"{self._location}/{name}", temporary)
@@ -82,10 +99,10 @@ class CachedFiles:
             finally:
                 temporary.unlink(missing_ok=True)
             time.sleep(FIRST_WAIT_S * 2**attempt)
-        raise BadInput(f"{self._location}/{name}: damaged (its checksum is not the manifest's), {TRIES} times")
+        raise BadInput(f"{self._location}/{name}: damaged (its checksum is not the manifest's), {ATTEMPTS} times")
 
     def _reserve(self, temporary: Path, size: int) -> None:
-        """Take room for a file before it is fetched, so that what other processes are fetching counts too."""
+        """Reserve space for a file before it is fetched, so that files that other processes fetch now count too."""
         with _locked(self._root / ".lock"):
             if self._max_bytes is not None:
                 self._make_room(size)
@@ -93,12 +110,12 @@ class CachedFiles:
                 file.truncate(size)
 
     def _make_room(self, size: int) -> None:
-        """Delete the shards not opened for longest. The lock is held: no other comes, goes or becomes whole."""
+        """Delete the shards that were not opened for longest. The caller holds the lock, so no other file changes."""
         held, total = [], 0
         for path in (*self._root.glob("*/*/shard-*.tar"), *self._root.glob("*/*/.shard-*.tar.part")):
             try:
                 state = path.stat()
-            except FileNotFoundError:  # given up since
+            except FileNotFoundError:  # its process gave it up meanwhile
                 continue
             total += state.st_size
             if not path.name.startswith("."):
@@ -111,7 +128,7 @@ class CachedFiles:
 
 
 def _copy(source: str, target: Path) -> str:
-    """Copy a file over `target`, which exists; returns the SHA-256 of what came."""
+    """Copy a file over `target`, which exists; returns the SHA-256 of the bytes that arrived."""
     digest = hashlib.sha256()
     with open_binary(source) as incoming, target.open("r+b") as out:
         while data := incoming.read(_COPY_BYTES):
@@ -123,9 +140,9 @@ def _copy(source: str, target: Path) -> str:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock that other processes of this node respect; it goes with the process that holds it.
+    """Hold a lock that other processes of this node respect; it ends with the process that holds it.
 
-    Gives whether it is held: without `wait`, another process may hold it.
+    Yields whether this process has it: without `wait`, another process may hold it.
     """
     with path.open("w") as file:
         try:

@@ -1,97 +1,49 @@
-"""The dataset, format 1: what is on disk, how it is written, how it is read.
+"""Open a dataset and read its rows, in any order.
 
-    DATASET/manifest.json  DATASET/tokenizer.json
-    DATASET/train/shard-000000.tar …  DATASET/validation/shard-000000.tar …
-
-The manifest says at which byte of a shard each array's first element lies, so that rows are read through memory
-maps, in any order. It tells nothing of time, owner, host or path: what was made of the same is the same.
-
-This module needs NumPy and the standard library only: whoever trains imports it and nothing else of data_prep.
+It needs NumPy and the standard library only; a dataset at a URL also needs fsspec.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass as config_dataclass
 
-from data_prep.shards.shard_file import Array, Dtypes, MappedShard, shard_name, write_shard
+from data_prep.shards.cache import CacheConfig, CachedFiles
+from data_prep.shards.dataset_files import DatasetFiles, LocalFiles
+from data_prep.shards.format import (
+    MANIFEST,
+    SPECIAL_TOKENS,
+    SPLITS,
+    TOKENIZER,
+    all_shards,
+    check_manifest,
+    check_sizes,
+    damaged,
+)
+from data_prep.shards.shard_file import Array, Dtypes, MappedShard
 from sharebert_common.errors import BadInput
-from sharebert_common.files import file_sha256, sha256, write_atomically
-from sharebert_common.recipe import STRICT
-
-__all__ = [
-    "CacheConfig",
-    "Dataset",
-    "LocalFiles",
-    "Split",
-    "file_sha256",
-    "fingerprint",
-    "open_dataset",
-    "shard_name",
-    "write_manifest",
-    "write_shard",
-]
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
-SPLITS = ("train", "validation")
-SHARD_NAME = re.compile(r"(train|validation)/[\w-][\w.-]*")
-SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, with its format number and fingerprint: the mark of a whole dataset, so written last."""
-    whole = {"format": FORMAT, "fingerprint": fingerprint(manifest), **manifest}
-    write_atomically(folder / MANIFEST, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-
-
-def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over all that determines which rows a training run sees: equal fingerprints, equal rows."""
-    content = {key: manifest[key] for key in ("seq_len", "vocab_size", "tokenizer_sha256", "special_ids")}
-    content["format"] = FORMAT
-    content["shards"] = [
-        [shard["name"], shard["rows"], shard["sha256"]]
-        for split in SPLITS
-        for shard in manifest["splits"][split]["shards"]
-    ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@config_dataclass(config=STRICT, kw_only=True)
-class CacheConfig:
-    """Copies of shards on this node's own disk, checked by checksum, shared by all processes of the node."""
-
-    folder: str
-    """Where the copies lie; several datasets may share it."""
-    max_bytes: int | None = Field(default=None, ge=1)
-    """The shards that were not used for longest are deleted beyond this; none: all are kept."""
-    stage: bool = False
-    """Copy the whole dataset before the first row is read."""
+from sharebert_common.files import sha256
+from sharebert_common.remote_files import is_url, open_binary
 
 
 def open_dataset(path: str | Path, cache: CacheConfig | None = None) -> Dataset:
-    """Open a dataset by its manifest; no shard is read, unless the cache is to be staged.
+    """Open a dataset by its manifest. No shard is read, unless the cache copies the whole dataset first.
 
     Args:
         path: a folder, or a URL that fsspec knows.
-        cache: read through copies on local disk; a URL needs one.
+        cache: read through copies on a local disk; a URL needs one.
 
-    Raises BadInput, naming the file: no manifest, one that is damaged or of another format, a shard or a
-    tokenizer that is missing, a shard of another size, a tokenizer that is not the dataset's.
+    Raises BadInput, naming the file: no manifest, a manifest that is damaged or of another format, a missing shard
+    or tokenizer, a shard of another size, another tokenizer.
     """
-    remote = "://" in str(path)
+    remote = is_url(str(path))
     if remote and cache is None:
         raise BadInput(f"{path}: a dataset at a URL is read through a cache on local disk; give it a folder")
     file = f"{str(path).rstrip('/')}/{MANIFEST}"
@@ -100,60 +52,25 @@ def open_dataset(path: str | Path, cache: CacheConfig | None = None) -> Dataset:
     except FileNotFoundError as error:
         hint = "`sharebert prep` has not finished it" if Path(path).is_dir() else "no such folder"
         raise BadInput(f"{file}: no dataset here ({hint})") from error
+    except BadInput:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(f"{file}: not readable as JSON ({error}); make the dataset again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise BadInput(f"{file}: format {found!r}; this version reads format {FORMAT}")
+    check_manifest(manifest, file)
     try:
-        for shard in all_shards(manifest):
-            if not SHARD_NAME.fullmatch(shard["name"]):  # it becomes a path, of a copy in the cache too
-                raise BadInput(f"{file}: a shard is named {shard['name']!r}, which is no file of train/ or validation/")
-        expected = fingerprint(manifest)
         if not remote:
             check_sizes(Path(path), manifest)
-        dataset = Dataset(path, manifest, cache)
+        return Dataset(path, manifest, cache)
     except (KeyError, TypeError) as error:
-        raise BadInput(f"{file}: damaged ({type(error).__name__}: {error}); make the dataset again") from error
-    if manifest.get("fingerprint") != expected:
-        raise BadInput(f"{file}: damaged (its fingerprint does not match its shards); make the dataset again")
-    return dataset
-
-
-def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise BadInput, naming the file: one that is missing, a shard of another size, another tokenizer."""
-    for shard in all_shards(manifest):
-        file = folder / shard["name"]
-        try:
-            size = file.stat().st_size
-        except FileNotFoundError as error:
-            raise BadInput(f"{file}: missing; copy it again or make the dataset again") from error
-        if size != shard["bytes"]:
-            raise BadInput(f"{file}: {size} bytes where the manifest says {shard['bytes']}; copy it again")
-    tokenizer = folder / TOKENIZER
-    if not tokenizer.is_file():
-        raise BadInput(f"{tokenizer}: missing; copy it again or make the dataset again")
-    if file_sha256(tokenizer) != manifest["tokenizer_sha256"]:
-        raise BadInput(
-            f"{tokenizer}: damaged, or not the tokenizer of this dataset (its checksum is not the manifest's); "
-            "copy it again or make the dataset again"
-        )
-
-
-def all_shards(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The entries of all shards of a manifest, in order."""
-    for split in SPLITS:
-        yield from manifest["splits"][split]["shards"]
+        raise damaged(file, error) from error
 
 
 class Dataset:
-    """A dataset. Made by `open_dataset`.
+    """A dataset. `open_dataset` makes it.
 
-    Attributes: `path` (of the files as they are read: those of the cache, where there is one), `manifest`,
-    `fingerprint`, `seq_len`, `vocab_size` (words of the tokenizer), `special_ids` (by "pad", "unk", "cls", "sep",
-    "mask"), `tokenizer_path`.
+    Attributes: `path` (of the files as they are read: in the cache, where there is one), `manifest`, `fingerprint`,
+    `seq_len`, `vocab_size` (words of the tokenizer), `special_ids` (by "pad", "unk", "cls", "sep", "mask"),
+    `tokenizer_path`.
     """
 
     def __init__(self, path: str | Path, manifest: dict[str, Any], cache: CacheConfig | None) -> None:
@@ -162,13 +79,7 @@ class Dataset:
         self.seq_len: int = manifest["seq_len"]
         self.vocab_size: int = manifest["vocab_size"]
         self.special_ids: dict[str, int] = {key: manifest["special_ids"][key] for key in SPECIAL_TOKENS}
-        self._files: Files
-        if cache is None:
-            self._files = LocalFiles(Path(path))
-        else:
-            from data_prep.shards.cache import CachedFiles
-
-            self._files = CachedFiles(str(path), manifest, cache)
+        self._files: DatasetFiles = LocalFiles(Path(path)) if cache is None else CachedFiles(str(path), manifest, cache)
         self.path = self._files.folder
         self.tokenizer_path = self.path / TOKENIZER
         dtypes = np.dtype(manifest["dtype"]), np.dtype(manifest["segments_dtype"])
@@ -181,14 +92,14 @@ class Dataset:
         return self._splits[name]
 
     def files_to_verify(self) -> list[str]:
-        """Shards that nobody has compared with the manifest yet: all, or none where a cache does so when it copies."""
+        """Shards whose checksums nobody has compared yet: all, or none with a cache, which compares its copies."""
         return [shard["name"] for shard in all_shards(self.manifest)] if isinstance(self._files, LocalFiles) else []
 
     def verify(self, names: Sequence[str] | None = None) -> None:
-        """Read every byte and compare checksums; raises BadInput, naming the file that is damaged.
+        """Read every byte and compare checksums. Raises BadInput, naming the damaged file.
 
         Args:
-            names: of shards, as the manifest has them; none: all shards, and the tokenizer.
+            names: of shards, as the manifest has them; None: all shards, and the tokenizer.
         """
         expected = {shard["name"]: shard["sha256"] for shard in all_shards(self.manifest)}
         expected[TOKENIZER] = self.manifest["tokenizer_sha256"]
@@ -198,41 +109,13 @@ class Dataset:
                     raise BadInput(f"{self.path / name}: damaged (its checksum is not the manifest's); copy it again")
 
 
-class Files(Protocol):
-    """Where the files of a dataset come from."""
-
-    folder: Path
-    """Where they lie on this machine."""
-    open_shards: int
-    """How many shards a reader may hold open."""
-
-    def open(self, name: str) -> BinaryIO:
-        """Open a shard, or the tokenizer. Raises BadInput where that cannot be."""
-
-
-class LocalFiles:
-    """Files of a dataset that are read where they are."""
-
-    open_shards = 64  # a map keeps its file open, and a process may have 1,024 files and 65,530 maps
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def open(self, name: str) -> BinaryIO:
-        """See `Files`."""
-        try:
-            return (self.folder / name).open("rb")
-        except OSError as error:
-            raise BadInput(f"{self.folder / name}: cannot be read ({error.strerror}); copy it again") from error
-
-
 class Split:
     """The rows of one split, numbered from 0 through its shards in manifest order.
 
     Attributes: `rows`, `shard_rows` (rows of each shard). Threads may share it.
     """
 
-    def __init__(self, files: Files, shards: list[dict[str, Any]], seq_len: int, dtypes: Dtypes) -> None:
+    def __init__(self, files: DatasetFiles, shards: list[dict[str, Any]], seq_len: int, dtypes: Dtypes) -> None:
         self.shard_rows: list[int] = [shard["rows"] for shard in shards]
         self.rows = sum(self.shard_rows)
         self._files, self._shards, self._seq_len, self._dtypes = files, shards, seq_len, dtypes
@@ -244,9 +127,9 @@ class Split:
         """Gather rows in the order asked for.
 
         Args:
-            rows: global row numbers [n], each from 0 to `rows` - 1; may repeat.
+            rows: row numbers [n] in the split, each from 0 to `rows` - 1; they may repeat.
 
-        Returns: tokens [n, seq_len] (uint16 or uint32) and segments [n, seq_len] (uint8 or uint16), both copies.
+        Returns: tokens [n, seq_len] (uint16 or uint32) and document ids [n, seq_len] (uint8 or uint16), both copies.
 
         Raises IndexError for a row that does not exist, BadInput for a damaged shard, naming the file.
         """
@@ -278,7 +161,5 @@ class Split:
 
 
 def _read_remote(url: str) -> bytes:
-    from data_prep.files import open_binary
-
     with open_binary(url) as file:
         return file.read()

@@ -1,7 +1,7 @@
-"""One shard: a plain tar of blocks of rows, written once, mapped into memory to be read.
+"""One shard: a plain tar of blocks of rows, written once and mapped into memory to be read.
 
-A block is three members: `000000.tokens.npy` [rows, seq_len], `000000.segments.npy` [rows, seq_len] and
-`000000.json`, so that any webdataset reader takes it. Headers carry no time, owner or host.
+A block is three members: `000000.tokens.npy` [rows, seq_len], `000000.segments.npy` [rows, seq_len] (the document
+ids) and `000000.json`, so any webdataset reader can read it. Headers hold no time, owner or host.
 """
 
 from __future__ import annotations
@@ -25,21 +25,16 @@ _TAR_BLOCK = 512
 
 Array = NDArray[Any]
 Dtypes = tuple["np.dtype[Any]", "np.dtype[Any]"]
-"""Of tokens and of segments."""
-
-
-def shard_name(split: str, number: int) -> str:
-    """Path of a shard inside its dataset."""
-    return f"{split}/shard-{number:06d}.tar"
+"""Of tokens and of document ids."""
 
 
 def write_shard(folder: Path, name: str, blocks: Iterable[tuple[Array, Array]]) -> dict[str, Any]:
-    """Write one shard: whole under its name, or absent. Whoever wants it to survive a power cut flushes it (fsync).
+    """Write one shard. It is complete under its name, or absent; the caller flushes it if it must survive a power cut.
 
     Args:
         folder: the dataset.
         name: path of the shard inside it, see `shard_name`.
-        blocks: (tokens, segments) pairs, both [rows, seq_len].
+        blocks: (tokens, document ids) pairs, both [rows, seq_len].
 
     Returns: the shard's entry in the manifest.
     """
@@ -69,13 +64,13 @@ class MappedShard:
     """One shard mapped into memory.
 
     Args:
-        file: the open shard; it may be closed, or deleted, afterwards.
-        name: for messages.
+        file: the open shard; the caller may close or delete it afterwards.
+        name: of the file, for error messages.
         blocks: as the manifest has them.
         seq_len: tokens of a row.
-        dtypes: of tokens and of segments.
+        dtypes: of tokens and of document ids.
 
-    Raises BadInput, naming the file, where it cannot be mapped or a header is not what the manifest implies.
+    Raises BadInput, naming the file, where it cannot be mapped or a header does not fit the manifest.
     """
 
     def __init__(self, file: BinaryIO, name: str, blocks: list[dict[str, int]], seq_len: int, dtypes: Dtypes) -> None:
@@ -98,9 +93,9 @@ class MappedShard:
         ]
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Copies of rows [n] of this shard: tokens and segments, both [n, seq_len].
+        """Copies of rows [n] of this shard: tokens and document ids, both [n, seq_len].
 
-        Raises BadInput where the file was cut since: what lies behind its end reads as zeros, or ends the process.
+        Raises BadInput where the file was cut after it was mapped: a read behind its end gives zeros or a bus error.
         """
         if self._map.size() < len(self._map):
             raise BadInput(f"{self._name}: cut to {self._map.size()} of {len(self._map)} bytes; copy it again")
@@ -111,7 +106,7 @@ class MappedShard:
 
 
 def _windows(buffer: mmap.mmap, seq_len: int, dtype: np.dtype[Any]) -> Array:
-    """Every run of `seq_len` elements of the file, as rows: gathering some of them copies just those."""
+    """Every run of `seq_len` elements of the file as a row: to gather some rows copies these rows only."""
     flat = np.frombuffer(buffer, dtype, count=len(buffer) // dtype.itemsize)
     return np.lib.stride_tricks.sliding_window_view(flat, seq_len)
 
@@ -129,7 +124,7 @@ class _HashingFile:
 
 
 def _write_array(out: _HashingFile, name: str, array: Array) -> int:
-    """Write one `.npy` member; returns the byte of the file at which the array's first element lies."""
+    """Write one `.npy` member; returns the offset in the file of the array's first element."""
     start = out.size + _TAR_BLOCK + len(_npy_header(array.shape, array.dtype))
     _write_member(
         out, name, [_npy_header(array.shape, array.dtype), memoryview(np.ascontiguousarray(array).data).cast("B")]

@@ -1,7 +1,7 @@
-"""Documents → ids: exactly those of `tokenizers` with the same file, by a faster library where it can.
+"""Token ids of documents: exactly those of `tokenizers` with the same file, from a faster library where possible.
 
-nanotoken 0.1.0 (Rust, MIT) encodes WordPiece at 50 MB/s cold and 160 MB/s warm on one core, where `tokenizers`
-does 2 to 3. It is young, so every part encodes a sample of its documents with both and stops on a difference.
+nanotoken 0.1.0 (Rust, MIT) encodes WordPiece at 50 MB/s cold and 160 MB/s warm on one core; `tokenizers` does 2 to 3.
+It is a young library, so every part encodes a sample of its documents with both, and stops on a difference.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from data_prep.tokens.tokenizer import parsed
 from sharebert_common.errors import BadInput
 
 Encoder = Callable[[Sequence[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
-"""Texts → (ids of all, one after the other; offsets [texts + 1] of each one's first id). No special tokens are added,
-but those that the text itself spells out (`[MASK]`) are recognised, as `tokenizers` does."""
+"""Texts → (ids of all texts, one after the other; offsets [texts + 1] of the first id of each). No special tokens are
+added, but special tokens that the text itself contains (`[MASK]`) are recognised, as by `tokenizers`."""
 
 _PIECE_CHARS = 1 << 20
 _SAFE_CUT = re.compile(r"[A-Za-z0-9] [A-Za-z0-9]")
@@ -29,15 +29,15 @@ _SAFE_NORMALIZERS = {None, "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", 
 
 _CACHE_ENTRIES = 1 << 17
 _SAMPLE_DOCUMENTS = 16
-_SAMPLE_CHARS = 4 << 10  # a batch, of about 4 MB: 2 ms of `tokenizers` beside 50 ms of nanotoken
+_SAMPLE_CHARS = 4 << 10  # of a batch of about 4 MB: 2 ms of `tokenizers` against 50 ms of nanotoken
 
 
 def fast_encoder(tokenizer_json: str) -> Encoder | None:
-    """nanotoken's encoder, or None where it does not support this tokenizer (anything but WordPiece)."""
+    """nanotoken's encoder, or None for a tokenizer that it does not support (all but WordPiece)."""
     import nanotoken
 
-    # Full, they take 22 MB a worker. Twice as many save 4 % of the time on 50 MB of text, four times as many nothing;
-    # those of the default of 1 << 20 take some 200 MB.
+    # Full caches take 22 MB a worker. Twice as many entries save 4 % of the time on 50 MB of text, four times as many
+    # save nothing; the default of 1 << 20 takes about 200 MB.
     nanotoken.set_cache_entries(_CACHE_ENTRIES)
     try:
         backend = nanotoken.WordPieceTokenizer.from_json(tokenizer_json)
@@ -49,8 +49,8 @@ def fast_encoder(tokenizer_json: str) -> Encoder | None:
 def reference_encoder(tokenizer_json: str) -> Encoder:
     """The encoder of `tokenizers` itself.
 
-    It takes some 700 bytes a token, so it is given a megabyte at a time, and a longer text in pieces, cut where no
-    known pre-tokenizer joins anything. With an unknown one, a text is encoded whole and takes what it takes.
+    It needs about 700 bytes a token, so it gets one megabyte of text at a time. A longer text is cut into pieces at
+    places where no known pre-tokenizer joins anything. With an unknown pre-tokenizer, a text is encoded in one piece.
     """
     tokenizer = parsed(tokenizer_json)
     safe = _has_safe_cuts(json.loads(tokenizer_json))
@@ -89,10 +89,16 @@ def _has_safe_cuts(config: dict[str, Any]) -> bool:
         return False
     normalizer = config.get("normalizer") or {"type": None}
     steps = normalizer.get("normalizers", [normalizer])
-    added = config.get("added_tokens", [])
     return all(step["type"] in _SAFE_NORMALIZERS for step in steps) and not any(
-        " " in token["content"] or token["lstrip"] or token["rstrip"] for token in added
+        _may_reach_a_cut(token) for token in config.get("added_tokens", [])
     )
+
+
+def _may_reach_a_cut(token: dict[str, Any]) -> bool:
+    """Whether an added token may hold the space between two ASCII letters or digits, or strip it."""
+    content = token["content"]
+    stripped = (token["lstrip"] and content[0].isalnum()) or (token["rstrip"] and content[-1].isalnum())
+    return " " in content or stripped
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:
@@ -107,14 +113,14 @@ def _pieces(text: str, size: int) -> Iterator[str]:
 
 
 class CheckedEncoder:
-    """What a part encodes with: fast where possible, compared with the reference on a sample of every batch."""
+    """The encoder of a part: the fast one where possible, compared with the reference on a sample of each batch."""
 
     def __init__(self, tokenizer_json: str, kind: Literal["auto", "tokenizers"]) -> None:
         self._reference = reference_encoder(tokenizer_json)
         self._fast = fast_encoder(tokenizer_json) if kind == "auto" else None
 
     def __call__(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Encode; raises BadInput, quoting the text, where the fast encoder's ids are not the reference's."""
+        """Encode. Raises BadInput, quoting the text, if the ids of the two encoders differ."""
         if self._fast is None:
             return self._reference(texts)
         ids, offsets = self._fast(texts)

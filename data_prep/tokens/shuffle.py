@@ -1,9 +1,9 @@
-"""Shuffle the documents of the whole corpus in two passes on disk, and split off the validation documents.
+"""Shuffle the documents of the whole corpus in two passes on disk, and choose the validation documents.
 
-Pass 1: every part writes its documents in *runs*, each sorted by a random key of the document. Pass 2: a
-shard is a range of that key; it reads its range of every run. Memory holds one run, or one shard.
+Pass 1: every part writes its documents in *runs*, each sorted by a random key of the document. Pass 2: a shard is a
+range of that key, and reads its range of every run. Memory holds one run or one shard.
 
-Which documents validate is decided by a hash of the text, so that copies of a text fall on the same side.
+A hash of the text decides which documents are for validation, so all copies of a text are in the same split.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_prep.filter.ngrams import mix
-from data_prep.parts import save_array
+from data_prep.arrays import save_array
+from sharebert_common.counter_rng import GOLDEN, splitmix64
 from sharebert_common.errors import BadInput
 
 RUN_TOKENS = 16 << 20
 DOCUMENT = np.dtype([("order", "<u8"), ("split", "<u8"), ("start", "<i8"), ("length", "<i4")])
-"""A document in a run: random key that orders the corpus, hash of its text, place and length (with [SEP]) in tokens."""
+"""A document in a run: its random key for the order, hash of its text, start and length (with [SEP]) in tokens."""
 
 _BINS = 1 << 16
 _BIN_SHIFT = 48
@@ -36,13 +36,13 @@ _FEW_SHARDS, _SMALL_SHARD_BYTES = 16, 4 << 20
 
 
 class RunWriter:
-    """Takes the documents of one part and writes them in sorted runs.
+    """Writes the documents of one part in sorted runs.
 
     Args:
-        folder: where the runs go.
-        part: number of the part; with the document's number in it, it determines the order key.
+        folder: of the runs.
+        part: number of the part; the order key depends on it and on the document's number in the part.
         seed: of the shuffle.
-        sep: id that ends each document.
+        sep: id of the token at the end of each document.
         dtype: of the tokens.
     """
 
@@ -53,13 +53,13 @@ class RunWriter:
         self._held = self._runs = 0
 
     def add(self, numbers: NDArray[np.int64], texts: Sequence[str], ids: NDArray[Any], offsets: NDArray[Any]) -> None:
-        """Add documents; those without any token are left out.
+        """Add documents; a document without any token is left out.
 
         Args:
-            numbers: [n] of the documents within the part.
-            texts: n of them.
+            numbers: [n] of the documents in the part.
+            texts: n texts.
             ids: of all documents, one after the other.
-            offsets: [n + 1] of each one's first id.
+            offsets: [n + 1] of the first id of each document.
         """
         documents = np.zeros(len(texts), DOCUMENT)
         documents["length"] = np.diff(offsets) + 1
@@ -73,7 +73,7 @@ class RunWriter:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the documents that are still in memory."""
         if self._held:
             self._flush()
 
@@ -90,27 +90,27 @@ class RunWriter:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which documents go where: pure function of the runs and the config."""
+    """Which documents go to which shard: a pure function of the runs and the recipe."""
 
     validation_below: int
-    """Documents whose text hash is below validate."""
+    """Documents whose text hash is below this are for validation."""
     shards: dict[str, list[tuple[int, int]]]
-    """Per split and shard, the range of the order key's upper 16 bits."""
+    """For each split and shard, the range of the upper 16 bits of the order key."""
     segments_dtype: str
     """uint16 where a row may hold more than 255 documents."""
 
 
 def plan_shards(runs: Sequence[Path], validation: float, seq_len: int, token_bytes: int, shard_bytes: int) -> Layout:
-    """Decide on validation documents and on the shards' ranges.
+    """Choose the validation documents and the key ranges of the shards.
 
     Args:
-        runs: as `list_runs` gives them.
-        validation: rows if 1 or more, else a fraction of the tokens; whole documents, so at least so many.
+        runs: as `list_runs` returns them.
+        validation: rows if 1 or more, otherwise a fraction of the tokens; rounded up to documents.
         seq_len: tokens of a row.
         token_bytes: bytes of one token on disk.
-        shard_bytes: at most about so many bytes a shard.
+        shard_bytes: about the most bytes of a shard.
 
-    Raises BadInput: no document at all, or none left to train on.
+    Raises BadInput: no document at all, or no document to train on.
     """
     by_split, documents, shortest = np.zeros(_BINS), 0, np.zeros(0, np.int64)
     for run in _documents(runs):
@@ -118,7 +118,7 @@ def plan_shards(runs: Sequence[Path], validation: float, seq_len: int, token_byt
         documents += len(run)
         shortest = np.sort(np.concatenate([shortest, run["length"]]))[:_SEGMENTS]
     if not documents:
-        raise BadInput("no document is left to make a dataset of; see the counts above")
+        raise BadInput("no document is left for a dataset; see the counts above")
     total = by_split.sum()
     wanted = validation * (seq_len - 1) if validation >= 1 else validation * total
     below = _threshold(runs, by_split, wanted) if validation else 0
@@ -128,10 +128,10 @@ def plan_shards(runs: Sequence[Path], validation: float, seq_len: int, token_byt
             by_order[split] += np.bincount(_bin(run["order"][chosen]), run["length"][chosen], _BINS)
     if not by_order["train"].sum():
         raise BadInput(
-            f"validation: {validation} takes all of the {documents} documents; give less, give more text, or let "
-            "source.document: line or paragraph make more documents of it"
+            f"validation: {validation} takes all of the {documents} documents; lower it, add text, or split text files "
+            "into more documents with source.document: line or paragraph"
         )
-    # Its row could hold 256 documents: the first may be a continuation, the last is cut off, 254 lie within.
+    # A row can hold 256 documents: the first may continue from the row before, the last may be cut, 254 are complete.
     crowded = len(shortest) >= _SEGMENTS - 1 and shortest[: _SEGMENTS - 2].sum() < seq_len
     row_token_bytes = token_bytes + (2 if crowded else 1)
     shards = {
@@ -153,7 +153,7 @@ class ShardText:
 def gather(
     runs: Sequence[Path], split: str, bins: tuple[int, int], validation_below: int, dtype: np.dtype[Any]
 ) -> ShardText:
-    """Read one shard's documents from all runs. Raises BadInput where a run is not what was written."""
+    """Read one shard's documents from all runs. Raises BadInput if a run is not as it was written."""
     found, spans, held = [], [], 0
     for path in runs:
         documents = _mapped(path)
@@ -169,7 +169,7 @@ def gather(
             found.append(chosen)
     tokens, at = np.empty(held, dtype), 0
     for path, starts, stops in spans:
-        with _tokens_of(path).open("rb") as file:  # read, not mapped: mapped pages count as memory of the process
+        with _tokens_of(path).open("rb") as file:  # read, not mapped: mapped pages count as memory
             for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
                 file.seek(start * dtype.itemsize)
                 count = stop - start
@@ -188,12 +188,12 @@ def list_runs(folders: Sequence[Path]) -> list[Path]:
 
 def order_keys(seed: int, part: int, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
     """A random 64-bit key for each document of a part: SplitMix64 over (seed, part, number)."""
-    stream = mix(mix(np.array([seed], np.uint64)) + np.uint64(part))
-    return mix(stream + numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    stream = splitmix64(splitmix64(np.array([seed], np.uint64)) + np.uint64(part))
+    return splitmix64(stream + numbers.astype(np.uint64) * GOLDEN)
 
 
 def slices(tokens: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """`tokens[starts[i] : starts[i] + lengths[i]]` for every i: quicker to copy than through an index of each token."""
+    """`tokens[starts[i] : starts[i] + lengths[i]]` for every i. To copy slices is faster than an index of tokens."""
     for start, stop in zip(starts.tolist(), (starts + lengths).tolist(), strict=True):
         yield tokens[start:stop]
 
@@ -203,7 +203,7 @@ def _documents(runs: Sequence[Path]) -> Iterator[NDArray[Any]]:
         yield np.load(path)
 
 
-@lru_cache(maxsize=256)  # a file each, of the 1,024 that a process may have open
+@lru_cache(maxsize=256)  # one open file each; a process may have 1,024
 def _mapped(path: Path) -> NDArray[Any]:
     return np.asarray(np.load(path, mmap_mode="r"))
 
@@ -217,7 +217,7 @@ def _tokens_of(run: Path) -> Path:
 
 
 def _threshold(runs: Sequence[Path], tokens_by_bin: NDArray[Any], wanted: float) -> int:
-    """The least key such that documents with smaller ones hold at least `wanted` tokens."""
+    """The smallest key so that the documents with smaller keys hold at least `wanted` tokens."""
     sums = np.cumsum(tokens_by_bin)
     at = min(int(np.searchsorted(sums, wanted)), _BINS - 1)
     within = np.concatenate([run[_bin(run["split"]) == at] for run in _documents(runs)])
@@ -227,11 +227,11 @@ def _threshold(runs: Sequence[Path], tokens_by_bin: NDArray[Any], wanted: float)
 
 
 def _ranges_of_bins(tokens_by_bin: NDArray[Any], total_bytes: float, shard_bytes: int) -> list[tuple[int, int]]:
-    """Divide the bins into shards of about equal tokens, none empty."""
+    """Divide the bins into shards of about equal numbers of tokens, none of them empty."""
     sums = np.cumsum(tokens_by_bin)
     if not sums[-1]:
         return []
-    # A small corpus too has shards for several workers and nodes to share.
+    # A small corpus has several shards too, so that workers and nodes can share them.
     count = max(-(-int(total_bytes) // shard_bytes), min(_FEW_SHARDS, int(total_bytes) // _SMALL_SHARD_BYTES), 1)
     inner = np.unique(np.searchsorted(sums, sums[-1] * np.arange(1, count) / count) + 1)
     edges = [0, *(int(edge) for edge in inner if sums[edge - 1] < sums[-1]), _BINS]

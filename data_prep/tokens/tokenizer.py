@@ -1,4 +1,4 @@
-"""The vocabulary: train one with `tokenizers`, or take an existing file."""
+"""The tokenizer: train one with `tokenizers`, or load an existing file and check it."""
 
 from __future__ import annotations
 
@@ -11,46 +11,48 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as config_dataclass
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from data_prep.shards.reader import SPECIAL_TOKENS
+from data_prep.progress import say
+from data_prep.shards.format import SPECIAL_TOKENS
+from data_prep.tokens.inference import as_in_training, training_template
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
 
 @config_dataclass(config=STRICT, kw_only=True)
 class TrainConfig:
-    """A new vocabulary."""
+    """How a new vocabulary is trained."""
 
     type: Literal["wordpiece", "bpe"] = "wordpiece"
-    """WordPiece as in BERT, or byte-level BPE."""
+    """Kind of the vocabulary: WordPiece as in BERT, or byte-level BPE."""
     vocab_size: int = Field(default=30_522, ge=1)
-    """Words, special tokens included; fewer where the text has no more."""
+    """Number of words, with special tokens; a small text gives fewer."""
     sample_bytes: int = Field(default=256 << 20, ge=1)
-    """Text to learn from, taken evenly from all parts of the input."""
+    """Bytes of text to train on, taken evenly from all parts of the input."""
     alphabet: int = Field(default=1000, ge=1)
-    """WordPiece keeps this many of the most frequent characters; words with others become [UNK]."""
+    """Number of characters that WordPiece keeps, the most frequent ones; words with others become [UNK]."""
     min_frequency: int = Field(default=2, ge=1)
-    """A pair of pieces that occurs less often is not merged."""
+    """Least number of times that a pair of pieces must occur to be merged."""
 
 
 @config_dataclass(config=STRICT, kw_only=True)
 class TokenizerConfig:
-    """Which vocabulary, and what encodes with it."""
+    """Which vocabulary to use, and which library encodes with it."""
 
     path: str | None = None
-    """An existing tokenizer.json, or a vocab.txt as BERT's; none: train one."""
+    """Path of a tokenizer.json, or of a vocab.txt as BERT has; none: train a vocabulary."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How to train one, where no path is given."""
+    """How a vocabulary is trained; used without a path."""
     lowercase: bool = True
-    """For a new vocabulary and for a vocab.txt: lower case and no accents, as bert-base-uncased."""
+    """Lower case and no accents, as bert-base-uncased has; for a new vocabulary and for a vocab.txt."""
     encoder: Literal["auto", "tokenizers"] = "auto"
-    """auto takes nanotoken where it supports the tokenizer (same ids, many times faster); tokenizers: the reference."""
+    """Library that encodes: auto uses nanotoken where it can (same ids, many times faster), otherwise tokenizers."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer, and what others need to know of it. `size` is one more than its highest id."""
+    """A tokenizer as JSON text, with its size and special ids. `size` is one more than the highest id."""
 
     json: str
     size: int
@@ -58,7 +60,7 @@ class Vocabulary:
 
     @classmethod
     def parse(cls, text: str) -> Vocabulary:
-        """From the text of a tokenizer.json."""
+        """Make it from the text of a tokenizer.json."""
         words = parsed(text).get_vocab()
         return cls(text, max(words.values()) + 1, {key: words[token] for key, token in SPECIAL_TOKENS.items()})
 
@@ -70,29 +72,31 @@ class Vocabulary:
 
 @lru_cache(maxsize=1)
 def parsed(text: str) -> Tokenizer:
-    """The tokenizer of the text of a tokenizer.json. To parse one takes 30 ms, and a run asks for the same again."""
+    """The tokenizer of the text of a tokenizer.json. It is cached, because to parse one takes 30 ms."""
     return Tokenizer.from_str(text)
 
 
 UNTRAINED = Vocabulary("", 0, {})
-"""Stands in for a vocabulary while one is trained."""
+"""Used while the vocabulary is not trained yet."""
 
 
 def load(path: str, lowercase: bool) -> str:
-    """An existing tokenizer.json or vocab.txt, as the text of a tokenizer.json without padding and truncation.
+    """Load a tokenizer.json or vocab.txt, as the text of a tokenizer.json.
 
-    Raises BadInput: unreadable, or special tokens missing.
+    Padding and truncation are taken off. If it would give other ids at inference than in training rows, it is
+    corrected, and a line says so: see `as_in_training`.
+
+    Raises BadInput: not readable, or a special token is missing.
     """
     file = Path(path)
     try:
+        text = file.read_bytes().decode("utf-8-sig")
         if file.suffix == ".txt":
-            words = file.read_text(encoding="utf-8").splitlines()
-            if len(set(words)) != len(words):
-                raise BadInput(f"{path}: the same word on two lines; this is no vocab.txt")
+            words = word_list(path, text)
             _require_special(path, words)
             tokenizer = _bert(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"), lowercase)
         else:
-            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            tokenizer = Tokenizer.from_str(text)
     except BadInput:
         raise
     except OSError as error:
@@ -102,17 +106,36 @@ def load(path: str, lowercase: bool) -> str:
     _require_special(path, [word for word in SPECIAL_TOKENS.values() if tokenizer.token_to_id(word) is not None])
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return str(tokenizer.to_str())
+    text, changes = as_in_training(tokenizer)
+    for change in changes:
+        say(f"{path}: {change}")
+    return text
+
+
+def word_list(path: str, text: str) -> list[str]:
+    """The words of a vocab.txt: line n is the word with id n. Lines end at \\n or \\r\\n and at nothing else.
+
+    Blank lines at the end are left out. Raises BadInput, naming the lines, where two words are the same.
+    """
+    words = [line.removesuffix("\r") for line in text.split("\n")]
+    while words and not words[-1]:
+        words.pop()
+    first: dict[str, int] = {}
+    for number, word in enumerate(words, 1):
+        if first.setdefault(word, number) != number:
+            what = f"the same word {word!r} is" if word else "no word is"
+            raise BadInput(f"{path}: {what} on lines {first[word]} and {number}; each line of a vocab.txt is one word")
+    return words
 
 
 def train(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> str:
-    """Train a vocabulary: the text of a tokenizer.json, the same for the same texts, byte for byte.
+    """Train a vocabulary: the text of a tokenizer.json, byte for byte the same for the same texts.
 
     Args:
-        texts: called twice, gives the same documents each time.
+        texts: called twice; it must return the same documents each time.
         config: see `TokenizerConfig`.
 
-    Raises BadInput where vocab_size is too small for the alphabet.
+    Raises BadInput if vocab_size is too small for the alphabet.
     """
     size, specials = config.train.vocab_size, list(SPECIAL_TOKENS.values())
     if config.train.type == "bpe":
@@ -129,12 +152,13 @@ def train(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> str:
                 show_progress=False,
             ),
         )
-        return str(tokenizer.to_str())
+        return as_in_training(tokenizer)[0]
     bare = _bert(models.WordPiece(unk_token="[UNK]"), config.lowercase)
     alphabet = _alphabet(texts(), bare, config.train.alphabet)
-    # The trainer numbers the pieces of one character in the order of a randomly seeded hash map, and breaks ties
-    # by number: two runs give two vocabularies. Special tokens get their numbers first, in the order given, so
-    # all pieces of one character are passed as such and lose that mark in the tokenizer built from the words.
+    # The trainer numbers the pieces of one character in the order of a randomly seeded hash map, and breaks ties by
+    # number, so two runs give two vocabularies. Special tokens get their numbers first, in the order given. So all
+    # pieces of one character are passed as special tokens; the tokenizer that is built from the words has them as
+    # ordinary words again.
     pieces = alphabet + ["##" + char for char in alphabet if _continues_words(char, bare)]
     _require_size(size, specials + pieces)
     bare.train_from_iterator(
@@ -168,12 +192,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 def _with_special(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS.values()])
-    ids = tokenizer.get_vocab()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
-    )
+    tokenizer.post_processor = training_template(tokenizer)
     return tokenizer
 
 
@@ -193,7 +212,7 @@ def _alphabet(texts: Iterable[str], tokenizer: Tokenizer, limit: int) -> list[st
 
 
 def _continues_words(char: str, tokenizer: Tokenizer) -> bool:
-    """Whether pre-tokenisation leaves the character inside a word: punctuation and CJK stand alone."""
+    """Whether pre-tokenisation keeps the character inside a word; punctuation and CJK become words of their own."""
     words = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(f"a{char}a"))
     return len(words) == 1
 
@@ -202,11 +221,11 @@ def _require_size(size: int, needed: list[str]) -> None:
     if size <= len(needed):
         raise BadInput(
             f"tokenizer.train.vocab_size: {size} is too small: special tokens and single characters alone are "
-            f"{len(needed)}; give more, or lower tokenizer.train.alphabet"
+            f"{len(needed)}; raise it, or lower tokenizer.train.alphabet"
         )
 
 
 def _require_special(path: str, words: Iterable[str]) -> None:
     missing = sorted(set(SPECIAL_TOKENS.values()) - set(words))
     if missing:
-        raise BadInput(f"{path}: lacks the special tokens {', '.join(missing)}; add them or take another tokenizer")
+        raise BadInput(f"{path}: lacks the special tokens {', '.join(missing)}; add them or use another tokenizer")

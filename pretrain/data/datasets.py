@@ -9,7 +9,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from data_prep.shards.reader import CacheConfig, Dataset, LocalFiles, open_dataset
+from data_prep.shards.cache import CacheConfig
+from data_prep.shards.dataset_files import LocalFiles
+from data_prep.shards.reader import Dataset, open_dataset
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 

@@ -1,4 +1,4 @@
-"""Slow: real commands with workers that are killed, and inputs made to take as much memory as they can."""
+"""Slow: real commands with workers that are killed, and inputs that need as much memory as possible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from made_texts import made_texts, tree, write_jsonl
 
-from data_prep.shards import reader as shards
+from data_prep.shards.reader import open_dataset
 
 WORKER_BYTES = 1_500_000_000
 CLEANING = [
@@ -42,7 +42,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_whoever_is_killed_the_next_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    """While it learns a vocabulary, looks for duplicates, encodes or packs; the parent, or one of its workers."""
+    """Kill the parent or a worker, while prep trains a vocabulary, searches duplicates, encodes or packs."""
     texts = made_texts(26_000, seed=3, words=60)
     corpus = write_jsonl(tmp_path / "c.jsonl", [*texts, *texts[::40]])
     assert corpus.stat().st_size > 9 << 20  # three parts
@@ -82,7 +82,7 @@ def test_whoever_is_killed_the_next_run_gives_the_same_bytes(tmp_path: Path) -> 
 
 
 def text_file(path: Path, piece: str, size: int = 132 << 20) -> Path:
-    """A text file without a line break; of more than two documents of the largest size."""
+    """A text file without a line break, of more than two documents of the largest size."""
     data = piece.encode()
     with path.open("wb") as file:
         for _ in range(size // len(data)):
@@ -94,7 +94,7 @@ def text_file(path: Path, piece: str, size: int = 132 << 20) -> Path:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["words", "every character a token", "no whitespace", "wide characters", "jsonl"])
 def test_a_worker_stays_within_its_memory(tmp_path: Path, kind: str) -> None:
-    """What the largest document takes: a file of any size is read in pieces of that."""
+    """The largest document sets the memory: a file of any size is read in pieces of that size."""
     overrides: list[str] = []
     if kind == "jsonl":
         source = tmp_path / "c.jsonl"
@@ -121,5 +121,5 @@ print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     exit_code, peak_bytes = map(int, done.stdout.splitlines()[-1].split())
     assert exit_code == 0, done.stderr
     assert peak_bytes < WORKER_BYTES
-    dataset = shards.open_dataset(tmp_path / "d")
+    dataset = open_dataset(tmp_path / "d")
     assert dataset.split("train").rows > 0

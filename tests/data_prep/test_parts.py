@@ -1,4 +1,4 @@
-"""Parts on several processes: each done once, whatever happens to whom."""
+"""Parts on several processes: each part is done once, also when a worker fails or dies."""
 
 from __future__ import annotations
 

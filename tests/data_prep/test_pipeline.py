@@ -1,4 +1,4 @@
-"""`sharebert prep` as a whole: complete, the same whoever makes it, and safe to kill, starve and run again."""
+"""`sharebert prep` as a whole: complete, the same for any number of workers, and safe to kill and to run again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from data_prep import parts
 from data_prep.job import plan
 from data_prep.pipeline import PrepRecipe, prepare
 from data_prep.read import sources
-from data_prep.shards import reader as shards
+from data_prep.shards.format import SPLITS
+from data_prep.shards.reader import open_dataset
 from data_prep.tokens import shuffle
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import load
@@ -36,20 +37,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several parts and shards of even a small corpus."""
+    """Give even a small corpus several parts and shards."""
     monkeypatch.setattr(sources, "_PART_BYTES", (20_000, 20_000))
     monkeypatch.setattr(shuffle, "_SMALL_SHARD_BYTES", 20_000)
 
 
 def test_every_token_of_every_document_is_there_once(corpus: Path, tmp_path: Path, many_parts: None) -> None:
-    dataset = shards.open_dataset(prepare(recipe(tmp_path / "d", corpus, shards__rows_per_block=50)))
+    dataset = open_dataset(prepare(recipe(tmp_path / "d", corpus, shards__rows_per_block=50)))
     dataset.verify()
     words = Tokenizer.from_file(str(dataset.tokenizer_path))
     expected = Counter(i for e in words.encode_batch(TEXTS, add_special_tokens=False) for i in e.ids)
     found: Counter[int] = Counter()
     special = dataset.special_ids
     documents: dict[str, Counter[tuple[int, ...]]] = {}
-    for name in shards.SPLITS:
+    for name in SPLITS:
         split, entry = dataset.split(name), dataset.manifest["splits"][name]
         tokens, document_ids = split.read(np.arange(split.rows))
         assert (tokens[:, 0] == special["cls"]).all()
@@ -70,7 +71,7 @@ def test_every_token_of_every_document_is_there_once(corpus: Path, tmp_path: Pat
 
 def test_padding_is_under_half_a_percent(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", made_texts(1500, seed=1))
-    dataset = shards.open_dataset(prepare(recipe(tmp_path / "d", corpus, validation=0)))
+    dataset = open_dataset(prepare(recipe(tmp_path / "d", corpus, validation=0)))
     _, document_ids = dataset.split("train").read(np.arange(dataset.split("train").rows))
     assert (document_ids == 0).mean() < 0.005
 
@@ -82,7 +83,7 @@ def test_who_runs_the_parts_does_not_show(corpus: Path, tmp_path: Path) -> None:
     assert big.stat().st_size > 9 << 20
     values = {"tokenizer": vocabulary, "shards__bytes_per_shard": 1 << 20}
     alone = prepare(recipe(tmp_path / "alone", big, **values))
-    assert len(shards.open_dataset(alone).split("train").shard_rows) >= 2
+    assert len(open_dataset(alone).split("train").shard_rows) >= 2
     pooled = prepare(recipe(tmp_path / "pooled", big, workers=3, **values))
     assert tree(pooled) == tree(alone)
 
@@ -167,7 +168,7 @@ def test_a_half_made_dataset_of_another_recipe_is_no_hindrance(corpus: Path, tmp
 
 def test_vocabularies_and_long_rows(corpus: Path, tmp_path: Path) -> None:
     bpe = recipe(tmp_path / "bpe", corpus, tokenizer__train__type="bpe", seq_len=512)
-    dataset = shards.open_dataset(prepare(bpe))
+    dataset = open_dataset(prepare(bpe))
     assert dataset.seq_len == 512
     tokens, document_ids = dataset.split("train").read(np.array([0]))
     text = Tokenizer.from_file(str(dataset.tokenizer_path)).decode(tokens[0][document_ids[0] == 2].tolist())
@@ -194,7 +195,7 @@ def test_nothing_to_do_anything_with(tmp_path: Path) -> None:
 
 
 def in_a_fork(action: Callable[[], object]) -> int:
-    """Run in a child process, which is killed when the caller likes; its id."""
+    """Run in a child process, which the caller may kill. Returns its id."""
     child = os.fork()
     if child == 0:
         try:
@@ -242,7 +243,7 @@ def test_workers_do_not_outlive_a_killed_run(corpus: Path, tmp_path: Path) -> No
 
 
 def is_alive(pid: str) -> bool:
-    """Whether a process runs; one that nobody has reaped does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -251,7 +252,7 @@ def is_alive(pid: str) -> bool:
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A file system of 1 MB; made where this user may."""
+    """A file system of 1 MB, if this user may mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)

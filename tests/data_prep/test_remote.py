@@ -1,4 +1,4 @@
-"""Inputs and datasets at URLs: real servers on loopback, with faults; caches that stay in bounds."""
+"""Inputs and datasets at URLs: real servers on loopback, with faults, and caches that keep to their size."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import pytest
 from faulty_server import FaultyServer, serve
 from made_texts import made_texts, recipe, write_jsonl
 
-from data_prep import files
-from data_prep.files import open_binary
 from data_prep.pipeline import prepare
-from data_prep.shards.reader import CacheConfig, open_dataset
+from data_prep.shards.cache import CacheConfig
+from data_prep.shards.reader import open_dataset
 from pretrain.data.datasets import DataRecipe, open_datasets
 from pretrain.data.loader import Loader
+from sharebert_common import remote_files
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import parse
+from sharebert_common.remote_files import open_binary
 
 TEXTS = made_texts(300, seed=8)
 FAULTS = ["error", "cut"]
@@ -32,13 +33,13 @@ FAULTS = ["error", "cut"]
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote_files, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr("data_prep.shards.cache.FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with inputs and with a dataset of many shards made of them."""
+    """A folder with inputs, and with a dataset of many shards made from them."""
     folder = tmp_path_factory.mktemp("remote")
     write_jsonl(folder / "corpus.jsonl", TEXTS)
     pq.write_table(pa.table({"text": TEXTS}), folder / "corpus.parquet", row_group_size=50)
@@ -57,7 +58,7 @@ def server(local: Path) -> Iterator[FaultyServer]:
 
 @pytest.fixture(scope="module")
 def s3(local: Path) -> Iterator[str]:
-    """A bucket of an S3 server with everything in the local folder; its URL."""
+    """The URL of a bucket of an S3 server that holds all files of the local folder."""
     from moto.server import ThreadedMotoServer
 
     settings = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -105,7 +106,7 @@ def test_inputs_and_datasets_on_s3(local: Path, s3: str, tmp_path: Path) -> None
 
 def test_a_server_that_stays_down_is_one_clear_line(server: FaultyServer, tmp_path: Path) -> None:
     server.fault = lambda path, asked: "error"
-    with pytest.raises(BadInput, match=rf"{server.url}/corpus\.jsonl: 6 tries failed"):
+    with pytest.raises(BadInput, match=rf"{server.url}/corpus\.jsonl: 6 attempts failed"):
         prepare(recipe(tmp_path / "d", f"{server.url}/corpus.jsonl"))
     with pytest.raises(BadInput, match=r"no such file|cannot be read"):
         prepare(recipe(tmp_path / "e", f"{server.url}/none.jsonl"))
@@ -140,9 +141,9 @@ def test_a_url_needs_a_cache_large_enough(server: FaultyServer, tmp_path: Path) 
 
 
 def bytes_kept(folder: Path) -> int:
-    """Bytes of the shards in a cache, those on their way included."""
+    """Bytes of the shards in a cache, with those that are still copied."""
     sizes = {}
-    with (folder / ".lock").open("w") as lock:  # nothing comes or goes meanwhile, but a part may become whole
+    with (folder / ".lock").open("w") as lock:  # no file is added or deleted now, but a copy may be completed
         fcntl.flock(lock, fcntl.LOCK_EX)
         for path in folder.glob("*/*/*shard-*.tar*"):
             if not path.name.endswith(".lock"):
@@ -165,7 +166,7 @@ def test_an_epoch_through_a_small_cache_reads_each_byte_once(local: Path, server
     for epoch in (1, 2):
         server.served.clear()
         consumed = (epoch - 1) * rows
-        while consumed < epoch * rows - 4 * 4:  # less what is read ahead
+        while consumed < epoch * rows - 4 * 4:  # without the rows that are read ahead
             consumed = max(next(rank).rows_consumed for rank in ranks)
             largest_kept = max(largest_kept, bytes_kept(folder))
         read = sum(count for path, count in server.served.items() if "train/" in path)
@@ -232,7 +233,7 @@ def test_staging_copies_everything_before_the_first_row(local: Path, server: Fau
 
 
 def test_ranges_are_retried_one_by_one(local: Path, server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "RANGE_BYTES", 5000)
+    monkeypatch.setattr(remote_files, "RANGE_BYTES", 5000)
     server.fault = lambda path, asked: "cut" if asked % 2 else None
     data = (local / "corpus.jsonl").read_bytes()
     with open_binary(f"{server.url}/corpus.jsonl") as file:

@@ -10,7 +10,8 @@ import numpy as np
 from made_texts import made_texts, recipe, write_jsonl
 
 from data_prep.pipeline import prepare
-from data_prep.shards import reader as shards
+from data_prep.shards.format import SPLITS
+from data_prep.shards.reader import open_dataset
 
 
 def table(text: str) -> dict[str, str]:
@@ -25,7 +26,7 @@ def test_report_of_a_dataset(tmp_path: Path) -> None:
     folder = prepare(
         recipe(tmp_path / "d", corpus, source__bad_documents="skip", clean__max_symbols=0.4, clean__max_repetition=0.9)
     )
-    dataset, rows = shards.open_dataset(folder), table((folder / "report.md").read_text())
+    dataset, rows = open_dataset(folder), table((folder / "report.md").read_text())
     splits = dataset.manifest["splits"]
     assert rows["documents read"] == "203"
     assert rows["bytes of text read"] == f"{sum(len(t.encode()) for t in texts) + 3:,}"
@@ -33,13 +34,13 @@ def test_report_of_a_dataset(tmp_path: Path) -> None:
     assert rows["documents with invalid UTF-8, repaired"] == "1"
     assert rows["too many symbols"].startswith("3 (")
     assert rows["documents kept"].startswith("200 (98.52 %)")
-    for name in shards.SPLITS:
+    for name in SPLITS:
         split = dataset.split(name)
         assert rows[f"{name}: rows of 64"] == f"{split.rows:,}"
         assert rows[f"{name}: tokens"] == f"{splits[name]['tokens']:,}"
         assert rows[f"{name}: documents"] == f"{splits[name]['documents']:,}"
-    padding = sum((dataset.split(n).read(np.arange(dataset.split(n).rows))[1] == 0).sum() for n in shards.SPLITS)
-    cells = sum(dataset.split(n).rows for n in shards.SPLITS) * 64
+    padding = sum((dataset.split(n).read(np.arange(dataset.split(n).rows))[1] == 0).sum() for n in SPLITS)
+    cells = sum(dataset.split(n).rows for n in SPLITS) * 64
     assert rows["fill of the rows"] == f"{100 * (1 - padding / cells):.2f} %"
     assert float(rows["unknown tokens"].split()[0]) < 1
 

@@ -17,7 +17,7 @@ from data_prep.filter.clean import CleanConfig
 from data_prep.pipeline import prepare
 from data_prep.read import sources
 from data_prep.read.documents import Batch
-from data_prep.shards import reader as shards
+from data_prep.shards.reader import open_dataset
 
 
 def changed(text: str, share: float, seed: int) -> str:
@@ -103,7 +103,7 @@ def test_the_whole_pipeline_drops_counts_and_reports(tmp_path: Path, monkeypatch
     for _ in range(4):
         for task in (1, 0):
             prepare(ours, task=(task, 2))
-    dataset = shards.open_dataset(prepare(ours))
+    dataset = open_dataset(prepare(ours))
     kept = sum(split["documents"] for split in dataset.manifest["splits"].values())
     assert len(texts) - 15 <= kept <= len(texts) + 15
     words = Tokenizer.from_file(str(dataset.tokenizer_path))

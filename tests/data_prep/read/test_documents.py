@@ -1,4 +1,4 @@
-"""Reading: every document once however the input is divided, and each kind of bad input as the config says."""
+"""Reading: each document once, however the input is divided; each kind of bad input as the config says."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pack(data: bytes, suffix: str) -> bytes:
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> random.Random:
-    """Read and divide in tiny steps, so that every boundary is met; gives a source of part sizes."""
+    """Read and divide in tiny steps, so that boundaries are everywhere. Returns the generator of part sizes."""
     monkeypatch.setattr(documents, "READ_BYTES", 64)
     return random.Random(0)
 
@@ -148,7 +148,7 @@ BAD_LINES = {
     "not JSON": b'{"text": "cut',
     "no text under 'text' (its keys: body)": b'{"body": "x"}',
     "no text under 'text' (its keys: text)": b'{"text": 3}',
-    "no text under 'text' (it is no object)": b"[1]",
+    "no text under 'text' (it is not an object)": b"[1]",
 }
 
 

@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_prep.shards import reader as shards
+from data_prep.shards.dataset_files import LocalFiles
+from data_prep.shards.format import fingerprint, shard_name, write_manifest
+from data_prep.shards.reader import open_dataset
+from data_prep.shards.shard_file import write_shard
 from sharebert_common.errors import BadInput
+from sharebert_common.files import file_sha256
 
 SEQ_LEN = 48
 SHARD_ROWS = {"train": [100, 64, 7], "validation": [5]}
@@ -37,21 +41,21 @@ def make(folder: Path, dtype: str = "uint16", segments_dtype: str = "uint8", row
             tokens, document_ids = arrays(rows, number, dtype, segments_dtype)
             starts = range(0, rows, rows_per_block)
             blocks = ((tokens[i : i + rows_per_block], document_ids[i : i + rows_per_block]) for i in starts)
-            entries.append(shards.write_shard(folder, shards.shard_name(split, number), blocks))
+            entries.append(write_shard(folder, shard_name(split, number), blocks))
         splits[split] = {"rows": sum(shard_rows), "tokens": 0, "documents": 0, "shards": entries}
     manifest = {
         "seq_len": SEQ_LEN,
         "dtype": dtype,
         "segments_dtype": segments_dtype,
         "vocab_size": 600,
-        "tokenizer_sha256": shards.file_sha256(folder / "tokenizer.json"),
+        "tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
         "special_ids": {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4},
         "config": {},
         "sources": [],
         "splits": splits,
         "versions": {},
     }
-    shards.write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
     return folder
 
 
@@ -72,7 +76,7 @@ def expected(split: str, dtype: str = "uint16", segments_dtype: str = "uint8") -
 
 @pytest.mark.parametrize(("dtype", "segments_dtype"), [("uint16", "uint8"), ("uint32", "uint16")])
 def test_reads_any_rows_in_any_order(tmp_path: Path, dtype: str, segments_dtype: str) -> None:
-    dataset = shards.open_dataset(make(tmp_path / "d", dtype, segments_dtype))
+    dataset = open_dataset(make(tmp_path / "d", dtype, segments_dtype))
     for split, shard_rows in SHARD_ROWS.items():
         tokens, document_ids = expected(split, dtype, segments_dtype)
         rows = np.random.default_rng(1).integers(0, sum(shard_rows), 300)
@@ -87,7 +91,7 @@ def test_reads_any_rows_in_any_order(tmp_path: Path, dtype: str, segments_dtype:
 
 
 def test_rows_are_copies_and_rows_beyond_the_end_are_refused(whole: Path) -> None:
-    split = shards.open_dataset(whole).split("train")
+    split = open_dataset(whole).split("train")
     tokens, document_ids = split.read(np.array([3]))
     tokens[:], document_ids[:] = 0, 0
     assert split.read(np.array([3]))[0].any()
@@ -97,7 +101,7 @@ def test_rows_are_copies_and_rows_beyond_the_end_are_refused(whole: Path) -> Non
 
 
 def test_plain_webdataset_reads_the_blocks(whole: Path) -> None:
-    urls = [str(whole / shards.shard_name("train", number)) for number in range(3)]
+    urls = [str(whole / shard_name("train", number)) for number in range(3)]
     blocks = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     tokens, document_ids = expected("train")
     np.testing.assert_array_equal(np.concatenate([b["tokens.npy"] for b in blocks]), tokens)
@@ -106,30 +110,30 @@ def test_plain_webdataset_reads_the_blocks(whole: Path) -> None:
 
 
 def test_tar_headers_tell_nothing_of_time_and_owner(whole: Path) -> None:
-    with tarfile.open(whole / shards.shard_name("train", 0)) as tar:
+    with tarfile.open(whole / shard_name("train", 0)) as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar} == {(0, 0, 0, "", "")}
 
 
 def test_same_rows_same_bytes(whole: Path, tmp_path: Path) -> None:
     again = make(tmp_path / "again")
-    for file in ("manifest.json", shards.shard_name("train", 1)):
+    for file in ("manifest.json", shard_name("train", 1)):
         assert (again / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_bytes_on_disk_are_those_of_the_arrays(tmp_path: Path) -> None:
     tokens, document_ids = np.zeros((8192, 128), np.uint16), np.zeros((8192, 128), np.uint8)
     blocks = ((tokens[i : i + 4096], document_ids[i : i + 4096]) for i in (0, 4096))
-    entry = shards.write_shard(tmp_path, "train/shard-000000.tar", blocks)
+    entry = write_shard(tmp_path, "train/shard-000000.tar", blocks)
     assert entry["bytes"] <= 1.005 * (tokens.nbytes + document_ids.nbytes)
 
 
 def test_fingerprint_depends_on_what_rows_are_seen(whole: Path, tmp_path: Path) -> None:
-    first = shards.open_dataset(whole)
+    first = open_dataset(whole)
     assert len(first.fingerprint) == 64
     manifest = json.loads((whole / "manifest.json").read_text())
     for change in ({"seq_len": 32}, {"tokenizer_sha256": "0"}, {"vocab_size": 601}):
-        assert shards.fingerprint({**manifest, **change}) != first.fingerprint
-    assert shards.fingerprint({**manifest, "sources": ["x"], "config": {"a": 1}}) == first.fingerprint
+        assert fingerprint({**manifest, **change}) != first.fingerprint
+    assert fingerprint({**manifest, "sources": ["x"], "config": {"a": 1}}) == first.fingerprint
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -138,15 +142,15 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        shards.write_shard(tmp_path, "train/shard-000000.tar", blocks())
+        write_shard(tmp_path, "train/shard-000000.tar", blocks())
     assert list((tmp_path / "train").iterdir()) == []
 
 
 def test_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"manifest\.json: no dataset here \(`sharebert prep` has not finished"):
-        shards.open_dataset(tmp_path)
+        open_dataset(tmp_path)
     with pytest.raises(BadInput, match="no such folder"):
-        shards.open_dataset(tmp_path / "none")
+        open_dataset(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -162,52 +166,52 @@ def test_damaged_manifest(copy: Path, old: str, new: str, message: str) -> None:
     file = copy / "manifest.json"
     file.write_text(file.read_text().replace(old, new, 1))
     with pytest.raises(BadInput, match=message):
-        shards.open_dataset(copy)
+        open_dataset(copy)
 
 
 def test_missing_or_cut_files(copy: Path) -> None:
-    shard = copy / shards.shard_name("train", 1)
+    shard = copy / shard_name("train", 1)
     data = shard.read_bytes()
     shard.write_bytes(data[:-512])
     with pytest.raises(BadInput, match=f"{shard}: {len(data) - 512} bytes where the manifest says {len(data)}"):
-        shards.open_dataset(copy)
+        open_dataset(copy)
     shard.unlink()
     with pytest.raises(BadInput, match=f"{shard}: missing"):
-        shards.open_dataset(copy)
+        open_dataset(copy)
     shard.write_bytes(data)
     (copy / "tokenizer.json").unlink()
     with pytest.raises(BadInput, match=r"tokenizer\.json: missing"):
-        shards.open_dataset(copy)
+        open_dataset(copy)
 
 
 def test_verify_finds_one_flipped_bit(copy: Path) -> None:
-    shards.open_dataset(copy).verify()
-    for name in (shards.shard_name("validation", 0), "tokenizer.json"):
+    open_dataset(copy).verify()
+    for name in (shard_name("validation", 0), "tokenizer.json"):
         file = copy / name
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
         with pytest.raises(BadInput, match=f"{file}: damaged"):
-            shards.open_dataset(copy).verify()
+            open_dataset(copy).verify()
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
 
 
 @pytest.mark.parametrize("offset", [0, 512 + 20, 4096 + 10])
 def test_damaged_header_names_the_file(copy: Path, offset: int) -> None:
-    shard = copy / shards.shard_name("train", 0)
+    shard = copy / shard_name("train", 0)
     data = bytearray(shard.read_bytes())
     data[offset] ^= 0xFF
     shard.write_bytes(data)
-    split = shards.open_dataset(copy).split("train")
+    split = open_dataset(copy).split("train")
     with pytest.raises(BadInput, match=f"{shard}: damaged \\(header of block"):
         split.read(np.array([1]))
     split.read(np.array([120]))  # another shard
 
 
 def test_threads_share_a_split(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.LocalFiles, "open_shards", 1)  # every read opens and closes shards
-    split, (tokens, _) = shards.open_dataset(whole).split("train"), expected("train")
+    monkeypatch.setattr(LocalFiles, "open_shards", 1)  # every read opens and closes shards
+    split, (tokens, _) = open_dataset(whole).split("train"), expected("train")
     wrong = []
 
     def read(seed: int) -> None:
@@ -225,7 +229,7 @@ def test_threads_share_a_split(whole: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_unknown_split(whole: Path) -> None:
     with pytest.raises(BadInput, match="no split 'test'"):
-        shards.open_dataset(whole).split("test")
+        open_dataset(whole).split("test")
 
 
 def test_importing_the_reader_takes_no_heavy_package_with_it() -> None:
@@ -245,16 +249,16 @@ def test_a_shard_cannot_lie_outside_of_its_dataset(whole: Path, tmp_path: Path, 
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"][0]["name"] = name
     del manifest["fingerprint"]
-    shards.write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
     with pytest.raises(BadInput, match="which is no file of train/ or validation/"):
-        shards.open_dataset(folder)
+        open_dataset(folder)
 
 
 def test_a_shard_that_is_cut_while_it_is_read_is_named(whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "dataset"))
-    split = shards.open_dataset(folder).split("train")
+    split = open_dataset(folder).split("train")
     split.read(np.arange(3))
-    file = folder / shards.shard_name("train", 0)
+    file = folder / shard_name("train", 0)
     with file.open("r+b") as out:
         out.truncate(file.stat().st_size - 1)
     with pytest.raises(BadInput, match=r"shard-000000\.tar: cut to \d+ of \d+ bytes"):

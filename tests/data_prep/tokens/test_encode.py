@@ -1,4 +1,4 @@
-"""The fast encoder's ids are those of `tokenizers`, and a part that sees others stops."""
+"""The fast encoder's ids are those of `tokenizers`, and a part stops at other ids."""
 
 from __future__ import annotations
 

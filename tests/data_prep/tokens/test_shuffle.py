@@ -1,4 +1,4 @@
-"""The two-pass shuffle: nothing lost, copies on one side, shards about even, all of it decided by seed and text."""
+"""The two-pass shuffle: nothing is lost, copies are in one split, shards are about equal, seed and text decide all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Documents = list[list[int]]
 
 
 def write(folder: Path, parts: list[Documents], seed: int = 0) -> list[Path]:
-    """Runs of some parts; a document's text is its ids in words."""
+    """Write the runs of some parts; the text of a document is its ids as words."""
     folders = []
     for number, documents in enumerate(parts):
         part = folder / f"part-{number}"
@@ -119,7 +119,7 @@ def test_segments_are_wider_only_where_a_row_may_hold_over_255_documents(
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no document is left"):
+    with pytest.raises(BadInput, match="no document is left for a dataset"):
         shuffle.plan_shards(write(tmp_path / "a", [[[]]]), 0, 32, 2, 1 << 20)
     with pytest.raises(BadInput, match=r"validation: 0\.1 takes all of the 1 documents"):
         shuffle.plan_shards(write(tmp_path / "b", [[[5, 6]]]), 0.1, 32, 2, 1 << 20)

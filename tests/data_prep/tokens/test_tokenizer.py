@@ -1,4 +1,4 @@
-"""Vocabularies: trained the same every time, taken from files, refused where they cannot work."""
+"""Vocabularies: trained the same every time, loaded from files, refused if they cannot work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from made_texts import made_texts
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
-from data_prep.shards.reader import SPECIAL_TOKENS
+from data_prep.shards.format import SPECIAL_TOKENS
 from data_prep.tokens.tokenizer import TokenizerConfig, TrainConfig, Vocabulary, load, train
 from sharebert_common.errors import BadInput
 
@@ -98,6 +98,34 @@ def test_a_file_without_special_tokens_is_refused_with_their_names(tmp_path: Pat
         load(str(tmp_path / "t.json"), lowercase=True)
 
 
+SPECIAL_LINES = "\n".join(SPECIAL)
+
+
+@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85", "\x1c", "\x1d", "\x1e", "\x0b", "\x0c", "\r"])
+def test_only_a_line_feed_ends_a_word(tmp_path: Path, char: str) -> None:
+    (tmp_path / "vocab.txt").write_bytes(f"{SPECIAL_LINES}\na\n{char}\nb{char}c\nthe\nba\n".encode())
+    words = Tokenizer.from_str(load(str(tmp_path / "vocab.txt"), lowercase=True))
+    assert (words.token_to_id("a"), words.token_to_id("the"), words.token_to_id("ba")) == (5, 8, 9)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\n\n", "\r\n\r\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_marks_at_the_start_and_blank_lines_at_the_end_of_a_word_list(tmp_path: Path, start: str, end: str) -> None:
+    newline = "\r\n" if "\r" in end else "\n"
+    (tmp_path / "vocab.txt").write_bytes((start + newline.join([*SPECIAL, "a", "ba"]) + end).encode())
+    text = load(str(tmp_path / "vocab.txt"), lowercase=True)
+    assert Tokenizer.from_str(text).token_to_id("ba") == 6
+    assert Vocabulary.parse(text).size == 7
+    (tmp_path / "tokenizer.json").write_bytes((start + text).encode())
+    assert load(str(tmp_path / "tokenizer.json"), lowercase=True) == text
+
+
+def test_blank_lines_within_a_word_list_are_named(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text(f"{SPECIAL_LINES}\n\na\n\nb\n")
+    with pytest.raises(BadInput, match=r"vocab\.txt: no word is on lines 6 and 8"):
+        load(str(tmp_path / "vocab.txt"), lowercase=True)
+
+
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"none\.json: No such file"):
         load(str(tmp_path / "none.json"), lowercase=True)
@@ -105,5 +133,5 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"bad\.json: not readable as a tokenizer"):
         load(str(tmp_path / "bad.json"), lowercase=True)
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "a", "a"]))
-    with pytest.raises(BadInput, match="the same word on two lines"):
+    with pytest.raises(BadInput, match=r"vocab\.txt: the same word 'a' is on lines 6 and 7"):
         load(str(tmp_path / "vocab.txt"), lowercase=True)

@@ -17,7 +17,8 @@ import torch
 from conftest import make_dataset
 from tiny_runs import log_of, train_arguments
 
-from data_prep.shards.reader import open_dataset, write_manifest
+from data_prep.shards.format import write_manifest
+from data_prep.shards.reader import open_dataset
 from pretrain.checkpoint.identity import report_changes
 from pretrain.model import ModelRecipe, build_model, choose_model, refuse_other_tokenizer
 from sharebert_common.errors import BadInput

@@ -79,7 +79,9 @@ def test_to_moves_every_tensor(dataset: Dataset) -> None:
 
 
 def test_wide_segments_become_int32(tmp_path: Path) -> None:
-    from data_prep.shards.reader import open_dataset, write_manifest, write_shard
+    from data_prep.shards.format import write_manifest
+    from data_prep.shards.reader import open_dataset
+    from data_prep.shards.shard_file import write_shard
 
     dataset = numbered_dataset(tmp_path / "dataset", [8])
     tokens, document_ids = rows_saying(np.arange(1, 5))
