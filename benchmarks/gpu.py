@@ -1,18 +1,18 @@
-"""Everything about speed that waits for a GPU, in one command.
+"""All measurements of speed that need a GPU, in one command.
 
     python -m benchmarks.gpu [--rows 64] [--steps 20] [--sizes sharebert-small,sharebert-base,sharebert-large]
 
 Prints, in this order:
 
-    tests      those marked gpu, and those of the Triton kernels and the parity of the model on the device
-    kernels    each one's time, its bytes by `pretrain.plan.traffic`, and the share of the data sheet's bandwidth
-    products   of the virtual weights, 138 and 275 columns wide as they are, and padded to 144 and 280
-    attention  within documents, by FlexAttention and by SDPA with a mask, forward and backward
-    steps      of each size, bf16 autocast, dropout 0.1, a bare loop with fused AdamW: tokens/s, share of the peak
-               (MFU), peak memory; and under torch.compile
+    tests      the tests marked gpu, and those of the Triton kernels and of the model's parity, on the device
+    kernels    the time of each kernel, its bytes by `pretrain.plan.traffic`, its share of the data sheet's bandwidth
+    products   the products of the virtual weights: 138 and 275 columns wide as they are, and padded to 144 and 280
+    attention  attention within documents by FlexAttention, and by SDPA with a mask; forward and backward
+    steps      a step of each size, bf16 autocast, dropout 0.1, a bare loop with fused AdamW: tokens/s, share of the
+               peak (MFU), peak memory; with this project's kernels, and with torch.compile
     forms      `benchmarks.kernels --device cuda --dtype bfloat16`
 
-Times are medians, each after a wait for the device. `--device cpu` shows that the command works, and no more.
+Times are medians; each measurement waits for the device. `--device cpu` only shows that the command works.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def share(value: float, whole: float | None) -> str:
 def tests() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
     subprocess.run(command, cwd=ROOT, check=False)
-    files = ("test_kernels_triton.py", "test_authors.py", "test_equations.py", "test_within_documents.py")
-    paths = [f"tests/sharebert/{file}" for file in files]
+    files = ("test_kernels_triton.py", "test_equations.py", "test_within_documents.py")
+    paths = ["tests/exports/test_authors.py", *(f"tests/sharebert/{file}" for file in files)]
     subprocess.run([sys.executable, "-m", "pytest", "-q", *paths], cwd=ROOT, check=False)
 
 
 def kernels(rows: int, device: str, repeats: int) -> None:
-    """Forward, and forward and backward less forward, of what `sharebert.kernels` runs on this device in bf16."""
+    """Forward and backward of each operation of `sharebert.kernels` on this device, in bf16."""
     from pretrain.plan import BANDWIDTH, traffic
     from sharebert import SIZES, ShareBertConfig
     from sharebert.kernels import add_dropout_norm, attention, chunk_cross_entropy, triton_for
@@ -114,7 +114,7 @@ def kernels(rows: int, device: str, repeats: int) -> None:
 
 
 def products(device: str, repeats: int) -> None:
-    """E [V, F] by columns of W_all, and the two products of its gradient: as they are cut, and padded."""
+    """The product of E [V, F] and columns of W_all, and the two of its gradients: as they are cut, and padded."""
     for factor in (128, 384, 768):
         for width, padded in ((138, 144), (275, 280)):
             seconds = []

@@ -1,14 +1,14 @@
-"""Each fused operation against its plain form, forward and backward: time, and the memory that it saves.
+"""Time and memory of each fused operation against its plain form, forward and backward.
 
     python -m benchmarks.kernels [--rows 64] [--rounds 5] [--threads 2] [--device cpu|cuda] [--dtype float32|bfloat16]
 
-Sizes are those of sharebert-small, rows of 128 tokens. `ours` is what `sharebert.kernels` and `sharebert.virtual`
-do on this device, `plain` the same in the obvious PyTorch; a round runs both in turn, and a ratio is the median over
-the rounds. Memory is the highest sum of what the operation allocated and had not yet freed. GELU is compared on CUDA
-alone, and attention on CPUs alone: on the other, both are one.
+Sizes are those of sharebert-small, with rows of 128 tokens. `ours` is what `sharebert.kernels` and `sharebert.virtual`
+do on this device; `plain` is the same in plain PyTorch. A round runs both in turn, and a ratio is the median over the
+rounds. Memory is the peak of what the operation allocates. GELU is compared only on CUDA, and attention only on CPUs:
+on the other device both are the same.
 
-The last line holds the virtual weights against their own FLOPs: their products forward and backward, at the rate of a
-product of two 2048 x 2048 matrices in the same rounds (bar: 1.3 x).
+The last line compares the time of the virtual weights with the time of their products alone, forward and backward, at
+the rate of a product of two 2048 x 2048 matrices in the same rounds (bar: 1.3 x).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEAD = CONFIG.hidden_size // CONFIG.num_attention_heads
 
 
 class Operation(NamedTuple):
-    """Two ways to do the same, each forward and backward."""
+    """Two implementations of one operation, each forward and backward."""
 
     name: str
     ours: Callable[[], object]
@@ -44,7 +44,7 @@ def backward(outputs: list[Tensor], inputs: list[Tensor]) -> None:
 
 
 def loss(make: Callable[..., Tensor]) -> Callable[[int], Callable[[], object]]:
-    """The head's scores and loss over the masked tokens."""
+    """The head's logits and loss over the masked tokens."""
 
     def prepare(tokens: int) -> Callable[[], object]:
         count = round(tokens * MASK_RATE)
@@ -58,7 +58,7 @@ def loss(make: Callable[..., Tensor]) -> Callable[[int], Callable[[], object]]:
 
 
 def made(*shape: int) -> Tensor:
-    """Random values that ask for a gradient, on the default device and in the default dtype."""
+    """Random values that require a gradient, on the default device and in the default dtype."""
     return torch.randn(*shape).mul_(0.02).requires_grad_()
 
 
@@ -68,17 +68,16 @@ def chunked(hidden: Tensor, decoder: Tensor, labels: Tensor, weights: Tensor) ->
 
 def whole(hidden: Tensor, decoder: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     logits = F.linear(hidden, decoder)
-    weights = weights * (logits.argmax(1) >= 0)  # the right guesses are counted too
+    weights = weights * (logits.argmax(1) >= 0)  # the correct predictions are counted too
     return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
 
 
 def weights_ours(embedding: Tensor, projection: Tensor, bias: Tensor) -> list[Tensor]:
-    made = virtual.generate(virtual.blocks(CONFIG), embedding, projection, bias, pooler=False)
-    return [weight for weight in made if weight is not None]
+    return list(virtual.generate(virtual.blocks(CONFIG)[:-1], embedding, projection, bias))
 
 
 def weights_plain(embedding: Tensor, projection: Tensor, bias: Tensor) -> list[Tensor]:
-    """The definition: the whole virtual matrix, and its columns cut out."""
+    """The definition: make the whole virtual matrix, and cut columns out of it."""
     matrix = embedding @ projection.t() + bias
     return [
         matrix[:, block.first : block.last].flatten()[: block.rows * block.columns].view(block.rows, block.columns)
@@ -87,10 +86,10 @@ def weights_plain(embedding: Tensor, projection: Tensor, bias: Tensor) -> list[T
 
 
 def operations(tokens: int) -> list[Operation]:
-    """What is compared, on the default device and in the default dtype."""
+    """The operations that are compared, on the default device and in the default dtype."""
     hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
     given = [made(CONFIG.vocab_size, CONFIG.factor_size), made(hidden, CONFIG.factor_size), made(hidden)]
-    gradients = [torch.randn_like(weight) for weight in weights_ours(*given)]  # what the layers hand back
+    gradients = [torch.randn_like(weight) for weight in weights_ours(*given)]  # as the layers would give them
     found = [
         Operation("linear + cross-entropy", loss(chunked)(tokens), loss(whole)(tokens)),
         Operation(
@@ -150,7 +149,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that `run` had allocated at once, beyond what was there before."""
+    """The peak of what `run` allocates."""
     if torch.get_default_device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

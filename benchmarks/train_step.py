@@ -1,17 +1,17 @@
-"""A training step of this project beside BERT's, and beside what its matrix products alone cost.
+"""A training step of this project against BERT's, and against the cost of its matrix products alone.
 
     python -m benchmarks.train_step [--batch 4] [--steps 5] [--threads 2]
 
-Three things, each step followed by a product of two 2048 x 2048 matrices, so that a ratio compares what the
-machine did in the same seconds; every number is a median over the steps:
+Three measurements. A product of two 2048 x 2048 matrices follows each step, so that a ratio compares times from the
+same seconds; every number is a median over the steps:
 
     ours      sharebert-small through the real DeepSpeed engine: forward, backward, clip, AdamW; dropout 0.1
     bert      BertForMaskedLM of transformers with the same sizes, a bare loop with fused AdamW; dropout 0.1
-    overhead  ours and a bare loop over the same model, step by step in turn: what the engine adds
+    overhead  ours and a bare loop over the same model, in turn: the time that the engine adds
 
-All in float32 on the CPU, on the same tokens. Each is a process of its own, one after another, so that its peak
-memory is its own. The model FLOPs are those of `pretrain.plan.flops_per_token`; a product of 2048 x 2048
-matrices counts 2 · 2048³. BERT does more of them for each token: its head scores every position.
+All run in float32 on the CPU, on the same tokens, each in its own process, so that the peak memory is its own. The
+model FLOPs are those of `pretrain.plan.flops_per_token`; a product of 2048 x 2048 matrices counts 2 · 2048³. BERT does
+more FLOPs for each token: its head computes logits at every position.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Step = Callable[[], Any]
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process ever had resident (Linux's VmHWM)."""
+    """The peak resident memory of this process (Linux's VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
 

@@ -197,9 +197,13 @@ def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
 
 def _matrices(encoder: ShareBert) -> dict[str, Tensor]:
     """The generated matrices by name, [out, in] as `nn.Linear` stores them, the query with its part of the scale."""
-    given, made = encoder.generate()._asdict(), {}
+    weights = encoder.layer_weights()
+    given: dict[str, Tensor | None] = {**weights.of_layer(0)._asdict(), "pooler": weights.pooler}
+    del weights
+    made = {}
     while given:  # so that one at a time is there twice
         name, weight = given.popitem()
+        assert weight is not None
         made[name] = weight.t().contiguous()
     made["query"].mul_(_query_factor(encoder.config))
     return made

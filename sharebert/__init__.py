@@ -1,17 +1,36 @@
-"""ShareBERT in plain PyTorch: the model, its exports, and the authors' checkpoints."""
+"""ShareBERT in plain PyTorch. The `*.py` files of this folder, and no others, travel with every export.
+
+config              the keys of a model's `config.json`, and their checks
+encoder             layers and encoder: tokens to hidden states
+sharing             which matrices each layer uses
+virtual             the virtual embedding matrix, and the matrices cut from it
+heads               the head for masked language modelling, and the model that is pretrained
+roles               whether weight decay acts on a parameter, and how the parameter starts
+init                the start of a new model from a seed
+kernels             the fused operations: one interface, and its reference in PyTorch
+shared_linear       x·W + b for a matrix that several layers share
+precision           the dtypes of products and sums
+kernels_cpu         dropout, and attention with dropout, for CPUs
+kernels_flex        attention within documents on CUDA
+kernels_triton_*    dropout + addition + LayerNorm (norm), bias + GELU (gelu), cross-entropy (loss) on CUDA
+hub                 the classes for transformers; the only file that imports it
+"""
 
 from .config import SIZES, ShareBertConfig, ShareBertError
 from .encoder import Encoded, ShareBert
 from .heads import MlmOutput, ShareBertForMaskedLM
 from .init import initialize
+from .roles import Role, parameter_roles
 
 __all__ = [
     "SIZES",
     "Encoded",
     "MlmOutput",
+    "Role",
     "ShareBert",
     "ShareBertConfig",
     "ShareBertError",
     "ShareBertForMaskedLM",
     "initialize",
+    "parameter_roles",
 ]

@@ -1,4 +1,4 @@
-"""What a ShareBERT is made of: the keys of its `config.json`, checked together."""
+"""The sizes and choices of a model: the keys of its `config.json`, and their checks."""
 
 from __future__ import annotations
 
@@ -21,44 +21,51 @@ SIZES: dict[str, dict[str, int]] = {
     "sharebert-base": {"factor_size": 384, "num_hidden_layers": 12},
     "sharebert-large": {"factor_size": 768, "num_hidden_layers": 6},
 }
-"""The published sizes, as the keys in which they differ; they share H 2048, I 4096 and A 16."""
+"""The published sizes: the keys in which they differ. All have H 2048, I 4096 and A 16."""
 
 
 class ShareBertError(ValueError):
-    """Something given to the model or read from its files is wrong; the message is one line for a user."""
+    """An input of the model or one of its files is wrong; the message is one line for a user."""
 
 
 @dataclass(frozen=True)
 class ShareBertConfig:
     """Sizes and choices of a ShareBERT. The defaults are sharebert-base.
 
-    Raises ShareBertError where a value, or the values together, make no model.
+    Raises ShareBertError if a value is wrong, or if the values do not fit together.
     """
 
     vocab_size: int = 30528
-    """Rows V of the embedding, rounded up to a multiple of `vocab_pad_multiple` when a config is made.
-    The tokenizer may have fewer words, by less than that multiple."""
+    """Rows V of the embedding. The config rounds it up to a multiple of `vocab_pad_multiple`, so the tokenizer may
+    have fewer words, by less than that multiple."""
     vocab_pad_multiple: int = 8
-    """V is a multiple of this."""
+    """V is rounded up to a multiple of this number."""
     factor_size: int = 384
-    """Columns F of the embedding. With `sharing: eps`, F = H."""
+    """Columns F of the embedding. `sharing: eps` needs F = H."""
     hidden_size: int = 2048
     """Width H of the residual stream."""
     num_hidden_layers: int = 12
+    """Number L of layers."""
     num_attention_heads: int = 16
+    """Number A of attention heads; it must divide H."""
     intermediate_size: int = 4096
     """Width I inside the feed-forward block."""
     max_position_embeddings: int = 128
+    """Number P of positions: the largest length of a row, in tokens."""
     type_vocab_size: int = 2
+    """Number of token types."""
     hidden_dropout_prob: float = 0.1
+    """Dropout probability on the embedding and on the output of each block."""
     attention_probs_dropout_prob: float = 0.1
+    """Dropout probability on attention probabilities."""
     layer_norm_eps: float = 1e-5
+    """Epsilon of every LayerNorm."""
     initializer_range: float = 0.02
-    """Standard deviation of the weights at the start."""
+    """Standard deviation of the weights of a new model."""
     sharing: str = "veps"
-    """`veps`: layers are cut from the virtual matrix E·W_allᵀ + b_all; `eps`: from E itself."""
+    """`veps`: the matrices of all layers are cut from the virtual matrix E·W_allᵀ + b_all; `eps`: from E itself."""
     mlm_head: str = "untied"
-    """`untied`: a decoder of its own [V, H]; `tied`: E and a bias [V]; `none`: an encoder alone."""
+    """`untied`: the head has its own decoder [V, H]; `tied`: it uses E and a bias [V]; `none`: there is no head."""
     attention_scale: str = "authors"
     """Scores are multiplied by d^(-2/3) (`authors`) or d^(-1/2) (`standard`), d = H / heads."""
 
@@ -66,14 +73,14 @@ class ShareBertConfig:
         for key, value in asdict(self).items():
             _check(key, value)
         rows = -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
-        object.__setattr__(self, "vocab_size", rows)  # frozen: rounding up is part of making it
+        object.__setattr__(self, "vocab_size", rows)  # the dataclass is frozen
         if self.hidden_size % self.num_attention_heads:
             raise ShareBertError(
                 f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size ({self.hidden_size})"
             )
         if self.sharing == "eps" and self.factor_size != self.hidden_size:
             raise ShareBertError(
-                f"sharing: eps takes layers from the embedding itself, so factor_size ({self.factor_size}) "
+                f"sharing: eps cuts the layers from the embedding itself, so factor_size ({self.factor_size}) "
                 f"must equal hidden_size ({self.hidden_size})"
             )
         square, wide = self.square_columns, self.wide_columns
@@ -92,12 +99,12 @@ class ShareBertConfig:
 
     @property
     def square_columns(self) -> int:
-        """h = ⌈H²/V⌉, the columns of the virtual matrix that one [H, H] weight takes."""
+        """h = ⌈H²/V⌉, the columns of the virtual matrix that one [H, H] matrix takes."""
         return -(-self.hidden_size * self.hidden_size // self.vocab_size)
 
     @property
     def wide_columns(self) -> int:
-        """f = ⌈H·I/V⌉, the columns of the virtual matrix that one [H, I] or [I, H] weight takes."""
+        """f = ⌈H·I/V⌉, the columns of the virtual matrix that one [H, I] or [I, H] matrix takes."""
         return -(-self.hidden_size * self.intermediate_size // self.vocab_size)
 
     @property
@@ -106,14 +113,15 @@ class ShareBertConfig:
         return float(self.head_size) ** (-2 / 3 if self.attention_scale == "authors" else -1 / 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `config.json`, `model_type` among them."""
+        """The keys of `config.json`, including `model_type`."""
         return {"model_type": MODEL_TYPE, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ShareBertConfig:
-        """The config of `values`, the keys of a `config.json`; keys left out have their defaults.
+        """The config with the keys `values` of a `config.json`; a key that is missing has its default.
 
-        Raises ShareBertError: an unknown key (the nearest known one is named), another `model_type`, a wrong value.
+        Raises ShareBertError for an unknown key (the message names the nearest known one), another `model_type` or a
+        wrong value.
         """
         if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             raise ShareBertError(f"model_type: '{values['model_type']}' is another model, not '{MODEL_TYPE}'")
@@ -126,18 +134,18 @@ class ShareBertConfig:
 
 
 def _check(key: str, value: object) -> None:
-    """Check one value alone: its type, its range, or that it is one of the choices."""
+    """Check the type and range of one value, or that it is one of the choices."""
     if key in CHOICES:
         if value not in CHOICES[key]:
-            raise ShareBertError(f"{key}: one of {', '.join(CHOICES[key])} (got {value!r})")
+            raise ShareBertError(f"{key}: must be one of {', '.join(CHOICES[key])} (got {value!r})")
     elif key in {"hidden_dropout_prob", "attention_probs_dropout_prob"}:
         if not _is_number(value) or not 0 <= value < 1:  # type: ignore[operator]
-            raise ShareBertError(f"{key}: a probability from 0 to below 1 (got {value!r})")
+            raise ShareBertError(f"{key}: must be a probability, 0 or more and below 1 (got {value!r})")
     elif key in {"layer_norm_eps", "initializer_range"}:
         if not _is_number(value) or not value > 0:  # type: ignore[operator]
-            raise ShareBertError(f"{key}: a number above 0 (got {value!r})")
+            raise ShareBertError(f"{key}: must be a number above 0 (got {value!r})")
     elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ShareBertError(f"{key}: a whole number from 1 (got {value!r})")
+        raise ShareBertError(f"{key}: must be a whole number, 1 or more (got {value!r})")
 
 
 def _is_number(value: object) -> bool:

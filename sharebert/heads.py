@@ -1,7 +1,8 @@
-"""The masked-language-model head, and the model that is pretrained: encoder and head."""
+"""The head for masked language modelling (MLM), and the model that is pretrained: encoder and head."""
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .config import ShareBertConfig, ShareBertError
 from .encoder import ShareBert
 from .kernels import add_dropout_norm, linear_cross_entropy, linear_gelu
+from .roles import NORM_WEIGHT, ZERO_BIAS, Role, Start, Uniform, set_roles, weight_role
 
 
 class MlmOutput(NamedTuple):
@@ -18,29 +20,34 @@ class MlmOutput(NamedTuple):
     loss_sum: Tensor
     """Scalar, float32: Σ weight · cross-entropy, in nats."""
     correct: Tensor
-    """Scalar, float32: Σ weight · [the likeliest word is the label]. No gradient."""
+    """Scalar, float32: Σ weight · [the likeliest word is the label]. It has no gradient."""
 
 
 class MlmHead(nn.Module):
-    """norm(gelu(dense(x))), then scores of all words by a decoder of its own, or by the embedding and a bias."""
+    """norm(gelu(dense(x))), then the scores of all words: by its own decoder (untied), or by E and a bias (tied)."""
 
     def __init__(self, config: ShareBertConfig) -> None:
         super().__init__()
         self.tied = config.mlm_head == "tied"
         width = config.factor_size if self.tied else config.hidden_size
+        uniform = Uniform(1 / sqrt(config.hidden_size))
+        start = Start(uniform, uniform)
         self.dense = nn.Linear(config.hidden_size, width)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        set_roles(self.dense, weight=Role(True, start), bias=Role(False, start))
+        self.norm = set_roles(nn.LayerNorm(width, eps=config.layer_norm_eps), weight=NORM_WEIGHT, bias=ZERO_BIAS)
         if self.tied:
             self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+            set_roles(self, bias=ZERO_BIAS)
         else:
-            self.decoder = nn.Linear(width, config.vocab_size, bias=False)
+            decoder = nn.Linear(width, config.vocab_size, bias=False)
+            self.decoder = set_roles(decoder, weight=weight_role(config.initializer_range))
 
     def forward(
         self, hidden: Tensor, embedding: Tensor | None, labels: Tensor | None = None, loss_weights: Tensor | None = None
     ) -> Tensor | MlmOutput:
-        """Logits [N, V] of `hidden` [N, H], or their loss where labels and loss weights [N] are given.
+        """Logits [N, V] of `hidden` [N, H], or their loss if labels and loss weights [N] are given.
 
-        `embedding` is E [V, F] where the head is tied, and None where it is not.
+        `embedding` is E [V, F] for a tied head, and None for an untied one.
         """
         x = linear_gelu(hidden, self.dense.weight.t(), self.dense.bias)
         _, x = add_dropout_norm(x, None, self.norm.weight, self.norm.bias, self.norm.eps, 0.0)
@@ -55,7 +62,7 @@ class MlmHead(nn.Module):
 class ShareBertForMaskedLM(nn.Module):
     """Encoder and MLM head: what is pretrained, and what an export holds.
 
-    With `mlm_head: none` it is the encoder alone under the export's names, and has neither loss nor logits.
+    With `mlm_head: none` it is the encoder alone, under the names of an export; it has no loss and no logits.
     """
 
     def __init__(self, config: ShareBertConfig) -> None:
@@ -78,12 +85,12 @@ class ShareBertForMaskedLM(nn.Module):
         """The loss at chosen positions of a batch.
 
         Args:
-            tokens: [B, T], as `ShareBert.forward` takes them, and so the next three.
-            positions: [N], int64: flat indices into B·T. N is a capacity: unused entries have weight 0.
+            tokens: [B, T], as in `ShareBert.forward`, like the next three.
+            positions: [N], int64: flat indices into B·T. Unused entries have loss weight 0.
             labels: [N], int64: the word at each position.
             loss_weights: [N], float32.
 
-        Raises ShareBertError where the model has no MLM head.
+        Raises ShareBertError if the model has no MLM head.
         """
         output = self._head(
             self._rows(tokens, attention_mask, token_type_ids, document_ids, positions), labels, loss_weights
@@ -102,7 +109,7 @@ class ShareBertForMaskedLM(nn.Module):
     ) -> Tensor:
         """Scores of all words: [N, V] at flat `positions` [N], or [B, T, V] at every position.
 
-        Raises ShareBertError where the model has no MLM head.
+        Raises ShareBertError if the model has no MLM head.
         """
         scores = self._head(self._rows(tokens, attention_mask, token_type_ids, document_ids, positions))
         assert isinstance(scores, Tensor)
@@ -125,6 +132,6 @@ class ShareBertForMaskedLM(nn.Module):
         self, rows: Tensor, labels: Tensor | None = None, loss_weights: Tensor | None = None
     ) -> Tensor | MlmOutput:
         if self.mlm_head is None:
-            raise ShareBertError("this model has no MLM head (mlm_head: none), so it has no loss and scores no words")
-        tied = self.sharebert.word_embeddings.weight if self.mlm_head.tied else None
-        return self.mlm_head(rows, tied, labels, loss_weights)  # type: ignore[no-any-return]
+            raise ShareBertError("this model has no MLM head (mlm_head: none), so it has no loss and no logits")
+        embedding = self.sharebert.word_embeddings.weight if self.mlm_head.tied else None
+        return self.mlm_head(rows, embedding, labels, loss_weights)  # type: ignore[no-any-return]

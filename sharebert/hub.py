@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MODEL_TYPE, ShareBertConfig, ShareBertError
-from .encoder import Encoded, Layer, ShareBert
+from .encoder import Encoded, ShareBert
 from .heads import MlmHead
+from .roles import Normal, Uniform, own_roles
 
 try:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -101,20 +102,17 @@ class ShareBertPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """How parameters start that no checkpoint holds: the `variance` start of `initialize`."""
+        """Start the parameters that no checkpoint holds, as `initialize` does with `init: variance`."""
         super()._init_weights(module)
-        if isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, Layer):
-            for parameter in module.parameters(recurse=False):
-                init.zeros_(parameter)
-        elif isinstance(module, MlmHead) and module.tied:
-            init.zeros_(module.bias)
-        elif isinstance(module, ShareBert):
-            init.zeros_(module.pooler_bias)
-            if module.config.sharing == "veps":
-                init.normal_(module.factor_linear_all.weight, std=module.config.factor_size**-0.5)
+        for name, role in own_roles(module).items():
+            parameter = getattr(module, name)
+            start = role.start.variance
+            if isinstance(start, Normal):
+                init.normal_(parameter, std=start.std)
+            elif isinstance(start, Uniform):
+                init.uniform_(parameter, -start.bound, start.bound)
+            else:
+                init.constant_(parameter, start.value)
 
 
 class ShareBertModel(ShareBertPreTrainedModel):

@@ -1,9 +1,8 @@
-"""The operations that make up a layer: one interface, and its reference in plain PyTorch.
+"""The operations of a layer and of the loss that are worth fusing: one interface, and its reference in PyTorch.
 
-Everything in the model that is worth fusing goes through these functions. On CUDA, where Triton is installed,
-the kernels of `kernels_triton_*.py` do the work; elsewhere, and while torch.compile traces (it fuses by itself),
-the reference. Reductions, LayerNorm statistics, softmax and the loss are in float32, and in float64 where the
-input is.
+The model calls these functions alone. On CUDA with Triton installed, the kernels in `kernels_triton_*.py` do the
+work. Everywhere else, and while torch.compile traces (it fuses by itself), the reference does. Reductions, LayerNorm
+statistics, softmax and the loss are in float32, and in float64 for float64 input.
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from .config import ShareBertError
 from .kernels_cpu import Dropout, DropoutAttention
+from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype
+from .shared_linear import linear
 
 CHUNK_LOGITS = 2**24
-"""Logits that exist at a time in `linear_cross_entropy`: 64 MiB in float32, 549 rows of a 30,528-word vocabulary."""
+"""How many logits `linear_cross_entropy` holds at a time: 64 MiB in float32, 549 rows of a 30,528-word vocabulary."""
 
 
 class TritonKernels(NamedTuple):
-    """What the `kernels_triton_*.py` offer."""
+    """The operations that have a Triton kernel."""
 
     add_dropout_norm: Any
     bias_gelu: Any
@@ -33,131 +34,24 @@ class TritonKernels(NamedTuple):
 
 @functools.cache
 def load_triton() -> TritonKernels | None:
-    """The Triton kernels, or None where Triton is not installed. Not before they are needed: they take a second."""
+    """The Triton kernels, or None where Triton is not installed. Loaded at the first use: it takes a second."""
     try:
-        from .kernels_triton_gelu import BiasGelu
+        from .kernels_triton_gelu import FusedBiasGelu
         from .kernels_triton_loss import chunk_cross_entropy
-        from .kernels_triton_norm import AddDropoutNorm
+        from .kernels_triton_norm import FusedAddDropoutNorm
     except ImportError:
         return None
-    return TritonKernels(AddDropoutNorm.apply, BiasGelu.apply, chunk_cross_entropy)
+    return TritonKernels(FusedAddDropoutNorm.apply, FusedBiasGelu.apply, chunk_cross_entropy)
 
 
 def triton_for(x: Tensor) -> TritonKernels | None:
-    """The Triton kernels where they serve for `x`, and None where the reference does."""
+    """The Triton kernels if they can run on `x`, else None: the reference runs."""
     return load_triton() if x.is_cuda and not torch.compiler.is_compiling() else None
 
 
-def on_plain_cpu(x: Tensor) -> bool:
-    """Whether what `kernels_cpu` offers serves for `x`."""
+def cpu_kernels_for(x: Tensor) -> bool:
+    """Whether the functions of `kernels_cpu` can run on `x`."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which products with `tensor` run: autocast's where it is on, the tensor's own elsewhere."""
-    kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return tensor.dtype
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtype` are summed: float64 for float64, float32 for the rest."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total [m, n] += a [m, k] · b [k, n], without a temporary where the dtypes are one."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
-
-
-def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums [n] of the columns of x [m, n], in `dtype`; added up in float32 at least."""
-    if x.device.type != "cpu":
-        return x.sum(0, dtype=dtype)
-    if x.dtype == accumulation_dtype(x.dtype):  # `sum(0)` took 8 ms for [512, 2048] in float32, this 0.1 ms
-        return torch.mv(x.t(), x.new_ones(len(x))).to(dtype)
-    return x.sum(0).to(dtype)  # rounded once; asked for another dtype, it would copy x
-
-
-class SharedGradients:
-    """The gradients of weights that one node made and several layers use, summed beside autograd.
-
-    They belong to one backward pass: what another left, which was asked for gradients of something else alone and
-    so never came to the node, is not added to.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._sums: list[Tensor | None] = [None] * count
-        self._backward_pass: int | None = None
-
-    def add_product(self, place: int, a: Tensor, b: Tensor) -> None:
-        """Add a [in, m] · b [m, out] to the gradient of the weight [in, out] at `place`."""
-        self._forget_another_pass()
-        total = self._sums[place]
-        if total is None:
-            self._sums[place] = a @ b
-        else:
-            total.addmm_(a, b)
-
-    def take(self, handed: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-        """The gradient of each weight: the sums here, and those that autograd hands over."""
-        self._forget_another_pass()
-        sums, self._sums = self._sums, [None] * len(self._sums)
-        return [
-            other if ours is None else ours if other is None else ours.add_(other)
-            for ours, other in zip(sums, handed, strict=True)
-        ]
-
-    def _forget_another_pass(self) -> None:
-        this = torch._C._current_graph_task_id()
-        if this != self._backward_pass:
-            self._sums, self._backward_pass = [None] * len(self._sums), this
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [..., in] · weight [in, out] + bias [out].
-
-    One `addmm` on views: neither the weight nor, in the backward pass, its gradient is copied or transposed. The
-    gradients of a weight that several layers share (made by `virtual`) are summed by the products that make them.
-    """
-    dtype = compute_dtype(x)
-    flat, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
-    multiply = torch.addmm if torch.compiler.is_compiling() else _Linear.apply
-    y = multiply(bias, flat, weight)
-    return y.view(*x.shape[:-1], weight.shape[1])  # type: ignore[no-any-return]
-
-
-class _Linear(torch.autograd.Function):
-    """Where the weight's node has `shared_gradients`, adds to them and hands no gradient of the weight on.
-
-    Autograd would make each layer's gradient of a weight in memory of its own, and then add them up: two more
-    passes over it for every use.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = bias.dtype
-        ctx.shared, ctx.place = getattr(weight.grad_fn, "shared_gradients", None), weight.output_nr
-        return torch.addmm(bias.to(x.dtype), x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        for_bias, for_x, for_weight = ctx.needs_input_grad
-        grad_x = gradient @ weight.t() if for_x else None
-        grad_bias = column_sums(gradient, ctx.bias_dtype) if for_bias else None
-        if not for_weight:
-            return grad_bias, grad_x, None
-        if ctx.shared is None:
-            return grad_bias, grad_x, x.t() @ gradient
-        ctx.shared.add_product(ctx.place, x.t(), gradient)
-        return grad_bias, grad_x, None
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -169,8 +63,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def dropped(x: Tensor, dropout: float) -> Tensor:
-    """Dropout with probability `dropout` above 0, on a CPU to 16 bits of it."""
-    if on_plain_cpu(x):
+    """Dropout with probability `dropout` above 0; on a CPU the probability is rounded to 16 bits."""
+    if cpu_kernels_for(x):
         return Dropout.apply(x, dropout)  # type: ignore[no-any-return]
     return F.dropout(x, dropout)
 
@@ -178,15 +72,15 @@ def dropped(x: Tensor, dropout: float) -> Tensor:
 def add_dropout_norm(
     stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """stream + dropout(branch), and its LayerNorm in the dtype in which products run; all [..., H].
+    """stream + dropout(branch), and the LayerNorm of that sum in the dtype in which products run; all [..., H].
 
     Args:
         stream: the residual stream.
-        branch: what the last block adds to it; None where there is nothing to add yet.
-        weight: LayerNorm's, [H].
-        bias: LayerNorm's, [H].
-        eps: LayerNorm's.
-        dropout: probability with which values of `branch` are dropped; 0 outside training.
+        branch: what the last block adds to the stream; None before the first block.
+        weight: LayerNorm's weight, [H].
+        bias: LayerNorm's bias, [H].
+        eps: LayerNorm's epsilon.
+        dropout: probability with which a value of `branch` is dropped; 0 outside training.
     """
     if fused := triton_for(stream):
         summed, normed = fused.add_dropout_norm(stream, branch, weight, bias, eps, dropout, compute_dtype(stream))
@@ -203,10 +97,10 @@ def flex_serves(x: Tensor) -> bool:
 
 
 def document_mask(document_ids: Tensor) -> Any:
-    """What `attention` takes as a mask to keep the documents of rows apart.
+    """The mask for `attention` that keeps the documents of a row apart.
 
     Args:
-        document_ids: [B, T], the number of each position's document. Padding is a document like the others.
+        document_ids: [B, T], the number of each position's document. Padding counts as one more document.
     """
     if flex_serves(document_ids):
         from .kernels_flex import document_mask as flex_mask
@@ -220,11 +114,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float
 
     Args:
         mask: booleans that broadcast to [B, heads, T, T], true where a query (row) sees a key (column);
-            None where every query sees every key; or from `document_mask`.
+            None if every query sees every key; or the result of `document_mask`.
         scale: the factor on scores.
         dropout: probability with which an attention probability is dropped; 0 outside training.
 
-    Raises ShareBertError for dropout within documents on CUDA: FlexAttention has none.
+    Raises ShareBertError for dropout within documents on CUDA: FlexAttention has no dropout.
     """
     if mask is not None and not isinstance(mask, Tensor):
         if dropout:
@@ -235,7 +129,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float
         from .kernels_flex import attention_within
 
         return attention_within(query, key, value, mask, scale)
-    if dropout and on_plain_cpu(query):  # where SDPA has no fused kernel for it either
+    if dropout and cpu_kernels_for(query):  # SDPA has no fused kernel with dropout for CPUs
         sums = accumulation_dtype(query.dtype)
         return DropoutAttention.apply(query, key, value, mask, scale, dropout, sums)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
@@ -244,16 +138,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, loss_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the cross-entropies of hidden·weightᵀ + bias, and of the right guesses.
+    """Weighted sum of the cross-entropies of hidden·weightᵀ + bias, and of the correct predictions.
 
-    The logits [N, V] are made in chunks of rows, and the gradients with them: they never exist whole.
+    The logits [N, V] and their gradient are made in chunks of rows: they never exist whole.
 
     Args:
         hidden: [N, K].
         weight: [V, K].
         bias: [V] or None.
-        labels: [N], int64, from 0 to V - 1 (also where the weight is 0).
-        loss_weights: [N], float32; 0 leaves a row out.
+        labels: [N], int64, from 0 to V - 1 (also in rows whose loss weight is 0).
+        loss_weights: [N], float32; a row with weight 0 does not count.
 
     Returns:
         Two scalars, float32 (float64 for float64 input): Σ weightsᵢ·(−log p(labelᵢ)), which has a gradient,
@@ -271,11 +165,11 @@ def chunk_cross_entropy(
     """The two sums of `linear_cross_entropy` over a chunk of rows, and the gradient of the first.
 
     Args:
-        logits: [n, V], without the bias; the gradient may be written over them.
+        logits: [n, V], without the bias; the gradient may overwrite them.
         bias: [V] or None.
         labels: [n], int64.
         loss_weights: [n].
-        with_gradient: where it is false, what is returned third means nothing.
+        with_gradient: whether to make the gradient; if false, the third result has no meaning.
 
     Returns:
         Two scalars in float32 (float64), and [n, V] in the dtype of `logits`.
@@ -296,9 +190,9 @@ def chunk_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Makes the gradients in the forward pass, while a chunk's logits are there, for a loss gradient of 1.
+    """Makes the gradients in the forward pass, while a chunk's logits exist, as if the loss had gradient 1.
 
-    So the logits are computed once, and the weight need not be kept (or gathered again, where it is partitioned).
+    So the logits are computed once, and the weight is not kept (nor gathered again, if it is partitioned).
     """
 
     @staticmethod
@@ -314,8 +208,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sums = accumulation_dtype(dtype)
         x, w = hidden.to(dtype), weight.to(dtype)
-        for_hidden, for_weight, for_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
-        grad_hidden = hidden.new_empty(hidden.shape, dtype=sums) if for_hidden else None
+        needs_hidden, needs_weight, needs_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
+        grad_hidden = hidden.new_empty(hidden.shape, dtype=sums) if needs_hidden else None
         grad_weight = grad_bias = None
         loss_sum, correct = torch.zeros(2, dtype=sums, device=hidden.device).unbind()
 
@@ -328,26 +222,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, hits, grad_logits = one_chunk(logits, bias, labels[rows], loss_weights[rows], with_gradient)
             loss_sum += loss
             correct += hits
-            if for_bias:
+            if needs_bias:
                 bias_part = column_sums(grad_logits, sums)
                 grad_bias = bias_part if grad_bias is None else grad_bias.add_(bias_part)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ w
-            if for_weight and grad_weight is None:
+            if needs_weight and grad_weight is None:
                 grad_weight = (grad_logits.t() @ x[rows]).to(sums)
             elif grad_weight is not None:
                 accumulate_product(grad_weight, grad_logits.t(), x[rows])
 
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = [None if given is None else given.dtype for given in (hidden, weight, bias)]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(correct)
         return loss_sum, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since a decoder's gradient is as large as the decoder; autograd refuses a second backward. The
-        # cast comes last, so that a loss scale in `grad_loss` acts before values are rounded to half precision.
+        # In place, because the decoder's gradient is as large as the decoder. So autograd refuses a second backward.
+        # The cast comes last: a loss scale in `grad_loss` acts before values are rounded to half precision.
         gradients = [
             None if saved is None else saved.mul_(grad_loss).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

@@ -1,8 +1,8 @@
 """Dropout, and attention with dropout on its probabilities, for CPUs.
 
-Memory that a step touches for the first time costs more here than the arithmetic does, so temporaries are few and
-small: masks take a byte an element, and attention works row by row of the batch on strided views, copying neither
-queries, keys and values nor their gradients.
+On a CPU, memory that is touched for the first time costs more than the arithmetic. So temporaries are few and small:
+masks take one byte an element, and attention goes through the batch row by row, on strided views, without a copy of
+queries, keys, values or their gradients.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch.autograd.function import once_differentiable
 
 
 def kept_mask(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
-    """Which elements to keep, uint8 of `shape`, and 1 / the probability with which one is kept.
+    """Which elements to keep, uint8 of `shape`, and 1 / the probability that an element is kept.
 
-    `dropout` above 0 counts to 16 bits: four elements share a 64-bit random number, which takes a sixth of the time
-    of a number each. In uint8, since torch casts it to float32 in an eighth of the time that booleans take.
+    `dropout` must be above 0 and is rounded to 16 bits, because four elements share one 64-bit random number; this
+    takes a sixth of the time of one number for each. uint8, because torch casts it to float32 in an eighth of the
+    time that it needs for booleans.
     """
     drops = max(1, min(2**16 - 1, round(dropout * 2**16)))
     random = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -28,7 +29,7 @@ def kept_mask(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
 
 
 class Dropout(torch.autograd.Function):
-    """x, dropout → the kept values, scaled, and 0 for the others."""
+    """(x, dropout) → the kept values of x, scaled, and 0 for the dropped ones."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropout: float) -> Tensor:
@@ -44,10 +45,10 @@ class Dropout(torch.autograd.Function):
 
 
 class DropoutAttention(torch.autograd.Function):
-    """dropout(softmax(query·keyᵀ·scale))·value; all [B, heads, T, d], views of [B, T, heads, d] and made as such.
+    """dropout(softmax(query·keyᵀ·scale))·value; all [B, heads, T, d], in memory laid out as [B, T, heads, d].
 
     `mask`: booleans that broadcast to [B, heads, T, T], true where a query sees a key, or None. `softmax_dtype`: the
-    one in which probabilities are made and kept.
+    dtype in which probabilities are computed and kept.
     """
 
     @staticmethod
@@ -95,5 +96,5 @@ class DropoutAttention(torch.autograd.Function):
 
 
 def _like(x: Tensor) -> Tensor:
-    """Room for a tensor of the shape of x [B, heads, T, d], whose memory is [B, T, heads, d]."""
+    """An uninitialised tensor of the shape of x [B, heads, T, d], in memory laid out as [B, T, heads, d]."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)

@@ -1,8 +1,8 @@
 """Bias and exact GELU as one Triton kernel forward and one backward.
 
-The backward kernel sums the bias gradient while the values are in registers, so that [rows, width] is read once
-less; the sum of the product and the bias is never stored. Liger-Kernel's and cuBLAS's GELU are the tanh
-approximation, which the model of the paper does not use.
+The backward kernel sums the bias gradient while the values are in registers, which saves one read of [rows, width].
+The sum of the product and the bias is never stored. The GELU of Liger-Kernel and of cuBLAS is the tanh
+approximation; the paper's model uses the exact GELU.
 """
 
 # Triton reads the annotations of a kernel as its own.
@@ -25,7 +25,7 @@ except ImportError as error:
     raise ImportError("the fused kernels need Triton (pip install triton)") from error
 
 ROWS, COLUMNS, WARPS = 4, 512, 4
-"""The tile that a program holds: 16 values a thread."""
+"""The tile of one program (16 values a thread), and its warps."""
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 ROOT_TWO_PI = tl.constexpr(2.5066282746310002)
@@ -43,7 +43,7 @@ def bias_gelu_forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of rows and columns a program."""
+    """Each program computes one tile of rows and columns."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < width)
@@ -68,7 +68,7 @@ def bias_gelu_backward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program keeps its columns, takes each so many-th tile of rows, and writes its part of the bias gradient."""
+    """Each program keeps its columns, strides over the tiles of rows, and writes its part of the bias gradient."""
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     known = column < width
     b = tl.load(bias + column, mask=known, other=0.0).to(SUMS)
@@ -85,7 +85,7 @@ def bias_gelu_backward(
     tl.store(grad_bias + tl.program_id(0) * width + column, total, mask=known)
 
 
-class BiasGelu(torch.autograd.Function):
+class FusedBiasGelu(torch.autograd.Function):
     """(x [..., width], bias [width]) → gelu(x + bias), in the dtype of x."""
 
     @staticmethod

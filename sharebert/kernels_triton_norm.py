@@ -1,9 +1,9 @@
 """Dropout, residual addition and LayerNorm as one Triton kernel forward and one backward.
 
-Unfused they move the residual stream through memory five times and keep a mask of a byte an element. Here a
-program holds a whole row in registers, and the mask is not kept: it is a counter-based random number of (seed,
-row, column), made again in the backward pass. Liger-Kernel has a LayerNorm, but neither the addition nor
-dropout with it, so both would go through memory again.
+Unfused, they move the residual stream through memory five times and keep a dropout mask of one byte an element. Here
+a program holds a whole row in registers. The mask is not kept: the backward pass makes it again, as a counter-based
+random number of (seed, row, column). Liger-Kernel's LayerNorm includes neither the addition nor dropout, so with it
+both would go through memory again.
 """
 
 # Triton reads the annotations of a kernel as its own.
@@ -24,15 +24,16 @@ except ImportError as error:
     raise ImportError("the fused kernels need Triton (pip install triton)") from error
 
 ROUNDS = tl.constexpr(7)
-"""Of Philox-4x32: the fewest that pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3")."""
+"""Rounds of Philox-4x32: 7 is the fewest that pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1,
+2, 3")."""
 
 PROGRAMS_PER_PROCESSOR = 4
-"""Programs of a backward pass for each multiprocessor; each sums gradients of the parameters over its own rows."""
+"""Programs for each multiprocessor in a backward pass; each sums the parameters' gradients over its own rows."""
 
 
 @triton.jit
 def _kept(seed, row, threshold, BLOCK: tl.constexpr):
-    """Which of the BLOCK columns of a row dropout keeps; four columns share the four words of one random number."""
+    """Which of the BLOCK columns of a row dropout keeps. Four columns use the four words of one random number."""
     group = tl.arange(0, BLOCK // 4)
     none = group * 0
     a, b, c, d = tl.philox(tl.load(seed), group, none + row.to(tl.int32), none, none, ROUNDS)
@@ -62,7 +63,7 @@ def add_dropout_norm_forward(
     SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program. `deviations` are 1/√(variance + eps)."""
+    """Each program computes one row. `deviations` receives 1/√(variance + eps)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -73,7 +74,7 @@ def add_dropout_norm_forward(
             added = tl.where(_kept(seed, row, threshold, BLOCK), added * keep_scale, 0.0)
         total = (x + added).to(summed.dtype.element_ty)
         tl.store(summed + row * width + column, total, mask=inside)
-        x = total.to(SUMS)  # statistics of what the backward pass will read
+        x = total.to(SUMS)  # the statistics are those of the rounded sum, which the backward pass reads
     mean = tl.sum(x, 0) / width
     centred = tl.where(inside, x - mean, 0.0)
     deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
@@ -109,7 +110,7 @@ def add_dropout_norm_backward(
     SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Every program takes each so many-th row, and writes its part of the parameters' gradients, [programs, width]."""
+    """Each program strides over the rows, and writes its part of the parameters' gradients, [programs, width]."""
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -140,24 +141,24 @@ def add_dropout_norm_backward(
 
 
 def block_and_warps(width: int) -> tuple[int, int]:
-    """Columns that a program holds, a power of two, and its warps: 16 columns a thread as far as 16 warps go."""
+    """Columns that a program holds (a power of two), and its warps: 16 columns a thread, up to 16 warps."""
     block = max(16, triton.next_power_of_2(width))
     return block, min(16, max(1, block // 512))
 
 
 def programs_for(device: torch.device) -> int:
-    """Programs of a backward pass that sums over rows."""
+    """Number of programs in a backward pass that sums over rows."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return PROGRAMS_PER_PROCESSOR * processors
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., width] → [rows, width] with adjacent columns; a view wherever strides allow one."""
+    """[..., width] → [rows, width] with adjacent columns; a view if the strides allow it."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-class AddDropoutNorm(torch.autograd.Function):
+class FusedAddDropoutNorm(torch.autograd.Function):
     """(stream, branch or None) → (stream + dropout(branch), its LayerNorm); without a branch the first is None."""
 
     @staticmethod
@@ -177,7 +178,7 @@ class AddDropoutNorm(torch.autograd.Function):
         block, warps = block_and_warps(width)
         double = x.dtype == torch.float64
         sums = torch.float64 if double else torch.float32
-        # Drawn on the device: the host does not wait, and a CUDA graph draws anew at each replay.
+        # Drawn on the device: the host does not wait, and a CUDA graph draws a new seed at each replay.
         seed = torch.randint(2**62, (1,), device=x.device) if b is not None and dropout else None
         total = x if b is None else x.new_empty(rows, width, dtype=torch.promote_types(x.dtype, b.dtype))
         normed = x.new_empty(rows, width, dtype=dtype)

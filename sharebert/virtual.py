@@ -1,4 +1,4 @@
-"""The virtual embedding matrix, and the weights that all layers share, cut from it.
+"""The virtual embedding matrix M, and the matrices that are cut from it.
 
 Hu et al., "ShareBERT: Embeddings Are Capable of Learning Hidden Layers", AAAI 2024; extended in Neural
 Networks 191 (2025) 107794. With V the vocabulary, F the factor size, H the hidden size:
@@ -6,12 +6,13 @@ Networks 191 (2025) 107794. With V the vocabulary, F the factor size, H the hidd
     M = E · W_allᵀ + b_all   [V, H]     E [V, F], W_all [H, F], b_all [H]      (VEPS)
     M = E                    [V, H]                                            (EPS, F = H)
 
-A weight [in, out] is a block of ⌈in·out/V⌉ columns of M, flattened row by row and cut to its first in·out
-values. M itself is never made: each block is a product of its own, contiguous, and the weight is a view of it.
+A matrix [in, out] is a block of ⌈in·out/V⌉ columns of M, flattened row by row and cut to its first in·out values.
+M itself is never made: each block is one product, which is contiguous, and the matrix is a view of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import ShareBertConfig
-from .kernels import SharedGradients, accumulate_product, accumulation_dtype, column_sums, compute_dtype
+from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype
+from .shared_linear import SharedGradients
 
 
 class Block(NamedTuple):
-    """Columns [first, last) of the virtual matrix, and the shape of the weight that is cut from them."""
+    """Columns [first, last) of the virtual matrix, and the shape of the matrix that is cut from them."""
 
     first: int
     last: int
@@ -31,21 +33,8 @@ class Block(NamedTuple):
     columns: int
 
 
-class Weights(NamedTuple):
-    """The matrices that all layers share, each [in, out] and contiguous: y = x·W + b."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attention_output: Tensor
-    intermediate: Tensor
-    output: Tensor
-    pooler: Tensor | None = None
-    """None where it was not asked for."""
-
-
 class Blocks(NamedTuple):
-    """Where each weight lies in the virtual matrix."""
+    """The block of each matrix, in the order of `sharing.Weights`; the pooler's is last."""
 
     query: Block
     key: Block
@@ -57,7 +46,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(config: ShareBertConfig) -> Blocks:
-    """The blocks of a model, counted from the right edge of the virtual matrix in the authors' order."""
+    """The blocks of a model, placed from the right edge of the virtual matrix in the authors' order."""
     hidden, inner = config.hidden_size, config.intermediate_size
     h, f = config.square_columns, config.wide_columns
 
@@ -76,32 +65,30 @@ def blocks(config: ShareBertConfig) -> Blocks:
 
 
 def generate(
-    cut: Blocks, embedding: Tensor, projection: Tensor | None, bias: Tensor | None, pooler: bool = True
-) -> Weights:
-    """The weights of a model, in the dtype in which products run (autocast's, where it is on).
+    cut: Sequence[Block], embedding: Tensor, projection: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """One matrix for each block of `cut`, in the dtype in which products run.
 
     Args:
-        cut: where each lies.
+        cut: the blocks.
         embedding: E [V, F].
         projection: W_all [H, F] for VEPS; None for EPS.
         bias: b_all [H] for VEPS; None for EPS.
-        pooler: make the pooler's matrix too.
 
     Returns:
         Contiguous views, each of its own product (EPS: of its own copy).
     """
     dtype = compute_dtype(embedding)
-    wanted = cut if pooler else cut[:-1]
     if projection is None:
-        return Weights(*_Columns.apply(embedding, wanted, dtype))
-    return Weights(*_Products.apply(embedding, projection, bias, wanted, dtype))
+        return _Columns.apply(embedding, tuple(cut), dtype)  # type: ignore[no-any-return]
+    return _Products.apply(embedding, projection, bias, tuple(cut), dtype)  # type: ignore[no-any-return]
 
 
 class _Products(torch.autograd.Function):
-    """VEPS: all blocks in one node, so that their gradients meet in one buffer for E and one for W_all.
+    """VEPS: one autograd node makes all blocks, so that one buffer sums the gradients of E, and one those of W_all.
 
-    Left to autograd, each narrowing of a product would cost a zero-filled copy of the weight in the backward
-    pass, and each slice of W_all a zero-filled [H, F].
+    With plain autograd, the backward pass would make a zero-filled copy of the weight for each narrowed product, and
+    a zero-filled [H, F] for each slice of W_all.
     """
 
     @staticmethod
@@ -138,16 +125,16 @@ class _Products(torch.autograd.Function):
             accumulate_product(grad_e[:n], whole, w[columns])
             accumulate_product(grad_w[columns], whole.t(), e[:n])
             grad_b[columns] += column_sums(whole, sums)
-            if len(rest):  # the row of the block in which the weight ends
-                begun = slice(block.first, block.first + len(rest))
-                grad_e[n] += rest @ w[begun]
-                grad_w[begun] += torch.outer(rest, e[n])
-                grad_b[begun] += rest
+            if len(rest):  # the weight ends inside this row of the block
+                started = slice(block.first, block.first + len(rest))
+                grad_e[n] += rest @ w[started]
+                grad_w[started] += torch.outer(rest, e[n])
+                grad_b[started] += rest
         return grad_e.to(embedding.dtype), grad_w.to(projection.dtype), grad_b.to(ctx.bias_dtype), None, None
 
 
 class _Columns(torch.autograd.Function):
-    """EPS: blocks are columns of E. Rows of E are [H] long, so laying a block out row by row takes one copy."""
+    """EPS: blocks are columns of E. A row of E has H values, so to make a block contiguous takes one copy."""
 
     @staticmethod
     def forward(ctx: Any, embedding: Tensor, cut: tuple[Block, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -175,7 +162,7 @@ class _Columns(torch.autograd.Function):
 
 
 def _rows(gradient: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """The gradient of a weight as the whole rows [n, width] of its block, and what it has of the next row."""
+    """The gradient of a weight as n whole rows of its block [n, width], and the rest: the start of the next row."""
     flat = gradient.reshape(-1)
     width = block.last - block.first
     n = len(flat) // width

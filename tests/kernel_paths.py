@@ -1,4 +1,4 @@
-"""The ways in which the operations of `sharebert.kernels` can run: tests of the whole model hold for each."""
+"""The implementations of `sharebert.kernels` that can run here; tests of the whole model run on each."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from sharebert import kernels
 
 PATHS = ["reference"]
-"""And "triton", where its kernels run: under its interpreter, if there is no GPU."""
+"""And "triton" if its kernels can run: on a GPU, or under Triton's interpreter."""
 if find_spec("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     PATHS.append("triton")
 
 
 @contextmanager
 def kernels_of(path: str) -> Iterator[None]:
-    """Run all operations on one path."""
+    """Run all operations with one implementation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "triton_for", lambda x: kernels.load_triton() if path == "triton" else None)
         yield

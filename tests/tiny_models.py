@@ -24,21 +24,21 @@ TINY: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-"""Keys of a config.json; every block of the virtual matrix is cut short, and none ends where a row ends."""
+"""Keys of a config.json. No matrix fills its block of the virtual matrix, and none ends where a row ends."""
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, *(f"w{i}" for i in range(TINY["vocab_size"] - len(SPECIAL)))]
 
 
 def tiny_config(**changes: Any) -> ShareBertConfig:
-    """A valid tiny config; `sharing: eps` brings its factor size along."""
+    """A valid tiny config; `sharing: eps` sets the factor size that it needs."""
     if changes.get("sharing") == "eps":
         changes.setdefault("factor_size", changes.get("hidden_size", TINY["hidden_size"]))
     return ShareBertConfig.from_dict({**TINY, **changes})
 
 
 def tiny_model(seed: int = 0, init: str = "authors", **changes: Any) -> ShareBertForMaskedLM:
-    """A tiny model with every parameter away from 0 and 1, so that no mistake hides behind a neutral value."""
+    """A tiny model in which no parameter is 0 or 1, so that no neutral value hides a mistake."""
     model = ShareBertForMaskedLM(tiny_config(**changes))
     initialize(model, init, seed)
     generator = torch.Generator().manual_seed(seed)

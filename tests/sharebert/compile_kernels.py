@@ -1,9 +1,9 @@
-"""Compile every Triton kernel for a GPU that need not be here; prints a JSON line for each.
+"""Compile every Triton kernel for GPUs that this machine need not have; prints a JSON line for each.
 
     python compile_kernels.py 80 90
 
-{"kernel", "architecture", "dtype", "registers", "spills": bytes}, from ptxas -v on the PTX that Triton makes. Not
-under TRITON_INTERPRET.
+A line is {"kernel", "architecture", "dtype", "registers", "spills": bytes}, from ptxas -v on the PTX that Triton makes.
+It does not work under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sharebert import kernels_triton_loss as loss
 from sharebert import kernels_triton_norm as norm
 
 HIDDEN = 2048
-"""Of the published sizes."""
+"""Hidden size of the published sizes."""
 
 
 def kernels(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
@@ -43,7 +43,7 @@ def kernels(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], i
     tile = {"SUMS": tl.float32, "ROWS": gelu.ROWS, "COLUMNS": gelu.COLUMNS}
     yield gelu.bias_gelu_forward, {"*": half}, tile, gelu.WARPS
     yield gelu.bias_gelu_backward, {"*": half, "grad_bias": "*fp32"}, tile, gelu.WARPS
-    outputs = {"labels": "*i64", "weights": "*fp32", "losses": "*fp32", "hits": "*fp32"}
+    outputs = {"labels": "*i64", "loss_weights": "*fp32", "losses": "*fp32", "hits": "*fp32"}
     constants = {"HAS_BIAS": True, "WITH_GRADIENT": True, "SUMS": tl.float32, "COLUMNS": loss.COLUMNS}
     yield loss.cross_entropy_rows, {"*": half} | outputs, constants, loss.WARPS
 
@@ -66,7 +66,7 @@ def signature_of(kernel: Any, pointers: dict[str, str], constants: dict[str, Any
 
 
 def multiples_of_16(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
-    """What Triton finds out at a launch: pointers, strides and widths are such multiples."""
+    """The arguments that are multiples of 16 at a real launch: pointers, strides and widths. Triton uses this."""
     aligned = [kind.startswith("*") or (name in COUNTS and name != "rows") for name, kind in signature.items()]
     return {(place,): [["tt.divisibility", 16]] for place, yes in enumerate(aligned) if yes}
 

@@ -1,4 +1,4 @@
-"""Parameter counts of the published sizes, and configs that make no model."""
+"""Parameter counts of the published sizes, and configs that are refused."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_score_scales() -> None:
         ({"model_type": "bert"}, "'bert' is another model"),
         ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide hidden_size \(24\)"),
         ({"sharing": "eps", "factor_size": 8}, r"factor_size \(8\) must equal hidden_size \(24\)"),
-        ({"sharing": "both"}, "sharing: one of veps, eps"),
-        ({"mlm_head": True}, "mlm_head: one of untied, tied, none"),
-        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob: a probability"),
-        ({"layer_norm_eps": 0}, "layer_norm_eps: a number above 0"),
-        ({"layer_norm_eps": float("nan")}, "layer_norm_eps: a number above 0"),
-        ({"num_hidden_layers": 2.0}, "num_hidden_layers: a whole number"),
-        ({"vocab_size": True}, "vocab_size: a whole number"),
+        ({"sharing": "both"}, "sharing: must be one of veps, eps"),
+        ({"mlm_head": True}, "mlm_head: must be one of untied, tied, none"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob: must be a probability"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps: must be a number above 0"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps: must be a number above 0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers: must be a whole number"),
+        ({"vocab_size": True}, "vocab_size: must be a whole number"),
     ],
 )
 def test_refuses_in_one_line(changes: dict[str, Any], says: str) -> None:

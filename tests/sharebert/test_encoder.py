@@ -1,4 +1,4 @@
-"""The encoder as a part of training: padding, documents, dropout, precisions."""
+"""The encoder in training: padding, documents, dropout, precisions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_all_ones_is_no_mask_and_type_zero_is_the_default() -> None:
     assert (other_type.hidden - explicit.hidden).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("padding", ["attention_mask", "segments"])
+@pytest.mark.parametrize("padding", ["attention_mask", "document_ids"])
 def test_row_of_padding_alone_is_finite_with_its_gradients(padding: str) -> None:
     model = tiny_model()
     tokens = tokens_of(2, 8)
@@ -56,8 +56,8 @@ def test_row_of_padding_alone_is_finite_with_its_gradients(padding: str) -> None
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_segments_keep_documents_apart() -> None:
-    """A document sees itself alone: changing its neighbour changes nothing, as does taking it out."""
+def test_document_ids_keep_documents_apart() -> None:
+    """A document sees only itself: its output stays the same if its neighbour changes or is not there."""
     model = tiny_model().double().eval()
     tokens = tokens_of(1, 12)
     document_ids = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3])
@@ -140,7 +140,7 @@ def test_bfloat16_is_near_float32(way: str, head: str) -> None:
 
 @pytest.mark.parametrize("sharing", ["veps", "eps"])
 def test_recomputing_changes_memory_and_nothing_else(sharing: str) -> None:
-    """The loss and all gradients are the same, dropout included; fewer values are kept for the backward pass."""
+    """The loss and all gradients stay the same, also with dropout; fewer values are kept for the backward pass."""
     model = tiny_model(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, sharing=sharing)
     tokens = tokens_of(4, 16)
     positions = torch.arange(0, 64, 3)

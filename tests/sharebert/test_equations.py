@@ -1,6 +1,6 @@
-"""The model against an independent, deliberately naive transcription of its equations.
+"""The model against an independent and deliberately naive transcription of its equations.
 
-The transcription makes the virtual matrix whole, and goes through rows, heads and positions one by one.
+The transcription makes the whole virtual matrix, and loops over rows, heads and positions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The MLM head: its loss is that of its logits, and only what it reads learns."""
+"""The MLM head: its loss is that of its logits, and only the parameters that it reads get a gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model starts."""
+"""The start of a new model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_authors_start() -> None:
 def test_variance_start_gives_generated_weights_their_standard_deviation(sharing: str) -> None:
     size = {**LARGER, "factor_size": 96 if sharing == "eps" else 32}
     model = started("variance", config=tiny_config(**size, sharing=sharing)).sharebert
-    for weight in model.generate():
+    made = model.layer_weights()
+    for weight in (*made.of_layer(0), made.pooler):
         assert weight is not None
         assert weight.std().item() == pytest.approx(0.02, rel=0.2)
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("_bias"))

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.profiler import profile
 
 from sharebert import kernels
-from sharebert.kernels import add_dropout_norm, attention, dropped, linear, linear_cross_entropy, linear_gelu
+from sharebert.kernels import add_dropout_norm, attention, dropped, linear_cross_entropy, linear_gelu
+from sharebert.shared_linear import linear
 
 N, K, V = 13, 8, 50
 

@@ -1,4 +1,4 @@
-"""The generated weights: their values, their gradients, and that nothing is copied on the way."""
+"""The generated matrices: their values, their gradients, and that nothing is copied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from sharebert import ShareBertConfig
-from sharebert.kernels import linear
+from sharebert.shared_linear import linear
 from sharebert.virtual import blocks, generate
 
 
@@ -26,7 +26,7 @@ def parameters(config: ShareBertConfig, dtype: torch.dtype = torch.float64) -> l
 
 
 def cut_from_whole_matrix(config: ShareBertConfig, given: list[Tensor]) -> list[Tensor]:
-    """The seven weights by the definition: the whole M, its columns, flattened, cut, reshaped."""
+    """The seven matrices by definition: the columns of the whole M, flattened, cut and reshaped."""
     matrix = given[0] if config.sharing == "eps" else given[0] @ given[1].T + given[2]
     return [
         matrix[:, b.first : b.last].flatten()[: b.rows * b.columns].reshape(b.rows, b.columns) for b in blocks(config)
@@ -36,7 +36,7 @@ def cut_from_whole_matrix(config: ShareBertConfig, given: list[Tensor]) -> list[
 def make(config: ShareBertConfig, given: list[Tensor]) -> list[Tensor]:
     embedding, projection, bias = (*given, None, None)[:3]
     assert embedding is not None
-    return [weight for weight in generate(blocks(config), embedding, projection, bias) if weight is not None]
+    return list(generate(blocks(config), embedding, projection, bias))
 
 
 CASES: list[dict[str, Any]] = [
@@ -93,7 +93,7 @@ def test_each_weight_is_a_contiguous_view_of_its_own_product(sharing: str) -> No
 
 @pytest.mark.parametrize("sharing", ["veps", "eps"])
 def test_layers_add_to_one_gradient_whatever_part_of_the_model_is_used(sharing: str) -> None:
-    """`kernels.linear` sums beside autograd; a loss of an early layer, or of two, and a second backward are right."""
+    """`linear` sums beside autograd: gradients are right for one layer, for several, and in a second backward pass."""
     config = tiny_config(sharing=sharing)
     given = parameters(config)
     x, bias = torch.randn(5, 24, dtype=torch.float64), torch.zeros(24, dtype=torch.float64)
@@ -117,7 +117,7 @@ def test_layers_add_to_one_gradient_whatever_part_of_the_model_is_used(sharing: 
 
 
 def test_a_backward_pass_for_something_else_leaves_nothing_behind() -> None:
-    """A gradient of the inputs alone does not come to the weights' node; the next one must not count it twice."""
+    """A backward pass for the input alone never reaches the node of the weights; the next pass must not count it."""
     config = tiny_config()
     given = parameters(config)
     x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
@@ -137,7 +137,7 @@ def allocations(nbytes: int, recorded: profile) -> set[str]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_weight_is_copied_forward_or_backward(autocast: bool) -> None:
-    """Whatever is as large as a weight comes out of a product: the blocks, and a gradient for each use of one."""
+    """Only products allocate as much memory as a weight: those that make the blocks, and those of the gradients."""
     config = tiny_config(hidden_size=64, num_attention_heads=4, intermediate_size=128, vocab_size=640, factor_size=2)
     given = parameters(config, torch.float32)
     x = torch.randn(8, 64, requires_grad=True)

@@ -1,0 +1,93 @@
+"""Which matrices each layer uses: the seam between the encoder and the ways to share.
+
+Once in a forward pass the encoder calls its `Sharing`, and then asks the result for the matrices of each layer in
+turn. A way to share that has parameters of its own is an `nn.Module`: as the encoder's submodule `sharing` it holds
+them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from .config import ShareBertConfig
+from .virtual import blocks, generate
+
+
+class Weights(NamedTuple):
+    """The matrices of one layer, each [in, out]: y = x·W + b."""
+
+    query: Tensor
+    """[H, H]."""
+    key: Tensor
+    """[H, H]."""
+    value: Tensor
+    """[H, H]."""
+    attention_output: Tensor
+    """[H, H]."""
+    intermediate: Tensor
+    """[H, I]."""
+    output: Tensor
+    """[I, H]."""
+
+
+class LayerWeights(Protocol):
+    """The matrices of one forward pass."""
+
+    def of_layer(self, index: int) -> Weights:
+        """The matrices of layer `index`, counted from 0. The encoder asks once for each layer, in order."""
+        ...
+
+    @property
+    def pooler(self) -> Tensor | None:
+        """The pooler's matrix [H, H]; None if it was not asked for."""
+        ...
+
+
+class Encoder(Protocol):
+    """What a `Sharing` may read of the encoder."""
+
+    word_embeddings: nn.Embedding
+    """E [V, F]."""
+    factor_linear_all: nn.Linear
+    """W_all [H, F] and b_all [H]; only VEPS has it."""
+
+
+class Sharing(Protocol):
+    """Makes the matrices of one forward pass, from parameters of the encoder or of its own."""
+
+    def __call__(self, encoder: Encoder, pooler: bool) -> LayerWeights:
+        """The matrices of all layers, and the pooler's if `pooler` is true."""
+        ...
+
+
+class SameForAll(NamedTuple):
+    """`LayerWeights` in which all layers use the same matrices."""
+
+    weights: Weights
+    pooler: Tensor | None
+
+    def of_layer(self, index: int) -> Weights:
+        """The same for every index."""
+        return self.weights
+
+
+class OneGeneratedSet:
+    """VEPS and EPS: all layers use one set of matrices, cut from the virtual matrix (see `virtual`)."""
+
+    def __init__(self, config: ShareBertConfig) -> None:
+        self.virtual = config.sharing == "veps"
+        self.blocks = blocks(config)
+
+    def __call__(self, encoder: Encoder, pooler: bool) -> SameForAll:
+        """Each matrix is one product (EPS: one copy), made here."""
+        wanted = self.blocks if pooler else self.blocks[:-1]
+        embedding = encoder.word_embeddings.weight
+        if self.virtual:
+            projection = encoder.factor_linear_all
+            matrices = generate(wanted, embedding, projection.weight, projection.bias)
+        else:
+            matrices = generate(wanted, embedding, None, None)
+        count = len(Weights._fields)
+        return SameForAll(Weights(*matrices[:count]), matrices[count] if pooler else None)
