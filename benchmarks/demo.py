@@ -44,7 +44,7 @@ def table() -> bool:
     """Losses on held-out rows, with every chosen position masked. Whether the trained model uses context."""
     import torch
 
-    from exports.export import read_export
+    from exports.read import load_model
     from pretrain.data.batches import MicroBatch
     from pretrain.data.heldout import unigram_entropy
     from pretrain.data.loader import open_datasets
@@ -56,7 +56,7 @@ def table() -> bool:
     before, *_, after = [line["valid_loss"] for line in log if "valid_loss" in line]
     recipe = load(TrainRecipe, OUT / "run" / "config.yaml")
     datasets = open_datasets(recipe.data)
-    model = read_export(OUT / "export")
+    model = load_model(OUT / "export")
 
     def forward(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         mask = batch.document_ids if batch.padded else None

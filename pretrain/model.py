@@ -49,11 +49,11 @@ def choose_model(settings: Mapping[str, Any], vocab_size: int, seq_len: int) -> 
     try:
         base: dict[str, Any] = {"vocab_size": vocab_size, "max_position_embeddings": seq_len}
         if init_from is not None:
-            from exports.export import read_config
+            from exports.read import read_config
 
             base = read_config(init_from).to_dict()
         config = ShareBertConfig.from_dict(base | SIZES.get(size or "", {}) | values)
-    except ShareBertError as error:
+    except (ShareBertError, BadInput) as error:
         raise BadInput(f"model: {error}") from error
     if config.mlm_head == "none":
         raise BadInput("model.mlm_head: none cannot be pretrained; use untied or tied")
@@ -103,11 +103,11 @@ def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:
 
 def _take_weights(model: ShareBertForMaskedLM, export: Path) -> None:
     """Copy an export's weights. Where there are more positions here, those that the export lacks start new."""
-    from exports.export import read_export
+    from exports.read import load_model
 
     try:
-        source = dict(read_export(export).named_parameters())
-    except ShareBertError as error:
+        source = dict(load_model(export).named_parameters())
+    except BadInput as error:
         raise BadInput(f"model.init_from: {error}") from error
     with torch.no_grad():
         for name, parameter in model.named_parameters():
