@@ -97,17 +97,17 @@ _OLD = ".old"
 
 def _replace_folder(folder: Path, out: Path) -> None:
     if not out.exists():
-        os.replace(folder, out)  # noqa: PTH105 (one spelling for all moves of folders)
+        folder.replace(out)
         flush(out.parent)
         return
     old = folder.with_name(f"{folder.name}{_OLD}")
     lock = _lock(out)  # another writer's clean-up leaves a locked folder alone
     try:
-        os.replace(out, old)  # noqa: PTH105
+        out.replace(old)
         try:
-            os.replace(folder, out)  # noqa: PTH105
+            folder.replace(out)
         except OSError:
-            os.replace(old, out)  # noqa: PTH105
+            old.replace(out)
             raise
         flush(out.parent)
         shutil.rmtree(old, ignore_errors=True)
@@ -124,7 +124,7 @@ def _clean_leftovers(out: Path) -> None:
             continue
         try:
             if left.suffix == _OLD and not out.exists():
-                os.replace(left, out)  # noqa: PTH105
+                left.replace(out)
                 flush(out.parent)
             else:
                 shutil.rmtree(left, ignore_errors=True)
