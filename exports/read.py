@@ -40,13 +40,15 @@ def read_export(folder: Path) -> Export:
     folder = Path(folder)
     values = _read_values(folder)
     config = _config_of(values, folder / CONFIG)
-    found = read_weights(folder)  # in the order of their names
-    tensors = {name: found.pop(name) for name in tensor_shapes(config) if name in found} | found
+    tensors = read_weights(folder)  # in the order of their names
+    kind = _kind_of(values, config, tensors, folder / CONFIG)
+    order = [*tensor_shapes(config), *kind.further_shapes(config)]
+    ordered = {name: tensors.pop(name) for name in order if name in tensors}
     tokenizer, card = folder / TOKENIZER, folder / CARD
     export = Export(
         config,
-        _kind_of(values, config, tensors, folder / CONFIG),
-        TensorWeights(tensors),
+        kind,
+        TensorWeights(ordered | tensors),
         tokenizer=tokenizer if tokenizer.is_file() else None,
         card_sections=sections_of(card.read_text(encoding="utf-8")) if card.is_file() else {},
         provenance=read_metadata(folder),
