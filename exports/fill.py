@@ -29,9 +29,12 @@ def fill(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]
     positions = [i for i, token in enumerate(ids) if token == mask]
     if not positions:
         raise BadInput(f"'{text}': no [MASK] to fill")
+    model = load_model(folder)
+    if model.mlm_head is None:
+        raise BadInput(f"{folder}: has no MLM head, which fills [MASK]; take the pretrained export")
 
     with torch.inference_mode():
-        logits = load_model(folder).logits(torch.tensor([ids]), positions=torch.tensor(positions))
+        logits = model.logits(torch.tensor([ids]), positions=torch.tensor(positions))
         real_words = logits[:, : vocabulary_size(tokenizer)]
         best = real_words.float().softmax(-1).topk(min(top, real_words.shape[1]))
     return [

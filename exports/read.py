@@ -1,22 +1,34 @@
-"""Reading an export in the compact form: its value, its config, its model."""
+"""Reading an export in the compact form: its value, its config, its model.
+
+Folders that `save_pretrained` or `Trainer` of transformers wrote from such an export are read as well. They keep
+`mlm_head` as it was in the export, whatever the model is, so that `architectures` tells what it is.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from exports.cards import sections_of
 from exports.export import Export, model_of, tensor_shapes
 from exports.files import CARD, CONFIG, TOKENIZER
-from exports.kinds import CLASSIFIER_KEYS, Kind, classifier_of, pretrained_kind
+from exports.kinds import CLASSIFIER_KEYS, Classifier, Kind, MaskedLM, classifier_of, pretrained_kind
 from exports.weight_files import read_metadata, read_weights
 from exports.weight_source import TensorWeights
 from sharebert.config import ShareBertConfig, ShareBertError
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 
-HUGGING_FACE_KEYS = frozenset(
+MODEL_KEYS = frozenset(field.name for field in dataclasses.fields(ShareBertConfig)) | {"model_type"}
+
+WRITTEN_ANEW = frozenset(
     {
         "architectures",
         "auto_map",
@@ -25,11 +37,15 @@ HUGGING_FACE_KEYS = frozenset(
         "is_encoder_decoder",
         "output_hidden_states",
         "return_dict",
+        "torch_dtype",
         "transformers_version",
         *CLASSIFIER_KEYS,
     }
 )
-"""Keys of a `config.json` saved by transformers that say nothing about the encoder and the MLM head."""
+"""Keys of a `config.json` that transformers or an export's form writes, so that they are not kept."""
+
+TYPO = 0.85
+"""Likeness to a key of the model from which on an unknown key is taken for a typing error."""
 
 
 def read_export(folder: Path) -> Export:
@@ -38,20 +54,23 @@ def read_export(folder: Path) -> Export:
     Raises BadInput, naming the file: something missing, damaged, or not of the config's shape.
     """
     folder = Path(folder)
-    values = _read_values(folder)
-    config = _config_of(values, folder / CONFIG)
+    given = _read_config_file(folder / CONFIG, folder)
     tensors = read_weights(folder)  # in the order of their names
-    kind = _kind_of(values, config, tensors, folder / CONFIG)
-    order = [*tensor_shapes(config), *kind.further_shapes(config)]
+    kind = _kind_of(given, tensors, folder / CONFIG)
+    if given.head_is_unknown:
+        print(f"{folder}: {given.architecture}: the head is left out, the encoder is read", file=sys.stderr)
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("sharebert.")}
+    order = [*tensor_shapes(given.config), *kind.further_shapes(given.config)]
     ordered = {name: tensors.pop(name) for name in order if name in tensors}
     tokenizer, card = folder / TOKENIZER, folder / CARD
     export = Export(
-        config,
+        given.config,
         kind,
         TensorWeights(ordered | tensors),
         tokenizer=tokenizer if tokenizer.is_file() else None,
         card_sections=sections_of(card.read_text(encoding="utf-8")) if card.is_file() else {},
         provenance=read_metadata(folder),
+        other_keys=given.other_keys,
     )
     export.check(str(folder))
     return export
@@ -73,11 +92,24 @@ def load_model(folder: Path) -> ShareBertForMaskedLM:
 def read_config(folder: Path) -> ShareBertConfig:
     """The config of the export in `folder`, or in a `config.json` itself. Raises BadInput, naming the file."""
     folder = Path(folder)
-    return _config_of(_read_values(folder), folder if folder.is_file() else folder / CONFIG)
+    return _read_config_file(folder if folder.is_file() else folder / CONFIG, folder).config
 
 
-def _read_values(folder: Path) -> dict[str, Any]:
-    path = folder if folder.is_file() else folder / CONFIG
+class _ConfigFile(NamedTuple):
+    values: dict[str, Any]
+    config: ShareBertConfig
+    other_keys: dict[str, Any]
+    architecture: str
+    """The class that transformers loads; empty where the file does not say."""
+
+    @property
+    def head_is_unknown(self) -> bool:
+        """Whether the class has a head that an export cannot hold."""
+        known = {f"ShareBert{kind.architecture}" for kind in (MaskedLM, Classifier)} | {"", "ShareBertModel"}
+        return self.architecture not in known
+
+
+def _read_config_file(path: Path, folder: Path) -> _ConfigFile:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -86,23 +118,28 @@ def _read_values(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path}: not a mapping of keys to values")
-    return values
-
-
-def _config_of(values: dict[str, Any], path: Path) -> ShareBertConfig:
-    ours = {
-        key: value for key, value in values.items() if key not in HUGGING_FACE_KEYS and not key.endswith("_token_id")
+    others = {
+        key: value
+        for key, value in values.items()
+        if key not in MODEL_KEYS | WRITTEN_ANEW and not key.endswith("_token_id") and not key.startswith("_")
     }
     try:
-        return ShareBertConfig.from_dict(ours)
-    except ShareBertError as error:
+        for key in others:
+            for match in difflib.get_close_matches(key, MODEL_KEYS, n=1, cutoff=TYPO):
+                raise BadInput(f"{key}: unknown key; did you mean '{match}'?")
+        config = ShareBertConfig.from_dict({key: value for key, value in values.items() if key in MODEL_KEYS})
+    except (BadInput, ShareBertError) as error:
         raise BadInput(f"{path}: {error}") from error
+    architecture = str(next(iter(values.get("architectures") or [""])))
+    if architecture and architecture != f"ShareBert{MaskedLM.architecture}":
+        config = dataclasses.replace(config, mlm_head="none")
+    return _ConfigFile(values, config, others, architecture)
 
 
-def _kind_of(values: dict[str, Any], config: ShareBertConfig, tensors: dict[str, Any], path: Path) -> Kind:
-    if "classifier.bias" not in tensors:
-        return pretrained_kind(config)
+def _kind_of(given: _ConfigFile, tensors: Mapping[str, Tensor], path: Path) -> Kind:
+    if given.head_is_unknown or "classifier.bias" not in tensors:
+        return pretrained_kind(given.config)
     try:
-        return classifier_of(values, len(tensors["classifier.bias"]))
+        return classifier_of(given.values, len(tensors["classifier.bias"]))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error

@@ -20,7 +20,10 @@ SPECIAL_TOKENS = {
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The `tokenizers.Tokenizer` in `path`. Raises BadInput, naming the file."""
+    """The `tokenizers.Tokenizer` in `path`, without the truncation and padding that transformers may have saved.
+
+    Raises BadInput, naming the file.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -28,9 +31,12 @@ def load_tokenizer(path: Path) -> Any:
     if not path.is_file():
         raise BadInput(f"{path}: missing")
     try:
-        return Tokenizer.from_file(str(path))
+        loaded = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more exact
         raise BadInput(f"{path}: not readable as a tokenizer.json ({error})") from error
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
 
 
 def vocabulary_size(tokenizer: Any) -> int:
