@@ -44,7 +44,7 @@ def table() -> bool:
     """Losses on held-out rows, with every chosen position masked. Whether the trained model uses context."""
     import torch
 
-    from exports.export import read_export
+    from exports.read import load_model
     from pretrain.data.datasets import open_datasets
     from pretrain.objective import MaskedLanguageModelling
     from pretrain.recipe import TrainRecipe
@@ -55,7 +55,7 @@ def table() -> bool:
     before, *_, after = [line["valid_loss"] for line in log if "valid_loss" in line]
     recipe = load(TrainRecipe, OUT / "run" / "config.yaml")
     datasets = open_datasets(recipe.data)
-    model = read_export(OUT / "export")
+    model = load_model(OUT / "export")
 
     blind = validate(
         MaskedLanguageModelling(torch.device("cpu"), within_documents=recipe.data.within_documents),

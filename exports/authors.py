@@ -1,4 +1,4 @@
-"""The authors' checkpoints: their folder (`config.json` and `pytorch_model.bin` or a `.safetensors`) → an export.
+"""Import of the authors' checkpoints: a folder with `config.json` and `pytorch_model.bin` or one `.safetensors` file.
 
 Their implementation is the public repository jchenghu/sharebert.
 """
@@ -16,16 +16,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exports.export import check_tensors, write_export
-from exports.weights import read_safetensors
+from exports.export import Export
+from exports.files import CONFIG, TOKENIZER
+from exports.forms import write_export
+from exports.kinds import pretrained_kind
+from exports.weight_files import read_safetensors
+from exports.weight_source import TensorWeights
 from sharebert.config import ShareBertConfig, ShareBertError
+from sharebert_common.errors import BadInput
 
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 PAD_MULTIPLE = 8
-"""They pad the vocabulary to a multiple of this (and their tiny models not at all)."""
+"""They pad the vocabulary to a multiple of this, but not in their tiny models."""
 
 NEVER_READ = frozenset({"cls.predictions.bias"})
-"""In their checkpoints, and in no equation of theirs."""
+"""Stored in their checkpoints, and not used by their forward pass."""
 
 _RENAMES = tuple(
     (re.compile(pattern), replacement)
@@ -45,7 +50,7 @@ _RENAMES = tuple(
 )
 
 _FIXED = {"hidden_act": "gelu", "encoder_ln_mode": "pre-ln", "layernorm_embedding": False}
-"""Their switches, with the only value that makes the model of the paper."""
+"""Keys of their config, with the only value that gives the model of the paper."""
 
 _COPIED = (
     "hidden_size",
@@ -62,25 +67,26 @@ _COPIED = (
 
 
 def import_authors(folder: Path, out: Path) -> None:
-    """Write the checkpoint in `folder` as an export in float32 (which holds their fp16 tensors exactly).
+    """Write the checkpoint in `folder` as an export in float32, which holds their fp16 tensors exactly.
 
     A `tokenizer.json` in `folder` goes along. No pickled code is run.
 
-    Raises ShareBertError, naming the file: something missing, unreadable, or not the model of the paper.
+    Raises BadInput, naming the file: something missing, unreadable, or not the model of the paper.
     """
     folder = Path(folder)
     path = _checkpoint(folder)
     tensors = _renamed(_read(path), path)
-    config = _config(folder / "config.json", tensors)
-    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, str(path))
-    tokenizer = folder / "tokenizer.json"
-    write_export(
-        out,
+    config = _config(folder / CONFIG, tensors)
+    tokenizer = folder / TOKENIZER
+    export = Export(
         config,
-        {name: tensor.float() for name, tensor in tensors.items()},
+        pretrained_kind(config),
+        TensorWeights({name: tensor.float() for name, tensor in tensors.items()}),
         tokenizer=tokenizer if tokenizer.is_file() else None,
-        sections={"Origin": "Imported from a checkpoint of the authors' own implementation."},
+        card_sections={"Origin": "Imported from a checkpoint of the authors' own implementation."},
     )
+    export.check(str(path))
+    write_export(export, out)
 
 
 def _checkpoint(folder: Path) -> Path:
@@ -91,7 +97,7 @@ def _checkpoint(folder: Path) -> Path:
         return pickled
     if len(found) != 1:
         what = "more than one .safetensors file" if found else "neither pytorch_model.bin nor a .safetensors file"
-        raise ShareBertError(f"{folder}: {what} with the authors' tensors; one is needed")
+        raise BadInput(f"{folder}: {what} with the authors' tensors; one is needed")
     return found[0]
 
 
@@ -100,7 +106,7 @@ def _holds_model(path: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             return EMBEDDING in file.keys()  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise ShareBertError(f"{path}: not readable as safetensors ({error}): damaged, or cut short") from error
+        raise BadInput(f"{path}: not readable as safetensors ({error}): damaged, or cut short") from error
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
@@ -110,13 +116,11 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         first = str(error).partition("\n")[0]
-        raise ShareBertError(f"{path}: holds more than tensors, or is damaged; it is not run ({first})") from error
+        raise BadInput(f"{path}: holds more than tensors, or is damaged; it is not run ({first})") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ShareBertError(
-            f"{path}: not readable as a PyTorch checkpoint ({error}): damaged, or cut short"
-        ) from error
+        raise BadInput(f"{path}: not readable as a PyTorch checkpoint ({error}): damaged, or cut short") from error
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise ShareBertError(f"{path}: not a mapping of names to tensors")
+        raise BadInput(f"{path}: not a mapping of names to tensors")
     return values
 
 
@@ -127,28 +131,28 @@ def _renamed(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             continue
         ours = next((m.expand(to) for pattern, to in _RENAMES if (m := pattern.fullmatch(name))), None)
         if ours is None:
-            raise ShareBertError(f"{path}: '{name}' is no tensor of the authors' model")
+            raise BadInput(f"{path}: '{name}' is not a tensor of the authors' model")
         renamed[ours] = tensor
     if "sharebert.word_embeddings.weight" not in renamed:
-        raise ShareBertError(f"{path}: lacks '{EMBEDDING}'")
+        raise BadInput(f"{path}: lacks '{EMBEDDING}'")
     return renamed
 
 
 def _config(path: Path, tensors: Mapping[str, Tensor]) -> ShareBertConfig:
-    """Our config of theirs. V is the embedding's: their config may say fewer words, before padding."""
+    """Our config for theirs. V is taken from the embedding: their config may give the words before padding."""
     try:
         theirs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ShareBertError(f"{path}: missing") from None
+        raise BadInput(f"{path}: missing") from None
     except (ValueError, OSError) as error:
-        raise ShareBertError(f"{path}: not readable as JSON ({error})") from error
+        raise BadInput(f"{path}: not readable as JSON ({error})") from error
     for key, value in _FIXED.items():
         if theirs.get(key, value) != value:
-            raise ShareBertError(f"{path}: {key}: {theirs[key]!r} is not supported; the model has {value!r}")
+            raise BadInput(f"{path}: {key}: {theirs[key]!r} is not supported; the model has {value!r}")
     rows, factor = tensors["sharebert.word_embeddings.weight"].shape
     words = theirs.get("vocab_size", rows)
     if not isinstance(words, int) or not 0 <= rows - words < PAD_MULTIPLE:
-        raise ShareBertError(f"{path}: vocab_size: {words!r}, but the embedding has {rows} rows")
+        raise BadInput(f"{path}: vocab_size: {words!r}, but the embedding has {rows} rows")
     try:
         return ShareBertConfig.from_dict(
             {key: theirs[key] for key in _COPIED if key in theirs}
@@ -162,4 +166,4 @@ def _config(path: Path, tensors: Mapping[str, Tensor]) -> ShareBertConfig:
             }
         )
     except ShareBertError as error:
-        raise ShareBertError(f"{path}: {error}") from error
+        raise BadInput(f"{path}: {error}") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from exports.shapes import without_weights
+from exports.kinds import Classifier, HeadlessEncoder, Kind
+from exports.meta_device import without_weights
 from sharebert.config import ShareBertConfig
 from sharebert.heads import ShareBertForMaskedLM
 
@@ -43,12 +44,21 @@ outputs = model(**tokenizer("Some text.", return_tensors="pt"))
 ```
 """
 
-_PIPELINE = """
+_FILL = """
 ```python
 from transformers import pipeline
 
 fill = pipeline("fill-mask", model=folder{trust})
 fill(f"Some {{fill.tokenizer.mask_token}} text.")
+```
+"""
+
+_CLASSIFY = """
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model=folder{trust})
+classify("Some text.")
 ```
 """
 
@@ -90,35 +100,37 @@ _ONNX_ABOUT = "\nThis is its dense form as ONNX: every generated matrix is writt
 _ONNX_END = "\nThe pooled output is the tanh of the compact form's, as in `megatron_bert`.\n"
 
 
-def model_card(config: ShareBertConfig, sections: Mapping[str, str]) -> str:
-    """The card of an export in Markdown: sizes, how to load it, and `sections` (heading → text), in their order."""
-    loading = _COMPACT_LOADING + "\n" + _transformers(config, trust=", trust_remote_code=True")
-    return _card(config, sections, form="", about="", loading=loading + _COMPACT_END)
+def model_card(config: ShareBertConfig, kind: Kind, sections: Mapping[str, str]) -> str:
+    """The card of a compact export in Markdown: sizes, how to load it, and `sections` (heading → text), in order."""
+    loading = _COMPACT_LOADING + "\n" + _transformers(kind, trust=", trust_remote_code=True")
+    return _card(config, kind, sections, form="", about="", loading=loading + _COMPACT_END)
 
 
-def dense_card(config: ShareBertConfig, differences: Mapping[str, float], sections: Mapping[str, str]) -> str:
+def dense_card(
+    config: ShareBertConfig, kind: Kind, differences: Mapping[str, float], sections: Mapping[str, str]
+) -> str:
     """The card of a dense export; `differences` by output, relative to the compact form's largest value."""
     said = " and ".join(f"{value:.1e} in its {name}" for name, value in differences.items())
-    loading = _DENSE_LOADING + "\n" + _transformers(config, trust="")
+    loading = _DENSE_LOADING + "\n" + _transformers(kind, trust="")
     about = _DENSE_ABOUT.format(differences=said)
-    return _card(config, sections, form=", dense", about=about, loading=loading + _DENSE_END)
+    return _card(config, kind, sections, form=", dense", about=about, loading=loading + _DENSE_END)
 
 
-def onnx_card(config: ShareBertConfig, sections: Mapping[str, str]) -> str:
-    """The card of an export as ONNX."""
+def onnx_card(config: ShareBertConfig, kind: Kind, sections: Mapping[str, str]) -> str:
+    """The card of an ONNX export."""
     loading = _ONNX_LOADING + "\n" + _ONNX_RUNTIME + _ONNX_END
-    return _card(config, sections, form=", ONNX", about=_ONNX_ABOUT, loading=loading)
+    return _card(config, kind, sections, form=", ONNX", about=_ONNX_ABOUT, loading=loading)
 
 
 def sections_of(card: str) -> dict[str, str]:
-    """The `sections` that a card written by this file holds."""
+    """The `sections` of a card that this file wrote."""
     parts = [part.partition("\n") for part in card.split("\n## ")[1:]]
     return {heading: body.strip() for heading, _, body in parts if heading not in ("Sizes", "How to load")}
 
 
-def _card(config: ShareBertConfig, sections: Mapping[str, str], form: str, about: str, loading: str) -> str:
+def _card(config: ShareBertConfig, kind: Kind, sections: Mapping[str, str], form: str, about: str, loading: str) -> str:
     text = _CARD.format(
-        task="feature-extraction" if config.mlm_head == "none" else "fill-mask",
+        task=kind.task,
         tags="sharebert, bert" if form else "sharebert, bert, compact",
         form=form,
         about=about,
@@ -128,10 +140,15 @@ def _card(config: ShareBertConfig, sections: Mapping[str, str], form: str, about
     return text + "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in sections.items())
 
 
-def _transformers(config: ShareBertConfig, trust: str) -> str:
-    headless = config.mlm_head == "none"
-    text = _TRANSFORMERS.format(auto_class="AutoModel" if headless else "AutoModelForMaskedLM", trust=trust)
-    return text if headless else text + _PIPELINE.format(trust=trust)
+def _transformers(kind: Kind, trust: str) -> str:
+    text = _TRANSFORMERS.format(auto_class=kind.auto_class, trust=trust)
+    match kind:
+        case HeadlessEncoder():
+            return text
+        case Classifier():
+            return text + _CLASSIFY.format(trust=trust)
+        case _:
+            return text + _FILL.format(trust=trust)
 
 
 def _sizes(config: ShareBertConfig) -> dict[str, str]:

@@ -1,247 +1,158 @@
-"""The dense form of a model: the same function with every generated matrix written out.
+"""The dense form: a folder that plain transformers loads as a stock `megatron_bert`, with no remote code.
 
-The layout is that of `megatron_bert`, the pre-LN BERT of transformers, so that tools that know nothing of
-ShareBERT take it as it is: every layer has matrices of its own, all in `nn.Linear`.
-
-How ours becomes theirs, exactly:
-- the input embedding is x = pos_factor_norm(factor_linear(pre_factor_norm(E))), written out, [V, H];
-- theirs scales scores by d^(-1/2); with `attention_scale: authors` the rest, d^(-1/6), goes into the query;
-- theirs has one width, H, in the MLM head. A tied head of width F is repeated H/F times before the LayerNorm,
-  which changes neither mean nor variance, and only the first repetition is read;
-- theirs has tanh in the pooler and ours has not: the pooled output is the tanh of ours.
+EXPORT/model.safetensors (index + files where large)  config.json (`megatron-bert`)  tokenizer.json
+tokenizer_config.json  README.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
-from math import sqrt
-from operator import itemgetter
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exports.shapes import without_weights
-from sharebert.config import ShareBertConfig, ShareBertError
-from sharebert.encoder import Layer, ShareBert, visible
-from sharebert.heads import MlmHead, ShareBertForMaskedLM
+from exports.cards import dense_card
+from exports.dense_model import DenseBert, check_fits, dense_pieces, dense_shapes
+from exports.export import Export
+from exports.files import CARD, CONFIG, write_json
+from exports.kinds import Classifier
+from exports.meta_device import without_weights
+from exports.tensor_file import Spec
+from exports.tokenizer import write_tokenizer
+from exports.weight_files import read_weights, stream_weights
+from sharebert.config import ShareBertConfig
+from sharebert.heads import ShareBertForMaskedLM
+from sharebert_common.errors import BadInput
 
 MODEL_TYPE = "megatron-bert"
 
-ROWS_AT_ONCE = 1024
-"""Of tensors with a row for each word."""
+CHECK_ROWS, CHECK_TOKENS = 2, 64
+"""Size of the batch on which the two forms are compared."""
 
 
-class DenseOutput(NamedTuple):
-    """What a dense model makes of a batch."""
+@dataclass(frozen=True)
+class Dense:
+    """Every generated matrix written out."""
 
-    hidden: Tensor
-    """[B, T, H], after the final LayerNorm."""
-    pooled: Tensor
-    """[B, H], the tanh of the compact form's."""
-    logits: Tensor | None
-    """[B, T, V]; None without a head."""
+    dtype: torch.dtype = torch.float32
+    """Of the tensors written; they are computed in float32 and rounded."""
+    model_type: ClassVar[str] = MODEL_TYPE
 
+    def check(self, export: Export) -> None:
+        """See `Form.check`."""
+        check_dense(export)
 
-class Parts(nn.Module):
-    """Modules under the names given: a place in the tree of names, and nothing else."""
-
-    def __init__(self, /, **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name)
-
-
-class DenseBert(Parts):
-    """`megatron_bert` in plain PyTorch, under its parameter names: `state_dict` is a dense export."""
-
-    def __init__(self, config: ShareBertConfig) -> None:
-        hidden, eps = config.hidden_size, config.layer_norm_eps
-        embeddings = Parts(
-            word_embeddings=nn.Embedding(config.vocab_size, hidden),
-            position_embeddings=nn.Embedding(config.max_position_embeddings, hidden),
-            token_type_embeddings=nn.Embedding(config.type_vocab_size, hidden),
-        )
-        layers = nn.ModuleList(DenseLayer(config) for _ in range(config.num_hidden_layers))
-        encoder = Parts(layer=layers, ln=nn.LayerNorm(hidden, eps=eps))
-        super().__init__(bert=Parts(embeddings=embeddings, encoder=encoder, pooler=_dense(hidden, hidden)))
-        self.cls = None if config.mlm_head == "none" else Parts(predictions=DenseHead(config))
-
-    def forward(
-        self, tokens: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> DenseOutput:
-        """Encode [B, T] ids; `attention_mask` [B, T] is 0 at padding."""
-        embeddings, encoder = self.bert.embeddings, self.bert.encoder
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        types = torch.zeros_like(tokens) if token_type_ids is None else token_type_ids
-        x = embeddings.word_embeddings(tokens) + embeddings.token_type_embeddings(types)
-        x = x + embeddings.position_embeddings(positions)
-        mask = visible(attention_mask, None)
-        for layer in encoder.layer:
-            x = layer(x, mask)
-        hidden = encoder.ln(x)
-        pooled = torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
-        return DenseOutput(hidden, pooled, None if self.cls is None else self.cls.predictions(hidden))
+    def write(self, export: Export, folder: Path) -> None:
+        """See `Form.write`. The weights are streamed: memory holds the generated matrices of one layer."""
+        config = export.config
+        specs = {name: Spec(self.dtype, shape) for name, shape in dense_shapes(config).items()}
+        with export.mapped_model(folder) as model:
+            stream_weights(folder, specs, dense_pieces(model), export.provenance)
+            found = differences(model, mapped_dense(folder, config))
+        write_dense_files(folder, export, dense_card(config, export.kind, found, export.card_sections))
 
 
-class DenseLayer(Parts):
-    """One layer of `megatron_bert`, for inference: without dropout."""
-
-    def __init__(self, config: ShareBertConfig) -> None:
-        hidden, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
-        square = Parts(**{name: nn.Linear(hidden, hidden) for name in ("query", "key", "value")})
-        super().__init__(
-            attention=Parts(ln=nn.LayerNorm(hidden, eps=eps), self=square, output=_dense(hidden, hidden)),
-            ln=nn.LayerNorm(hidden, eps=eps),
-            intermediate=_dense(hidden, inner),
-            output=_dense(inner, hidden),
-        )
-        self.heads = config.num_attention_heads
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, T, H] → [B, T, H]; `mask` as in `kernels.attention`."""
-        normed, products = self.attention.ln(x), self.attention.self
-        query, key, value = (
-            product(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for product in (products.query, products.key, products.value)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value, mask)
-        x = x + self.attention.output.dense(attended.transpose(1, 2).flatten(2))
-        return x + self.output.dense(F.gelu(self.intermediate.dense(self.ln(x))))  # type: ignore[no-any-return]
-
-
-class DenseHead(Parts):
-    """The MLM head of `megatron_bert`. It stores its bias under two names and reads the decoder's."""
-
-    def __init__(self, config: ShareBertConfig) -> None:
-        hidden = config.hidden_size
-        norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
-        super().__init__(
-            transform=Parts(dense=nn.Linear(hidden, hidden), LayerNorm=norm),
-            decoder=nn.Linear(hidden, config.vocab_size),
-        )
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] → [..., V]."""
-        x = self.transform.LayerNorm(F.gelu(self.transform.dense(hidden)))
-        return self.decoder(x)  # type: ignore[no-any-return]
-
-
-def _dense(inputs: int, outputs: int) -> Parts:
-    return Parts(dense=nn.Linear(inputs, outputs))
-
-
-def check_fits(config: ShareBertConfig) -> None:
-    """Raises ShareBertError where the MLM head has no dense form."""
-    if config.mlm_head == "tied" and config.hidden_size % config.factor_size:
-        raise ShareBertError(
-            f"a tied MLM head has a dense form only where factor_size ({config.factor_size}) divides "
-            f"hidden_size ({config.hidden_size}); export the encoder alone (without the head)"
+def check_dense(export: Export) -> None:
+    """Raise BadInput where the dense layout cannot hold `export`."""
+    check_fits(export.config)
+    if isinstance(export.kind, Classifier):
+        raise BadInput(
+            "a classifier has no dense form, because the pooler of megatron_bert ends in tanh and that of ShareBERT "
+            "does not; export the encoder alone (--no-head), or keep the compact form"
         )
 
 
-def dense_shapes(config: ShareBertConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the dense form, in the order in which `dense_tensors` gives them.
+def write_dense_files(folder: Path, export: Export, card: str) -> None:
+    """Write everything of a dense export but its weights into `folder`."""
+    pad_token_id = 0 if export.tokenizer is None else write_tokenizer(folder, export.tokenizer, export.config)
+    write_json(folder / CONFIG, _dense_config(export, pad_token_id))
+    (folder / CARD).write_text(card, encoding="utf-8")
 
-    Raises ShareBertError where the MLM head has no dense form.
+
+def read_dense(folder: Path, config: ShareBertConfig) -> DenseBert:
+    """The dense model in `folder`, made from a model of `config`, in float32, in evaluation mode.
+
+    Raises BadInput, naming the folder: something missing, damaged, or of another shape.
     """
-    check_fits(config)
+    tensors = read_weights(folder)
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dense_shapes(config):
+        raise BadInput(f"{folder}: not the tensors of this model's dense form")
     with without_weights():
         model = DenseBert(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return model.eval()
 
 
-@torch.no_grad()
-def dense_tensors(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of the dense form, one at a time, in the dtype of the model's parameters.
+def mapped_dense(folder: Path, config: ShareBertConfig) -> DenseBert:
+    """Like `read_dense`, for a model of any size: weights stay on disk, and become float32 one module at a time."""
+    tensors = read_weights(folder)
+    with without_weights():
+        model = DenseBert(config).eval()
 
-    Raises ShareBertError where the MLM head has no dense form.
-    """
-    shapes = dense_shapes(model.config)
-    for name, parts in groupby(dense_pieces(model), key=itemgetter(0)):
-        values = [part for _, part in parts]
-        yield name, (values[0] if len(values) == 1 else torch.cat(values)).view(shapes[name])
+    def take(module: nn.Module, *_: Any) -> None:
+        for name in list(module._parameters):
+            module._parameters[name] = nn.Parameter(tensors[f"{prefixes[module]}.{name}"].float(), requires_grad=False)
 
+    def drop(module: nn.Module, *_: Any) -> None:
+        for name, parameter in list(module._parameters.items()):
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-@torch.no_grad()
-def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
-    """The same in pieces: a tensor whole, or, where it has a row for each word, some of its rows at a time.
-
-    At most the six matrices of a layer are held at once. 5h + 2f ≤ H makes them no larger than the input
-    embedding, the largest tensor of the dense form.
-
-    Raises ShareBertError where the MLM head has no dense form.
-    """
-    check_fits(model.config)
-    encoder, config = model.sharebert, model.config
-    for factors in encoder.word_embeddings.weight.split(ROWS_AT_ONCE):
-        yield "bert.embeddings.word_embeddings.weight", encoder.embed_words(factors)
-    yield "bert.embeddings.position_embeddings.weight", encoder.position_embeddings.weight
-    yield "bert.embeddings.token_type_embeddings.weight", encoder.token_type_embeddings.weight
-    made = _matrices(encoder)
-    for number, layer in enumerate(encoder.layers):
-        assert isinstance(layer, Layer)
-        yield from _layer(f"bert.encoder.layer.{number}.", layer, made, _query_factor(config))
-    yield from _norm("bert.encoder.ln", encoder.final_norm)
-    yield from _linear("bert.pooler.dense", made["pooler"], encoder.pooler_bias)
-    del made
-    if model.mlm_head is not None:
-        yield from _head(model.mlm_head, encoder.word_embeddings.weight, config)
+    prefixes = {module: name for name, module in model.named_modules()}
+    for module in prefixes:
+        if not any(True for _ in module.children()):
+            module.register_forward_pre_hook(take)
+            module.register_forward_hook(drop)
+    return model
 
 
-def _matrices(encoder: ShareBert) -> dict[str, Tensor]:
-    """The generated matrices by name, [out, in] as `nn.Linear` stores them, the query with its part of the scale."""
-    weights = encoder.layer_weights()
-    given: dict[str, Tensor | None] = {**weights.of_layer(0)._asdict(), "pooler": weights.pooler}
-    del weights
-    made = {}
-    while given:  # so that one at a time is there twice
-        name, weight = given.popitem()
-        assert weight is not None
-        made[name] = weight.t().contiguous()
-    made["query"].mul_(_query_factor(encoder.config))
-    return made
+@torch.inference_mode()
+def differences(model: ShareBertForMaskedLM, dense: DenseBert) -> dict[str, float]:
+    """max |dense − compact| / max |compact| of hidden states and logits, on a batch of random words with padding."""
+    rows, length = CHECK_ROWS, min(CHECK_TOKENS, model.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[-1, length // 2 :] = 0
+    was_training = model.training
+    model.eval()
+    try:
+        output = dense(tokens, mask)
+        found = {"hidden states": _difference(output.hidden, model.sharebert(tokens, mask, pool=False).hidden)}
+        if output.logits is not None:
+            found["logits"] = _difference(output.logits, model.logits(tokens, mask))
+    finally:
+        model.train(was_training)
+    return found
 
 
-def _query_factor(config: ShareBertConfig) -> float:
-    return config.score_scale * sqrt(config.head_size)
+def _difference(dense: Tensor, compact: Tensor) -> float:
+    return ((dense - compact).abs().max() / compact.abs().max()).item()
 
 
-def _layer(prefix: str, layer: Layer, made: dict[str, Tensor], factor: float) -> Iterator[tuple[str, Tensor]]:
-    yield from _norm(prefix + "attention.ln", layer.attention_norm)
-    yield from _linear(prefix + "attention.self.query", made["query"], layer.query_bias * factor)
-    yield from _linear(prefix + "attention.self.key", made["key"], layer.key_bias)
-    yield from _linear(prefix + "attention.self.value", made["value"], layer.value_bias)
-    yield from _linear(prefix + "attention.output.dense", made["attention_output"], layer.attention_output_bias)
-    yield from _norm(prefix + "ln", layer.ffn_norm)
-    yield from _linear(prefix + "intermediate.dense", made["intermediate"], layer.intermediate_bias)
-    yield from _linear(prefix + "output.dense", made["output"], layer.output_bias)
-
-
-def _head(head: MlmHead, embedding: Tensor, config: ShareBertConfig) -> Iterator[tuple[str, Tensor]]:
-    bias = head.bias if head.tied else embedding.new_zeros(config.vocab_size)
-    times = config.hidden_size // len(head.norm.weight)
-    yield "cls.predictions.bias", bias
-    yield "cls.predictions.transform.dense.weight", head.dense.weight.repeat(times, 1)
-    yield "cls.predictions.transform.dense.bias", head.dense.bias.repeat(times)
-    yield "cls.predictions.transform.LayerNorm.weight", head.norm.weight.repeat(times)
-    yield "cls.predictions.transform.LayerNorm.bias", head.norm.bias.repeat(times)
-    for rows in (embedding if head.tied else head.decoder.weight).split(ROWS_AT_ONCE):
-        yield "cls.predictions.decoder.weight", F.pad(rows, (0, config.hidden_size - rows.shape[1]))
-    yield "cls.predictions.decoder.bias", bias.clone()  # for torch, two names for one memory are one tensor
-
-
-def _norm(name: str, norm: nn.LayerNorm) -> Iterator[tuple[str, Tensor]]:
-    yield f"{name}.weight", norm.weight
-    yield f"{name}.bias", norm.bias
-
-
-def _linear(name: str, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor]]:
-    yield f"{name}.weight", weight
-    yield f"{name}.bias", bias
+def _dense_config(export: Export, pad_token_id: int) -> dict[str, Any]:
+    """The `config.json` of `megatron_bert`. Its decoder is a matrix of its own, not the input embedding."""
+    kept = export.config.to_dict()
+    copied = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "layer_norm_eps",
+        "initializer_range",
+    )
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": [f"MegatronBert{export.kind.architecture}"],
+        **{key: kept[key] for key in copied},
+        "hidden_act": "gelu",
+        "pad_token_id": pad_token_id,
+        "tie_word_embeddings": False,
+    }

@@ -1,4 +1,4 @@
-"""Look at what a model learned: the likeliest words for each [MASK] of a text."""
+"""The likeliest words for each [MASK] of a text: a look at what a model learned."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from exports.export import TOKENIZER, load_tokenizer, read_export, words_of
-from sharebert.config import ShareBertError
+from exports.files import TOKENIZER
+from exports.read import load_model
+from exports.tokenizer import load_tokenizer, vocabulary_size
+from sharebert_common.errors import BadInput
 
 
 def fill(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -16,20 +18,24 @@ def fill(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]
     Args:
         folder: an export, with its tokenizer.
         text: holds at least one [MASK].
-        top: words to give for each.
+        top: how many words to give for each.
 
-    Raises ShareBertError: no [MASK], a text longer than the model's positions, an export that is not whole.
+    Raises BadInput: no [MASK], an export that is not whole. Raises ShareBertError: a text longer than the positions
+    of the model.
     """
     tokenizer = load_tokenizer(Path(folder) / TOKENIZER)
     cls, sep, mask = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
     ids = [cls, *tokenizer.encode(text, add_special_tokens=False).ids, sep]
     positions = [i for i, token in enumerate(ids) if token == mask]
     if not positions:
-        raise ShareBertError(f"'{text}': no [MASK] to fill")
+        raise BadInput(f"'{text}': no [MASK] to fill")
+    model = load_model(folder)
+    if model.mlm_head is None:
+        raise BadInput(f"{folder}: has no MLM head, which fills [MASK]; take the pretrained export")
 
     with torch.inference_mode():
-        logits = read_export(folder).logits(torch.tensor([ids]), positions=torch.tensor(positions))
-        real_words = logits[:, : words_of(tokenizer)]
+        logits = model.logits(torch.tensor([ids]), positions=torch.tensor(positions))
+        real_words = logits[:, : vocabulary_size(tokenizer)]
         best = real_words.float().softmax(-1).topk(min(top, real_words.shape[1]))
     return [
         [

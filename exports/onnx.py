@@ -1,6 +1,9 @@
-"""A model as ONNX, from its dense form, for ONNX Runtime and whatever else reads ONNX.
+"""The ONNX form: an ONNX file of the dense form, for ONNX Runtime and other tools that read ONNX.
 
-Unlike the other exports this one is not streamed: torch's exporter holds the dense form several times.
+This form is not streamed: torch's exporter holds the dense model several times.
+
+    EXPORT/model.onnx (model.onnx.data where large)  config.json (`megatron-bert`)  tokenizer.json
+    tokenizer_config.json  README.md
 """
 
 from __future__ import annotations
@@ -8,45 +11,55 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from exports.cards import onnx_card
-from exports.dense import DenseBert, check_fits, dense_tensors
-from exports.dense_export import write_dense_files
-from exports.export import new_export
-from exports.shapes import without_weights
-from sharebert.config import ShareBertError
+from exports.dense import MODEL_TYPE, check_dense, write_dense_files
+from exports.dense_model import DenseBert, dense_tensors
+from exports.export import Export
+from exports.meta_device import without_weights
 from sharebert.heads import ShareBertForMaskedLM
+from sharebert_common.errors import BadInput
 
 FILE = "model.onnx"
 
 OPSET = 20
-"""The first that has Gelu as an operator of its own."""
+"""The first that has Gelu as an operator."""
 
 ONE_FILE_BYTES = 1_900_000_000
-"""Protocol buffers end at 2 GiB: above this, the weights go into a second file, `OUT.data`."""
+"""Protocol buffers end at 2 GiB: above this, the weights go into a second file, `model.onnx.data`."""
 
 
-def write_onnx_export(
-    out: Path,
-    model: ShareBertForMaskedLM,
-    *,
-    tokenizer: Path | None = None,
-    sections: Mapping[str, str] | None = None,
-) -> None:
-    """Write a folder with `model.onnx`, its tokenizer, config and card, whole or not at all.
+@dataclass(frozen=True)
+class Onnx:
+    """The dense form as ONNX, in fp32, with dynamic batch and length."""
 
-    Arguments as in `write_export`; raises as `write_onnx` does.
-    """
-    check_fits(model.config)
-    with new_export(out) as folder:
-        write_onnx(folder / FILE, model)
-        write_dense_files(folder, model.config, tokenizer, onnx_card(model.config, sections or {}))
+    model_type: ClassVar[str] = MODEL_TYPE
+
+    def check(self, export: Export) -> None:
+        """See `Form.check`."""
+        check_dense(export)
+        _require_packages()
+
+    def write(self, export: Export, folder: Path) -> None:
+        """See `Form.write`."""
+        with export.mapped_model(folder) as model:
+            write_onnx(folder / FILE, model)
+        write_dense_files(folder, export, onnx_card(export.config, export.kind, export.card_sections))
+
+
+def _require_packages() -> None:
+    try:
+        import onnxscript  # noqa: F401 (torch.onnx imports it, and its own message is less clear)
+    except ImportError as error:
+        raise BadInput("an ONNX export needs two more packages: pip install onnx onnxscript") from error
 
 
 def write_onnx(out: Path, model: ShareBertForMaskedLM) -> None:
@@ -56,19 +69,16 @@ def write_onnx(out: Path, model: ShareBertForMaskedLM) -> None:
     [batch, length, H], pooler_output [batch, H] (the tanh of the compact form's) and, with an MLM head, logits
     [batch, length, V].
 
-    Raises ShareBertError: an MLM head without a dense form, or the packages `onnx` and `onnxscript` are missing.
+    Raises BadInput: an MLM head without a dense form, or the packages `onnx` and `onnxscript` are missing.
     """
-    try:
-        import onnxscript  # noqa: F401 (torch.onnx imports it, and says less)
-    except ImportError as error:
-        raise ShareBertError("an ONNX export needs two more packages: pip install onnx onnxscript") from error
+    _require_packages()
     with without_weights():
         dense = DenseBert(model.config)
     dense.load_state_dict(dict(dense_tensors(model)), assign=True)
     tokens = torch.zeros(2, min(8, model.config.max_position_embeddings), dtype=torch.int64)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)
     outputs = ["last_hidden_state", "pooler_output", "logits"][: 2 if dense.cls is None else 3]
-    with _without_chatter():
+    with _quiet():
         program = torch.onnx.export(
             _Tuple(dense).eval(),
             (tokens, torch.ones_like(tokens), torch.zeros_like(tokens)),
@@ -89,8 +99,8 @@ def write_onnx(out: Path, model: ShareBertForMaskedLM) -> None:
 
 
 @contextmanager
-def _without_chatter() -> Iterator[None]:
-    """torch's exporter warns of its own internals, and logs that torchvision is not there."""
+def _quiet() -> Iterator[None]:
+    """Hides torch's warnings about its exporter's internals, and its log line that torchvision is missing."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -103,7 +113,7 @@ def _without_chatter() -> Iterator[None]:
 
 
 class _Tuple(nn.Module):
-    """A model whose output has no None, which the exporter does not know."""
+    """A model whose output has no None, because the exporter does not accept it."""
 
     def __init__(self, dense: DenseBert) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""The layout of a safetensors file, computed ahead of its tensors.
+"""The layout of a safetensors file, computed before its tensors are there.
 
-The safetensors library writes a file from tensors that are all in memory. Here the header comes first:
-a checkpoint of a training then copies the engine's state straight into one buffer that is the file, and
-an export of any size is written piece by piece.
+The safetensors library writes a file from tensors that are all in memory. Here the header comes first. So a
+checkpoint of a training copies the engine's state straight into one buffer, which is the file, and an export of
+any size is written piece by piece.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,14 +30,21 @@ DTYPES = {
 }
 
 
+class Spec(NamedTuple):
+    """Dtype and shape of a tensor in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each tensor lies in a file."""
 
     header: bytes
     spans: dict[str, tuple[int, int]]
-    """First byte and end of each tensor, counted from the start of the file."""
-    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    """First byte of each tensor and the byte after its last, counted from the start of the file."""
+    specs: dict[str, Spec]
 
     @property
     def total_bytes(self) -> int:
@@ -46,7 +54,7 @@ class Layout:
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors as typed views into `buffer`, uint8 [total_bytes]."""
         return {
-            name: buffer[begin:end].view(self.specs[name][0]).view(self.specs[name][1])
+            name: buffer[begin:end].view(self.specs[name].dtype).view(self.specs[name].shape)
             for name, (begin, end) in self.spans.items()
         }
 
@@ -54,7 +62,7 @@ class Layout:
 def lay_out(
     specs: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> Layout:
-    """Lay tensors of the given dtypes and shapes out one after another, in the given order."""
+    """The layout of tensors of the given dtypes and shapes, one after another in the given order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     ends: dict[str, tuple[int, int]] = {}
@@ -69,5 +77,5 @@ def lay_out(
     return Layout(
         header=prefix,
         spans={name: (len(prefix) + begin, len(prefix) + end) for name, (begin, end) in ends.items()},
-        specs={name: (dtype, tuple(shape)) for name, (dtype, shape) in specs.items()},
+        specs={name: Spec(dtype, tuple(shape)) for name, (dtype, shape) in specs.items()},
     )

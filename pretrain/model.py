@@ -96,11 +96,11 @@ def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | Non
     try:
         base: dict[str, Any] = {key: value for key, value in of_dataset.items() if value is not None}
         if init_from is not None:
-            from exports.export import read_config
+            from exports.read import read_config
 
             base = read_config(init_from).to_dict()
         config = ShareBertConfig.from_dict(base | SIZES.get(size or "", {}) | recipe.config_keys())
-    except ShareBertError as error:
+    except (ShareBertError, BadInput) as error:
         raise BadInput(f"model: {error}") from error
     if config.mlm_head == "none":
         raise BadInput("model.mlm_head: none cannot be pretrained; use untied or tied")
@@ -150,11 +150,11 @@ def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:
 
 def _take_weights(model: ShareBertForMaskedLM, export: Path) -> None:
     """Copy an export's weights. Where the model has more positions, those that the export lacks keep their start."""
-    from exports.export import read_export
+    from exports.read import load_model
 
     try:
-        source = dict(read_export(export).named_parameters())
-    except ShareBertError as error:
+        source = dict(load_model(export).named_parameters())
+    except BadInput as error:
         raise BadInput(f"model.init_from: {error}") from error
     with torch.no_grad():
         for name, parameter in model.named_parameters():

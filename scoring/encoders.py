@@ -1,4 +1,4 @@
-"""Encoders to be fine-tuned: ShareBERT exports and folders of Hugging Face encoders, from their weights or anew."""
+"""Encoders to be fine-tuned: ShareBERT exports and folders of Hugging Face encoders, with their weights or new ones."""
 
 from __future__ import annotations
 
@@ -15,17 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exports.export import CONFIG, TOKENIZER, check_tensors, load_tokenizer, read_config, words_of, write_export
-from exports.weights import read_weights
+from exports.export import Export
+from exports.files import CARD, CONFIG, TOKENIZER
+from exports.forms import write_export
+from exports.kinds import Classifier
+from exports.read import load_model, read_config
+from exports.tokenizer import load_tokenizer, vocabulary_size
+from exports.weight_source import TensorWeights
 from scoring.data import Texts
 from scoring.recipe import FineTuneConfig
 from scoring.tasks import Task
-from sharebert import ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
+from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
+from sharebert_common.files import whole_or_absent_folder
 
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # None would ask on the terminal
-RANDOM = "random:"  # before a folder: its architecture, with new weights for each seed
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""For every `from_pretrained`. With `trust_remote_code` None, transformers would ask on the terminal."""
+
+RANDOM = "random:"
+"""Before a folder: the architecture there, with new weights for each seed."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Encoded:
 
 
 class Encoder(ABC):
-    """An architecture, its tokenizer, and weights to start from. `build` makes a classifier."""
+    """An architecture, its tokenizer, and the weights that fine-tuning starts from. `build` makes a classifier."""
 
     def __init__(self, spec: str, settings: FineTuneConfig) -> None:
         self.spec = spec
@@ -62,17 +71,17 @@ class Encoder(ABC):
     def build(self, task: Task, seed: int) -> nn.Module:
         """A classifier for `task`: `forward(input_ids=…, attention_mask=…, labels=…)` gives `.loss`, `.logits`.
 
-        What is not loaded (the classifier itself; all of it for a `random:` spec) depends on the seed alone.
+        What is not loaded (the classifier layer; everything for a `random:` spec) depends on the seed alone.
         """
 
     @abstractmethod
     def save(self, model: nn.Module, task: Task, scores: str, out: Path) -> None:
-        """Keep a fine-tuned classifier as an export of the same kind; `scores` is a table in Markdown."""
+        """Save a fine-tuned classifier in `out`; `scores` is a table in Markdown for its card."""
 
     def encode(self, texts: Texts, where: str) -> Encoded:
         """Tokenise rows, cut to `max_length`.
 
-        Raises BadInput: a row has more tokens than the model has positions, or a word that it does not have.
+        Raises BadInput: a row has more tokens than the model has positions, or an id that the model does not have.
         """
         pairs = tuple(map(list, zip(*texts, strict=True)))
         encoded = self.tokenizer(*pairs, truncation=True, max_length=self.settings.max_length)
@@ -84,7 +93,7 @@ class Encoder(ABC):
                 )
             if max(ids) >= self.words:
                 raise BadInput(
-                    f"{self.folder}: the tokenizer gives the word {max(ids)}, and the model has {self.words}: "
+                    f"{self.folder}: the tokenizer gives the id {max(ids)}, but the model has {self.words} words: "
                     "this is another model's tokenizer"
                 )
         return Encoded({name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded})
@@ -98,11 +107,11 @@ class Encoder(ABC):
 def open_encoder(spec: str, settings: FineTuneConfig) -> Encoder:
     """The encoder of `FOLDER`, or, for `random:FOLDER`, one of its architecture with new weights.
 
-    Raises BadInput or ShareBertError, naming the file: something missing, damaged, or of no model.
+    Raises BadInput, naming the file: something missing, damaged, or not a model.
     """
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # of weights that start new, which is meant
+    transformers.utils.logging.set_verbosity_error()  # no warning about new weights: they are intended
     transformers.utils.logging.disable_progress_bar()
     folder = Path(spec.removeprefix(RANDOM))
     path = folder / CONFIG
@@ -116,7 +125,7 @@ def open_encoder(spec: str, settings: FineTuneConfig) -> Encoder:
 
 
 class ShareBertExport(Encoder):
-    """An export of this project, read by this project: none of the code in the folder runs."""
+    """An export of this project, read by this project: the code in the folder does not run."""
 
     def __init__(self, spec: str, settings: FineTuneConfig) -> None:
         super().__init__(spec, settings)
@@ -129,9 +138,9 @@ class ShareBertExport(Encoder):
             )
         self.config: ShareBertConfig = config
         self.positions, self.words = config.max_position_embeddings, config.vocab_size
-        words = words_of(load_tokenizer(self.folder / TOKENIZER))
+        words = vocabulary_size(load_tokenizer(self.folder / TOKENIZER))
         if words > self.words:
-            raise ShareBertError(
+            raise BadInput(
                 f"{self.folder / TOKENIZER}: {words} words, but the model has {self.words}: "
                 "this is another model's tokenizer"
             )
@@ -141,49 +150,51 @@ class ShareBertExport(Encoder):
 
     @functools.cached_property
     def _weights(self) -> dict[str, Tensor]:
-        """The encoder's tensors; of heads, none."""
-        tensors = {n: t for n, t in read_weights(self.folder).items() if not n.startswith("classifier.")}
-        check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.config, str(self.folder))
-        return {name: tensor.float() for name, tensor in tensors.items() if not name.startswith("mlm_head.")}
+        """The tensors of the encoder, without those of any head."""
+        return _encoder_tensors(load_model(self.folder))
 
     def build(self, task: Task, seed: int) -> nn.Module:
-        """A `ShareBertForSequenceClassification`; a `random:` one starts as pretraining with `init: variance` does."""
+        """A `ShareBertForSequenceClassification`. New weights start as in pretraining with `init: variance`."""
         from sharebert.hub import ShareBertForSequenceClassification, ShareBertHubConfig
 
         torch.manual_seed(seed)
         values = {key: value for key, value in self.config.to_dict().items() if key != "model_type"}
-        model = ShareBertForSequenceClassification(ShareBertHubConfig(**values, **self._settings(task)))
+        config = ShareBertHubConfig(**values, **self._kind(task).config_keys())
+        model = ShareBertForSequenceClassification(config)
         weights = self._fresh_weights(seed) if self.fresh else self._weights
         model.load_state_dict({**weights, **{n: t for n, t in model.state_dict().items() if "classifier." in n}})
         return model
 
     def save(self, model: nn.Module, task: Task, scores: str, out: Path) -> None:
         """Write an export with a classifier, which `AutoModelForSequenceClassification` loads."""
-        headless = dataclasses.replace(self.config, mlm_head="none")
         sections = {
             f"Fine-tuned on {task.name}": f"{scores}\n\nLoad it with `AutoModelForSequenceClassification`, or with "
             '`pipeline("text-classification", model=folder, trust_remote_code=True)`.'
         }
-        write_export(
-            out,
-            headless,
-            model.state_dict(),
+        export = Export(
+            dataclasses.replace(self.config, mlm_head="none"),
+            self._kind(task),
+            TensorWeights(model.state_dict()),
             tokenizer=self.folder / TOKENIZER,
-            sections=sections,
-            settings=self._settings(task),
+            card_sections=sections,
         )
+        write_export(export, out)
 
-    def _settings(self, task: Task) -> dict[str, Any]:
-        return {**label_settings(task), "classifier_pooling": self.settings.pooling}
+    def _kind(self, task: Task) -> Classifier:
+        return Classifier(label_names(task), problem_type(task), self.settings.pooling)
 
     def _fresh_weights(self, seed: int) -> dict[str, Tensor]:
         model = ShareBertForMaskedLM(self.config)
         initialize(model, "variance", seed)
-        return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mlm_head.")}
+        return _encoder_tensors(model)
+
+
+def _encoder_tensors(model: ShareBertForMaskedLM) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mlm_head.")}
 
 
 class HuggingFaceEncoder(Encoder):
-    """Any encoder that `AutoModelForSequenceClassification` takes from a folder, with no code of the folder's own."""
+    """Any encoder that `AutoModelForSequenceClassification` loads from a folder without remote code."""
 
     def __init__(self, spec: str, settings: FineTuneConfig) -> None:
         super().__init__(spec, settings)
@@ -209,11 +220,18 @@ class HuggingFaceEncoder(Encoder):
                     setattr(self.config, key, settings.dropout)
 
     def build(self, task: Task, seed: int) -> nn.Module:
-        """The sequence classifier of the encoder's own class."""
+        """The sequence classifier that transformers has for this encoder."""
         from transformers import AutoModelForSequenceClassification
 
         config = copy.deepcopy(self.config)
-        config.update(label_settings(task))
+        names = label_names(task)
+        config.update(
+            {
+                "id2label": dict(enumerate(names)),
+                "label2id": {name: number for number, name in enumerate(names)},
+                "problem_type": problem_type(task),
+            }
+        )
         torch.manual_seed(seed)
         with self._naming_folder():
             if self.fresh:
@@ -222,24 +240,25 @@ class HuggingFaceEncoder(Encoder):
                 self.folder,
                 config=config,
                 dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # of a classifier for another task
+                ignore_mismatched_sizes=True,  # the folder may hold a classifier for another task
                 **_LOCAL,
             )
 
     def save(self, model: Any, task: Task, scores: str, out: Path) -> None:
-        """Write it as `save_pretrained` does."""
+        """Write it with `save_pretrained`, whole or not at all."""
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BadInput(f"{out}: exists; choose another folder, or remove it first")
-        model.save_pretrained(out)
-        self.tokenizer.save_pretrained(out)
-        (out / "README.md").write_text(f"# Fine-tuned on {task.name}\n\n{scores}\n", encoding="utf-8")
+        with whole_or_absent_folder(out) as folder:
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            (folder / CARD).write_text(f"# Fine-tuned on {task.name}\n\n{scores}\n", encoding="utf-8")
 
     def _naming_folder(self) -> Any:
         return _BadFolder(self.folder)
 
 
 class _BadFolder:
-    """Turns what transformers and safetensors raise for a folder's files into one line."""
+    """Turns the errors of transformers and safetensors for the files of a folder into one line."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -252,14 +271,14 @@ class _BadFolder:
 
         if isinstance(error, (OSError, ValueError, KeyError, SafetensorError)):
             cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise BadInput(f"{self._folder}: not to be loaded as a Hugging Face encoder ({cause})") from error
+            raise BadInput(f"{self._folder}: cannot be loaded as a Hugging Face encoder ({cause})") from error
 
 
-def label_settings(task: Task) -> dict[str, Any]:
-    """What a config says of a task's labels; their number follows from `id2label`."""
-    labels = ("score",) if task.regression else task.labels
-    return {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: number for number, label in enumerate(labels)},
-        "problem_type": "regression" if task.regression else "single_label_classification",
-    }
+def label_names(task: Task) -> tuple[str, ...]:
+    """The name of each score that a classifier for `task` gives."""
+    return ("score",) if task.regression else tuple(task.labels)
+
+
+def problem_type(task: Task) -> str:
+    """The name of the task's loss in transformers."""
+    return "regression" if task.regression else "single_label_classification"

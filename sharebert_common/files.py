@@ -1,12 +1,24 @@
-"""Files that are whole or absent, and their checksums."""
+"""Files and folders that are whole or absent, and checksums."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import hashlib
 import os
+import secrets
+import shutil
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from sharebert_common.errors import BadInput
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, text: str, durable: bool = True) -> None:
@@ -29,13 +41,122 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: what was made, renamed or removed there."""
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def whole_or_absent_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`, which takes the place of `out` when the block ends without an error.
+
+    What is in `out` then is replaced; the caller decides whether it may be. The order survives a power cut: all
+    files and folders are flushed to the disk, the old folder is moved aside, the new one moved into place, the
+    parent flushed, and only then the old one is deleted. Leftovers of writers that were killed on this host are
+    removed first; if one was killed between the two moves, the old folder is put back.
+
+    Raises BadInput where `out` cannot be made, or its disk is full.
+    """
+    out = Path(out)
     try:
-        os.fsync(handle)
+        _make_parents(out.parent)
+        _clean_leftovers(out)
+        folder = out.with_name(f".{out.name}.{socket.gethostname()}.{secrets.token_hex(4)}")
+        folder.mkdir()  # with the mode that the umask leaves; a folder of tempfile would be for its owner alone
+    except OSError as error:
+        raise BadInput(f"{out}: cannot be made ({error.strerror}: {error.filename})") from error
+    lock = _lock(folder)
+    try:
+        yield folder
+        flush_tree(folder)
+        _replace_folder(folder, out)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise BadInput(f"{out}: cannot be written ({error.strerror}); nothing was left there") from error
+        raise
     finally:
-        os.close(handle)
+        _unlock(lock)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush all files and folders under `folder`, and `folder` itself, to the disk; this waits for the disk."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            flush(Path(parent, name))
+        flush(Path(parent))
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk; this waits for the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+_OLD = ".old"
+"""Ends the name of a folder that is being replaced."""
+
+
+def _replace_folder(folder: Path, out: Path) -> None:
+    if not out.exists():
+        folder.replace(out)
+        flush(out.parent)
+        return
+    old = folder.with_name(f"{folder.name}{_OLD}")
+    lock = _lock(out)  # another writer's clean-up leaves a locked folder alone
+    try:
+        out.replace(old)
+        try:
+            folder.replace(out)
+        except OSError:
+            old.replace(out)
+            raise
+        flush(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        _unlock(lock)
+
+
+def _clean_leftovers(out: Path) -> None:
+    """Remove the temporary folders of `out` whose writers are dead for sure: made on this host, and not locked."""
+    pattern = glob.escape(f".{out.name}.{socket.gethostname()}.") + "*"
+    for left in sorted(out.parent.glob(pattern), reverse=True):  # an `.old` folder before the one that replaces it
+        lock = _lock(left)
+        if lock is None:
+            continue
+        try:
+            if left.suffix == _OLD and not out.exists():
+                left.replace(out)
+                flush(out.parent)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on a folder, which ends with this process; None where another process has it, or there are no locks."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(opened)
+        return None
+    return opened
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _make_parents(folder: Path) -> None:
+    """Make a folder and its parents, and flush the names that are new."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush(path.parent)
 
 
 def file_sha256(path: Path) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tiny_models import tiny_model, tiny_tokenizer
 
-from exports.export import write_export
+from exports.export import Export
+from exports.forms import write_export
 
 
 def rows(count: int, seed: int) -> list[tuple[str, int]]:
@@ -40,5 +41,5 @@ def tiny_export(out: Path, **changes: object) -> Path:
     """An export of `tiny_model`, with its tokenizer."""
     out.parent.mkdir(parents=True, exist_ok=True)
     model = tiny_model(init="variance", **changes)
-    write_export(out, model.config, model.state_dict(), tokenizer=tiny_tokenizer(out.parent))
+    write_export(Export.of_model(model, tokenizer=tiny_tokenizer(out.parent)), out)
     return out

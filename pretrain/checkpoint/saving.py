@@ -21,7 +21,7 @@ import xxhash
 
 from pretrain.checkpoint.direct_io import write_direct
 from pretrain.checkpoint.format import folder_name, manifest_checksum, rank_file
-from sharebert_common.files import fsync_folder, write_atomically
+from sharebert_common.files import flush, write_atomically
 
 
 class GivenUpElsewhere(RuntimeError):
@@ -105,7 +105,7 @@ class RankSave:
         write_atomically(self.partial / "manifest.json", json.dumps(whole | {"checksum": manifest_checksum(whole)}))
         for rank in range(self.world_size):
             self._note(rank).unlink(missing_ok=True)
-        fsync_folder(self.partial)
+        flush(self.partial)
 
     def move_into_place(self) -> None:
         """Rename the folder and make the name durable. After this the checkpoint is whole and survives a power cut."""
@@ -113,7 +113,7 @@ class RankSave:
             if self.final.exists():  # damaged, or of the steps that this run returned from
                 self.final.rename(self.checkpoints / f".{self.final.name}.{self.suffix.rpartition('-')[0]}-0")
             self.partial.rename(self.final)
-        fsync_folder(self.checkpoints)
+        flush(self.checkpoints)
 
     def note_failure(self) -> None:
         """Tell rank 0 that this rank gave up."""

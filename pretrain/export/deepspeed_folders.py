@@ -1,16 +1,16 @@
-"""The masters in a folder that DeepSpeed itself saved (`engine.save_checkpoint`), read without running its pickles.
+"""The fp32 master weights in a folder that DeepSpeed's `engine.save_checkpoint` wrote, read without running pickles.
 
     FOLDER/latest  FOLDER/global_step7/…_model_states.pt  FOLDER/global_step7/…zero_pp_rank_0…_optim_states.pt …
 
-The files are loaded with `weights_only=True`, and mapped: tensors stay on disk until they are read. What their
-pickles name beside tensors (`ALLOWED`) becomes an empty stand-in. Layout as of DeepSpeed 0.19.8:
+The files are loaded with `weights_only=True`, and mapped: tensors stay on disk until they are read. The other
+classes that their pickles name (`ALLOWED`) are replaced by an empty class. The layout is that of DeepSpeed 0.19.8:
 
-- ZeRO 1 and 2: the parameters of a group lie one after another in a flat vector, which is cut into one equal
-  partition a rank;
-- ZeRO 3: a rank has ceil(n / ranks) elements of each parameter of n, the last ones padded, one parameter after
+- ZeRO 1 and 2: the parameters of a group lie one after another in a flat vector, which is cut into equal
+  partitions, one for each rank;
+- ZeRO 3: each rank has ceil(n / world size) elements of a parameter of n, padded at the end, one parameter after
   another in its flat groups;
-- frozen parameters are no part of these: they lie in the model states, in the dtype of the working weights;
-- stage 0 in fp32: the model states hold the masters whole.
+- frozen parameters are not among them: they lie in the model states, in the dtype of the working weights;
+- stage 0 in fp32: the model states hold the whole fp32 weights.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exports.tensor_file import Spec
 from sharebert_common.errors import BadInput
 
 
 class Ignored:
-    """Stands for an object of DeepSpeed's: takes any arguments and state, and does nothing with them."""
+    """Takes the place of a DeepSpeed object: it accepts any arguments and state, and ignores them."""
 
     def __new__(cls, *_: Any, **__: Any) -> Ignored:
         return super().__new__(cls)
@@ -48,7 +49,7 @@ ALLOWED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
 )
-"""All that DeepSpeed's optimizer states name beside tensors and plain values; any other name is refused."""
+"""All classes that DeepSpeed's optimizer states name beside tensors and plain values; any other name is refused."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,24 @@ class Fragment:
 
 
 def is_deepspeed_folder(folder: Path) -> bool:
-    """Whether `folder` looks like one, or like one of its tags."""
+    """Whether `folder` looks like a folder that DeepSpeed saved, or like one of its tags."""
     return any(folder.glob("*_model_states.pt")) or any(folder.glob("*/*_model_states.pt"))
 
 
-class DeepSpeedMasters:
-    """The masters in a folder of DeepSpeed's; see `pretrain.export.weight_sources.Masters`.
+class DeepSpeedWeights:
+    """The fp32 master weights in a folder that DeepSpeed saved; see `WeightSource`.
 
-    Raises BadInput, naming the file: something missing, damaged, or without fp32 masters.
+    Raises BadInput, naming the file: something missing, damaged, or without fp32 weights.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = _tag_folder(folder)
         model = _load(_model_files(self.folder)[0])
         self.step = int(model.get("global_steps") or 0)
-        """Optimizer steps, by DeepSpeed's count."""
+        """Optimizer steps, as DeepSpeed counts them."""
         if model.get("mp_world_size", 1) != 1:
             raise BadInput(f"{self.folder}: {model['mp_world_size']} tensor-parallel ranks; only 1 is supported")
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.specs: dict[str, Spec] = {}
         self._fragments: dict[str, list[Fragment]] = {}
         if not model.get("param_shapes"):
             self._take_stage_0(model)
@@ -95,7 +96,7 @@ class DeepSpeedMasters:
             raise BadInput(f"{self.folder}: its *_optim_states.pt hold no fp32 weights (neither ZeRO 1, 2 nor 3)")
 
     def read(self, name: str, first: int, count: int) -> Tensor:
-        """Elements `first` to `first + count` of the flattened tensor `name`, [count], float32."""
+        """See `WeightSource.read`."""
         values = torch.empty(count, dtype=torch.float32)
         for part in self._fragments[name]:
             begin = max(part.start, first)
@@ -109,14 +110,14 @@ class DeepSpeedMasters:
         held = sum(part.values.numel() for part in found)
         if held != expected:
             raise BadInput(f"{self.folder}: holds {held} of the {expected} elements of '{name}'")
-        self.shapes[name], self._fragments[name] = tuple(shape), found
+        self.specs[name], self._fragments[name] = Spec(torch.float32, tuple(shape)), found
 
     def _take_stage_0(self, model: dict[str, Any]) -> None:
         for name, tensor in model["module"].items():
             if tensor.dtype != torch.float32:
                 raise BadInput(
                     f"{self.folder}: '{name}' is {str(tensor.dtype).removeprefix('torch.')}, and there are no fp32 "
-                    "masters beside it (ZeRO stage 0)"
+                    "weights beside it (ZeRO stage 0)"
                 )
             self._add(name, tensor.shape, iter([Fragment(0, tensor.reshape(-1))]))
 
@@ -129,7 +130,7 @@ class DeepSpeedMasters:
                 self._add(name, shape, _cut(partitions, offset, math.prod(shape)))
                 offset += math.prod(shape) + padding
         for name, tensor in model["module"].items():
-            if name not in self.shapes:  # frozen
+            if name not in self.specs:  # frozen
                 self._add(name, tensor.shape, iter([Fragment(0, tensor.reshape(-1))]))
 
     def _take_stage_3(self, model: dict[str, Any], states: list[dict[str, Any]]) -> None:
@@ -150,7 +151,7 @@ class DeepSpeedMasters:
 
 
 def _cut(vectors: Sequence[Tensor], offset: int, count: int) -> Iterator[Fragment]:
-    """Elements `offset` to `offset + count` of the vectors one after another, as far as they go."""
+    """Elements `offset` to `offset + count` of the concatenated vectors, as far as there are any."""
     ends = accumulate(vector.numel() for vector in vectors)
     for vector, end in zip(vectors, ends, strict=True):
         first = end - vector.numel()
@@ -160,7 +161,7 @@ def _cut(vectors: Sequence[Tensor], offset: int, count: int) -> Iterator[Fragmen
 
 
 def _joined(of_ranks: Sequence[Sequence[Fragment]], length: int, count: int) -> Iterator[Fragment]:
-    """What each rank has of a parameter (`length` elements, the last ones padding) as parts of its `count`."""
+    """The fragments of a parameter of `count` elements, of which each rank has `length`, the last of them padding."""
     for rank, fragments in enumerate(of_ranks):
         for part in fragments:
             start = rank * length + part.start
@@ -170,7 +171,7 @@ def _joined(of_ranks: Sequence[Sequence[Fragment]], length: int, count: int) -> 
 
 
 def _tag_folder(folder: Path) -> Path:
-    """The folder of the newest tag, as `latest` says; `folder` itself where it is a tag's."""
+    """The folder of the tag that `latest` names; `folder` itself if it is the folder of a tag."""
     if any(folder.glob("*_model_states.pt")):
         return folder
     latest = folder / "latest"
@@ -178,7 +179,7 @@ def _tag_folder(folder: Path) -> Path:
         raise BadInput(f"{latest}: missing; give the folder of one tag")
     found = folder / latest.read_text(encoding="utf-8").strip()
     if not any(found.glob("*_model_states.pt")):
-        raise BadInput(f"{found}: no *_model_states.pt there, and {latest} names it")
+        raise BadInput(f"{found}: no *_model_states.pt there, but {latest} names this folder")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the model card of an export says about the run: its data, its recipe, its validation losses."""
+"""What the model card of an export says about the run: its data, its recipe, its last validation loss."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SOURCES_NAMED = 5
 
 
 def sections(run: RunFolder, taken: list[Checkpoint]) -> dict[str, str]:
-    """Heading → Markdown. `taken` are the checkpoints of the export, newest first."""
+    """The sections of the card, heading → Markdown. `taken` are the checkpoints of the export, newest first."""
     found = {"Data": _data(run, taken[0]), "Training": _training(run, taken)}
     scores = _scores(run, taken)
     return found | ({"Scores": scores} if scores else {})
 
 
 def recipe_text(run: RunFolder) -> str:
-    """The resolved config of a run, YAML; empty where it has none."""
+    """The resolved config of a run in YAML; empty where the run has none."""
     return run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
 
 
@@ -37,7 +37,7 @@ def _training(run: RunFolder, taken: list[Checkpoint]) -> str:
 
 
 def _data(run: RunFolder, newest: Checkpoint) -> str:
-    """The datasets, as far as they are still where the run read them; their fingerprint in any case."""
+    """The fingerprint of the data, and a table of those datasets that are still where the run read them."""
     text = f"Fingerprint of the data and its order: `{newest.training['loader']['fingerprint']}`."
     rows = [_table_row(path, manifest) for path, manifest in _manifests(run)]
     if rows:
@@ -52,7 +52,7 @@ def _manifests(run: RunFolder) -> list[tuple[Path, Mapping[str, Any]]]:
         entries = given["data"]["dataset"]  # type: ignore[index, call-overload]
         paths = [Path(entry["path"] if isinstance(entry, dict) else entry) for entry in entries]
         return [(path, json.loads((path / "manifest.json").read_text(encoding="utf-8"))) for path in paths]
-    except (OSError, ValueError, KeyError, TypeError):  # moved, remote, or no config: the card says less
+    except (OSError, ValueError, KeyError, TypeError):  # moved, remote, or no config: the card has no table
         return []
 
 
@@ -67,13 +67,13 @@ def _table_row(path: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def _scores(run: RunFolder, taken: list[Checkpoint]) -> str:
-    """The validation that belongs to the checkpoint: the last one up to its step."""
+    """The validation of the checkpoint: the last one up to its step."""
     last: dict[str, Any] = {}
     if run.log.is_file():
         for line in run.log.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:  # a run that still writes
+            except ValueError:  # the last line of a run that is still writing
                 continue
             if "valid_loss" in entry and entry["step"] <= taken[0].step:
                 last = entry

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exports.authors import import_authors
-from exports.export import read_export
-from sharebert import ShareBertError, ShareBertForMaskedLM
+from exports.read import load_model
+from sharebert import ShareBertForMaskedLM
+from sharebert_common.errors import BadInput
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -55,7 +56,7 @@ def expected() -> dict[str, Tensor]:
 @pytest.fixture
 def imported(tmp_path: Path) -> ShareBertForMaskedLM:
     import_authors(GOLDEN, tmp_path / "export")
-    return read_export(tmp_path / "export")
+    return load_model(tmp_path / "export")
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -125,7 +126,7 @@ def test_pickled_checkpoint_in_half_precision(folder: Path, tmp_path: Path) -> N
     (folder / "model.safetensors").unlink()
     torch.save(halves, folder / "pytorch_model.bin")
     import_authors(folder, tmp_path / "export")
-    for name, tensor in read_export(tmp_path / "export").named_parameters():
+    for name, tensor in load_model(tmp_path / "export").named_parameters():
         theirs = next(value for key, value in halves.items() if our_name(key) == name)
         assert torch.equal(tensor, theirs.float()), name
 
@@ -146,7 +147,7 @@ def test_pickled_code_is_never_run(folder: Path, tmp_path: Path, save: object) -
     values = {**tensors(folder), "bomb": Bomb(bomb)}
     (folder / "model.safetensors").unlink()
     save(values, folder / "pytorch_model.bin")  # type: ignore[operator]
-    with pytest.raises(ShareBertError, match=r"pytorch_model.bin: holds more than tensors"):
+    with pytest.raises(BadInput, match=r"pytorch_model.bin: holds more than tensors"):
         import_authors(folder, tmp_path / "export")
     assert not bomb.exists()
     assert not (tmp_path / "export").exists()
@@ -156,7 +157,7 @@ def test_encoder_alone(folder: Path, tmp_path: Path) -> None:
     encoder = {name: tensor for name, tensor in tensors(folder).items() if not name.startswith("cls.")}
     save_file(encoder, folder / "model.safetensors")
     import_authors(folder, tmp_path / "export")
-    assert read_export(tmp_path / "export").config.mlm_head == "none"
+    assert load_model(tmp_path / "export").config.mlm_head == "none"
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -166,7 +167,7 @@ def change_config(folder: Path, **changes: object) -> None:
 
 def test_other_models_are_refused(folder: Path, tmp_path: Path) -> None:
     def refuses(says: str) -> None:
-        with pytest.raises(ShareBertError, match=says) as caught:
+        with pytest.raises(BadInput, match=says) as caught:
             import_authors(folder, tmp_path / "export")
         assert "\n" not in str(caught.value)
         assert str(folder) in str(caught.value)
@@ -189,7 +190,7 @@ def test_other_models_are_refused(folder: Path, tmp_path: Path) -> None:
     refuses("model.safetensors: not readable as safetensors")
     (folder / "model.safetensors").write_bytes(whole)
     save_file(tensors(folder) | {"bert.extra": torch.zeros(1)}, folder / "model.safetensors")
-    refuses("'bert.extra' is no tensor of the authors' model")
+    refuses("'bert.extra' is not a tensor of the authors' model")
     (folder / "second.safetensors").write_bytes(whole)
     refuses("more than one .safetensors file")
     for path in folder.glob("*.safetensors"):

@@ -16,10 +16,13 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from exports.dense import DenseBert, dense_shapes, dense_tensors
-from exports.dense_export import mapped_dense, read_dense, write_dense
-from exports.weights import read_weights
-from sharebert import ShareBertError, ShareBertForMaskedLM
+from exports.dense import Dense, differences, mapped_dense, read_dense
+from exports.dense_model import DenseBert, dense_shapes, dense_tensors
+from exports.export import Export
+from exports.forms import write_export
+from exports.weight_files import read_weights
+from sharebert import ShareBertForMaskedLM
+from sharebert_common.errors import BadInput
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,6 +32,10 @@ CASES: list[dict[str, Any]] = [
     {"sharing": "eps", "mlm_head": "tied"},
     {"sharing": "eps", "mlm_head": "none", "vocab_pad_multiple": 1},
 ]
+
+
+def write_dense(out: Path, model: ShareBertForMaskedLM, dtype: torch.dtype = torch.float32, **more: Any) -> None:
+    write_export(Export.of_model(model, **more), out, Dense(dtype))
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +72,7 @@ def test_tensors_come_in_the_order_of_their_shapes() -> None:
 
 def test_tied_head_that_does_not_divide_is_refused() -> None:
     config = tiny_config(mlm_head="tied", factor_size=7)
-    with pytest.raises(ShareBertError, match=r"factor_size \(7\) divides hidden_size \(24\)"):
+    with pytest.raises(BadInput, match=r"factor_size \(7\) divides hidden_size \(24\)"):
         dense_shapes(config)
 
 
@@ -75,7 +82,7 @@ def written(
 ) -> tuple[Path, ShareBertForMaskedLM]:
     folder = tmp_path_factory.mktemp("dense")
     model = tiny_model(mlm_head=request.param).eval()
-    write_dense(folder / "dense", model, tokenizer=tiny_tokenizer(folder), sections={"Data": "Made-up words."})
+    write_dense(folder / "dense", model, tokenizer=tiny_tokenizer(folder), card_sections={"Data": "Made-up words."})
     return folder / "dense", model
 
 
@@ -151,7 +158,8 @@ def test_layers_are_independent_linears(tmp_path: Path) -> None:
 
 def test_half_precision_is_the_rounding(tmp_path: Path) -> None:
     model = tiny_model()
-    found = write_dense(tmp_path / "dense", model, dtype=torch.bfloat16)
+    write_dense(tmp_path / "dense", model, dtype=torch.bfloat16)
+    found = differences(model, mapped_dense(tmp_path / "dense", model.config))
     tensors = read_weights(tmp_path / "dense")
     for name, tensor in dense_tensors(model):
         assert torch.equal(tensors[name], tensor.bfloat16()), name
@@ -185,8 +193,8 @@ def test_pruning_and_quantisation_take_it(written: tuple[Path, ShareBertForMaske
 def test_damaged_dense_export_is_named(tmp_path: Path) -> None:
     model = tiny_model()
     write_dense(tmp_path / "dense", model)
-    with pytest.raises(ShareBertError, match="not the tensors of this model's dense form"):
+    with pytest.raises(BadInput, match="not the tensors of this model's dense form"):
         read_dense(tmp_path / "dense", tiny_config(num_hidden_layers=1))
     (tmp_path / "dense/model.safetensors").unlink()
-    with pytest.raises(ShareBertError, match=r"model.safetensors: missing"):
+    with pytest.raises(BadInput, match=r"model.safetensors: missing"):
         read_dense(tmp_path / "dense", model.config)

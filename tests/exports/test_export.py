@@ -13,12 +13,17 @@ from tiny_models import tiny_config, tiny_model, tiny_tokenizer
 
 import sharebert
 import sharebert_cli
-from exports.export import new_export, read_config, read_export, tensor_shapes, write_export
-from sharebert import ShareBertError, ShareBertForMaskedLM
+from exports.export import Export, tensor_shapes
+from exports.forms import new_export, write_export
+from exports.kinds import MaskedLM
+from exports.read import load_model, read_config
+from exports.weight_source import TensorWeights
+from sharebert import ShareBertForMaskedLM
+from sharebert_common.errors import BadInput
 
 
 def export(model: ShareBertForMaskedLM, out: Path, tokenizer: Path | None = None) -> Path:
-    write_export(out, model.config, model.state_dict(), tokenizer=tokenizer, sections={"Data": "Made-up words."})
+    write_export(Export.of_model(model, tokenizer=tokenizer, card_sections={"Data": "Made-up words."}), out)
     return out
 
 
@@ -26,7 +31,7 @@ def export(model: ShareBertForMaskedLM, out: Path, tokenizer: Path | None = None
 @pytest.mark.parametrize("sharing", ["veps", "eps"])
 def test_round_trip(tmp_path: Path, head: str, sharing: str) -> None:
     model = tiny_model(mlm_head=head, sharing=sharing)
-    again = read_export(export(model, tmp_path / "export"))
+    again = load_model(export(model, tmp_path / "export"))
     assert again.config == model.config == read_config(tmp_path / "export")
     assert not again.training
     for (name, a), (other, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -60,7 +65,7 @@ def test_holds_everything(tmp_path: Path) -> None:
 
 def test_half_precision_is_kept_in_the_file_and_read_as_float32(tmp_path: Path) -> None:
     model = tiny_model().bfloat16()
-    again = read_export(export(model, tmp_path / "export"))
+    again = load_model(export(model, tmp_path / "export"))
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert b.dtype == torch.float32
         assert torch.equal(a.float(), b)
@@ -72,7 +77,7 @@ def test_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
     export(tiny_model(seed=0), tmp_path / "export")
     second = tiny_model(seed=1)
     export(second, tmp_path / "export")
-    assert torch.equal(read_export(tmp_path / "export").sharebert.pooler_bias, second.sharebert.pooler_bias)
+    assert torch.equal(load_model(tmp_path / "export").sharebert.pooler_bias, second.sharebert.pooler_bias)
     (tmp_path / "empty").mkdir()
     export(second, tmp_path / "empty")
 
@@ -81,7 +86,7 @@ def test_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     for path in (tmp_path / "home", tmp_path / "home/letter.txt", tmp_path / "bert"):
-        with pytest.raises(ShareBertError, match="exists and is no export"):
+        with pytest.raises(BadInput, match="exists and is no export"):
             export(second, path)
     assert (tmp_path / "home/letter.txt").read_text() == "dear"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "empty", "export", "home"]
@@ -101,24 +106,24 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
 def test_tensors_of_another_model_are_not_written(tmp_path: Path) -> None:
     tensors = tiny_model().state_dict()
     tensors["sharebert.pooler_bias"] = torch.zeros(3)
-    with pytest.raises(ShareBertError, match=r"'sharebert.pooler_bias' is \[3\], the model in config.json has \[24\]"):
-        write_export(tmp_path / "export", tiny_config(), tensors)
+    with pytest.raises(BadInput, match=r"'sharebert.pooler_bias' is \[3\], the model in config.json has \[24\]"):
+        write_export(Export(tiny_config(), MaskedLM(), TensorWeights(tensors)), tmp_path / "export")
     del tensors["sharebert.pooler_bias"]
     tensors["more"] = torch.zeros(3)
-    with pytest.raises(ShareBertError, match=r"lacks sharebert.pooler_bias and has unknown more"):
-        write_export(tmp_path / "export", tiny_config(), tensors)
+    with pytest.raises(BadInput, match=r"lacks sharebert.pooler_bias and has unknown more"):
+        write_export(Export(tiny_config(), MaskedLM(), TensorWeights(tensors)), tmp_path / "export")
     assert not any(tmp_path.iterdir())
 
 
 def test_tokenizer_must_fit(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path)
-    with pytest.raises(ShareBertError, match=r"tokenizer.json: 250 words, but the model has 264"):
+    with pytest.raises(BadInput, match=r"tokenizer.json: 250 words, but the model has 264"):
         export(tiny_model(vocab_size=264), tmp_path / "export", tokenizer)
     tokenizer.write_text(tokenizer.read_text().replace("[MASK]", "[MUSK]"))
-    with pytest.raises(ShareBertError, match=r"lacks the special tokens \[MASK\]"):
+    with pytest.raises(BadInput, match=r"lacks the special tokens \[MASK\]"):
         export(tiny_model(), tmp_path / "export", tokenizer)
     tokenizer.write_text("{")
-    with pytest.raises(ShareBertError, match=r"tokenizer.json: not readable"):
+    with pytest.raises(BadInput, match=r"tokenizer.json: not readable"):
         export(tiny_model(), tmp_path / "export", tokenizer)
 
 
@@ -127,8 +132,8 @@ def test_damage_is_named(tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
 
     def refuses(says: str) -> None:
-        with pytest.raises(ShareBertError, match=says) as caught:
-            read_export(out)
+        with pytest.raises(BadInput, match=says) as caught:
+            load_model(out)
         assert "\n" not in str(caught.value)
 
     (out / "config.json").write_text(json.dumps(config | {"hidden_sise": 24}))
@@ -147,9 +152,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 def test_integer_tensors_are_no_weights(tmp_path: Path) -> None:
     tensors = {name: torch.zeros(shape, dtype=torch.int8) for name, shape in tensor_shapes(tiny_config()).items()}
-    write_export(tmp_path / "export", tiny_config(), tensors)
-    with pytest.raises(ShareBertError, match=r"is torch\.int8, not of a floating dtype"):
-        read_export(tmp_path / "export")
+    write_export(Export(tiny_config(), MaskedLM(), TensorWeights(tensors)), tmp_path / "export")
+    with pytest.raises(BadInput, match=r"is torch\.int8, not of a floating dtype"):
+        load_model(tmp_path / "export")
 
 
 def test_the_command_names_a_missing_or_damaged_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +179,7 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_left(tmp_path: Path) -> No
     if mounted.returncode:
         pytest.skip("cannot mount a tmpfs here")
     try:
-        with pytest.raises(ShareBertError, match=r"out: cannot be written \(No space left on device\)"):
+        with pytest.raises(BadInput, match=r"out: cannot be written \(No space left on device\)"):
             export(tiny_model(), disk / "out")
         assert not list(disk.iterdir())
     finally:

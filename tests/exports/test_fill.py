@@ -8,15 +8,17 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from exports.export import write_export
+from exports.export import Export
 from exports.fill import fill
+from exports.forms import write_export
 from sharebert import ShareBertError
+from sharebert_common.errors import BadInput
 
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
     model = tiny_model()
-    write_export(tmp_path / "export", model.config, model.state_dict(), tokenizer=tiny_tokenizer(tmp_path))
+    write_export(Export.of_model(model, tokenizer=tiny_tokenizer(tmp_path)), tmp_path / "export")
     return tmp_path / "export"
 
 
@@ -38,13 +40,13 @@ def test_top_may_ask_for_every_word(export: Path) -> None:
 
 
 def test_bad_input(export: Path) -> None:
-    with pytest.raises(ShareBertError, match=r"'w1 w2': no \[MASK\] to fill"):
+    with pytest.raises(BadInput, match=r"'w1 w2': no \[MASK\] to fill"):
         fill(export, "w1 w2")
     with pytest.raises(ShareBertError, match="rows of 18 tokens, but the model has 16 positions"):
         fill(export, "[MASK] " * 16)
     (export / "tokenizer.json").write_text("{")
-    with pytest.raises(ShareBertError, match=r"tokenizer.json: not readable"):
+    with pytest.raises(BadInput, match=r"tokenizer.json: not readable"):
         fill(export, "[MASK]")
     (export / "tokenizer.json").unlink()
-    with pytest.raises(ShareBertError, match=r"tokenizer.json: missing"):
+    with pytest.raises(BadInput, match=r"tokenizer.json: missing"):
         fill(export, "[MASK]")

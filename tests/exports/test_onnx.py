@@ -11,7 +11,9 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
 from exports import onnx as to_onnx
-from exports.onnx import write_onnx, write_onnx_export
+from exports.export import Export
+from exports.forms import write_export
+from exports.onnx import Onnx, write_onnx
 from sharebert import ShareBertForMaskedLM
 
 pytest.importorskip("onnxscript")
@@ -23,7 +25,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ShareBertFo
     """An ONNX export, and its model."""
     folder = tmp_path_factory.mktemp("onnx")
     model = tiny_model(mlm_head="tied").eval()
-    write_onnx_export(folder / "onnx", model, tokenizer=tiny_tokenizer(folder), sections={"Data": "Made-up words."})
+    export = Export.of_model(model, tokenizer=tiny_tokenizer(folder), card_sections={"Data": "Made-up words."})
+    write_export(export, folder / "onnx", Onnx())
     return folder / "onnx", model
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from made_tasks import rows, sst2, tiny_export, write_tsv
 
-from exports.dense_export import write_dense
-from exports.export import read_export
+from exports.dense import Dense
+from exports.forms import write_export
+from exports.read import read_export
 from sharebert_cli import main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -133,7 +134,7 @@ def test_a_saved_classifier_is_an_export_and_goes_on(task: Path, export: Path, t
 
 
 def test_a_dense_export_goes_through_as_any_encoder(task: Path, export: Path, tmp_path: Path) -> None:
-    write_dense(tmp_path / "dense", read_export(export), tokenizer=export / "tokenizer.json")
+    write_export(read_export(export), tmp_path / "dense", Dense())
     arguments = [*FAST, "seeds=1", f"output={tmp_path}", "--task", "sst2", "--data", str(task)]
     assert main(["evaluate", str(tmp_path / "dense"), *arguments]) == 0
     (found,) = results(tmp_path / "sst2").values()
@@ -258,8 +259,8 @@ def test_missing_and_damaged_folders_of_hugging_face(
     assert "pooling: mean is for ShareBERT exports" in refusal(capsys, str(copy), "finetune.pooling=mean", *arguments)
     weights = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    assert "not to be loaded as a Hugging Face encoder" in refusal(capsys, str(copy), *arguments)
+    assert "cannot be loaded as a Hugging Face encoder" in refusal(capsys, str(copy), *arguments)
     (copy / "model.safetensors").unlink()
-    assert "not to be loaded as a Hugging Face encoder" in refusal(capsys, str(copy), *arguments)
+    assert "cannot be loaded as a Hugging Face encoder" in refusal(capsys, str(copy), *arguments)
     (copy / "config.json").write_text('{"model_type": "no-such-model"}')
-    assert "not to be loaded as a Hugging Face encoder" in refusal(capsys, str(copy), *arguments)
+    assert "cannot be loaded as a Hugging Face encoder" in refusal(capsys, str(copy), *arguments)

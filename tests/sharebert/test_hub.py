@@ -16,8 +16,12 @@ from bare_environment import try_exports
 from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from exports.dense_export import write_dense
-from exports.export import read_export, write_export
+from exports.dense import Dense
+from exports.export import Export
+from exports.forms import write_export
+from exports.kinds import Classifier
+from exports.read import load_model
+from exports.weight_source import TensorWeights
 from sharebert import ShareBertForMaskedLM
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,7 +33,7 @@ REMOTE: dict[str, Any] = {"trust_remote_code": True}
 
 def export(out: Path, **changes: Any) -> tuple[Path, ShareBertForMaskedLM]:
     model = tiny_model(**changes).eval()
-    write_export(out, model.config, model.state_dict(), tokenizer=tiny_tokenizer(out.parent))
+    write_export(Export.of_model(model, tokenizer=tiny_tokenizer(out.parent)), out)
     return out, model
 
 
@@ -136,13 +140,13 @@ def test_classification(exported: tuple[Path, ShareBertForMaskedLM], pooling: st
 def test_export_of_a_fine_tuned_classifier(tmp_path: Path) -> None:
     model = tiny_model(mlm_head="none").eval()
     classifier = {"classifier.weight": torch.randn(2, 24), "classifier.bias": torch.randn(2)}
-    write_export(
-        tmp_path / "export",
+    value = Export(
         model.config,
-        model.state_dict() | classifier,
+        Classifier(("bad", "good"), pooling="mean"),
+        TensorWeights(model.state_dict() | classifier),
         tokenizer=tiny_tokenizer(tmp_path),
-        settings={"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}, "classifier_pooling": "mean"},
     )
+    write_export(value, tmp_path / "export")
     loaded, report = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "export", output_loading_info=True, **REMOTE
     )
@@ -164,7 +168,7 @@ def test_copy_by_save_pretrained_is_as_good(exported: tuple[Path, ShareBertForMa
     again = transformers.AutoModelForMaskedLM.from_pretrained(copy, **REMOTE)
     expected = model.logits(inputs["input_ids"], inputs["attention_mask"])
     torch.testing.assert_close(again(**inputs).logits, expected)
-    ours = read_export(copy)
+    ours = load_model(copy)
     assert ours.config == model.config
     torch.testing.assert_close(ours.logits(inputs["input_ids"], inputs["attention_mask"]), expected)
 
@@ -226,7 +230,7 @@ def test_what_the_model_card_shows_runs(tmp_path: Path, form: str) -> None:
     folder, model = export(tmp_path / "export", mlm_head="none" if form == "headless" else "untied")
     if form == "dense":
         folder = tmp_path / "dense"
-        write_dense(folder, model, tokenizer=tmp_path / "tokenizer.json")
+        write_export(Export.of_model(model, tokenizer=tmp_path / "tokenizer.json"), folder, Dense())
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     code = "\n".join(blocks).replace("path/to/this/folder", str(folder))
     found: dict[str, Any] = {}
@@ -241,7 +245,7 @@ def test_exports_load_with_torch_transformers_and_safetensors_alone(
 ) -> None:
     """In an environment of its own; what runs there stands in `bare_environment.py`."""
     folder, model = exported
-    write_dense(tmp_path / "dense", model, tokenizer=folder.parent / "tokenizer.json")
+    write_export(Export.of_model(model, tokenizer=folder.parent / "tokenizer.json"), tmp_path / "dense", Dense())
     try_exports(folder, tmp_path / "dense", tmp_path)
 
 

@@ -216,7 +216,8 @@ def test_changes_of_any_depth_are_reported(tmp_path: Path) -> None:
 @pytest.fixture
 def export(dataset: Path, tmp_path: Path) -> Path:
     """An export of a model whose weights all are 7, with the dataset's tokenizer."""
-    from exports.export import write_export
+    from exports.export import Export
+    from exports.forms import write_export
 
     arguments = {
         "hidden_size": 32,
@@ -230,8 +231,7 @@ def export(dataset: Path, tmp_path: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7)
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    write_export(tmp_path / "export", model.config, tensors, tokenizer=dataset / "tokenizer.json")
+    write_export(Export.of_model(model, tokenizer=dataset / "tokenizer.json"), tmp_path / "export")
     return tmp_path / "export"
 
 

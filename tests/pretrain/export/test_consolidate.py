@@ -1,4 +1,4 @@
-"""Consolidation: the export holds the masters bit for bit, and what does not fit is refused."""
+"""Consolidation: the export holds the fp32 weights bit for bit, and what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import sharebert_cli
-from exports.dense_export import read_dense
-from exports.export import read_config, read_export, tensor_shapes
+from exports.dense import read_dense
+from exports.export import tensor_shapes
+from exports.read import load_model, read_config
 from pretrain.checkpoint import format as checkpoint
 from pretrain.engine.fragments import Fragment
+from pretrain.export.checkpoint_weights import CheckpointWeights
 from pretrain.export.consolidate import consolidate
-from pretrain.export.weight_sources import CheckpointMasters
 from sharebert import SIZES, ShareBertConfig
 from sharebert_common.errors import BadInput
 
@@ -46,7 +47,7 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_the_export_is_the_masters_bit_for_bit(runs: Path, tmp_path: Path, stage: int) -> None:
+def test_the_export_is_the_fp32_weights_bit_for_bit(runs: Path, tmp_path: Path, stage: int) -> None:
     out = consolidate(runs / str(stage), tmp_path / "export")
     tensors = load_file(out / "model.safetensors")
     saved = checkpoint.read_manifest(runs / str(stage) / "checkpoints" / checkpoint.folder_name(STEP))
@@ -55,7 +56,7 @@ def test_the_export_is_the_masters_bit_for_bit(runs: Path, tmp_path: Path, stage
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, checkpoint.read_whole(saved, name)), name
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in tensors.values()), "these are bf16 weights"
-    read_export(out)
+    load_model(out)
 
 
 def test_provenance_is_in_the_header_and_the_card(runs: Path, dataset: Path, tmp_path: Path) -> None:
@@ -93,13 +94,13 @@ def test_half_precision_is_the_rounding(runs: Path, tmp_path: Path) -> None:
 def test_without_head(runs: Path, tmp_path: Path) -> None:
     out = consolidate(runs / "0", tmp_path / "encoder", head=False)
     assert not any(name.startswith("mlm_head") for name in load_file(out / "model.safetensors"))
-    assert read_export(out).mlm_head is None
+    assert load_model(out).mlm_head is None
 
 
 def test_it_needs_nothing_but_the_run(runs: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(runs / "3", moved)
-    read_export(consolidate(moved, tmp_path / "export"))
+    load_model(consolidate(moved, tmp_path / "export"))
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -122,7 +123,7 @@ def test_the_mean_of_the_last_checkpoints(runs: Path, tmp_path: Path) -> None:
 def test_other_forms(runs: Path, tmp_path: Path) -> None:
     """Dense, in both precisions, from the run and from its export: the same function."""
     compact = consolidate(runs / "3", tmp_path / "compact")
-    model, config = read_export(compact), read_config(compact)
+    model, config = load_model(compact), read_config(compact)
     tokens = torch.randint(config.vocab_size, (2, 9))
     expected = model.logits(tokens)
     for source, dtype, bar in ((runs / "3", "fp32", 1e-6), (compact, "fp32", 1e-6), (compact, "bf16", 0.05)):
@@ -145,7 +146,7 @@ def test_an_export_of_an_export(runs: Path, tmp_path: Path) -> None:
     assert half.keys() == {name for name in full if not name.startswith("mlm_head")}
     assert all(torch.equal(half[name], full[name].bfloat16()) for name in half)
     assert (compact / "README.md").read_text().partition("## Data")[2] in (out / "README.md").read_text()
-    with pytest.raises(BadInput, match="would replace what it is made of"):
+    with pytest.raises(BadInput, match="would replace its own source"):
         consolidate(compact, compact)
 
 
@@ -204,7 +205,7 @@ def test_bad_input_is_one_line_and_code_2(runs: Path, tmp_path: Path, capsys: py
     (missing / "model.safetensors").unlink()
     for arguments, expected in (
         ([tmp_path / "nowhere", out], "nowhere: no such folder"),
-        ([tmp_path / "empty", out], "no run, no export and no folder that DeepSpeed saved"),
+        ([tmp_path / "empty", out], "not a run, not an export, and not a folder that DeepSpeed saved"),
         ([moved, out], "tokenizer.json: sha256"),
         ([run, tmp_path / "notes.txt"], "notes.txt: exists and is no export"),
         ([run, tmp_path / "notes.txt" / "export"], "notes.txt/export: cannot be made"),
@@ -221,14 +222,14 @@ def test_bad_input_is_one_line_and_code_2(runs: Path, tmp_path: Path, capsys: py
     assert not out.exists()
 
 
-def test_a_checkpoint_that_goes_away_meanwhile_is_said(runs: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_deleted_meanwhile_is_named(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs / "1", run)
     saved = checkpoint.read_manifest(run / "checkpoints" / checkpoint.folder_name(STEP))
-    masters = CheckpointMasters(saved)
+    source = CheckpointWeights(saved)
     shutil.rmtree(saved.folder)
-    with pytest.raises(BadInput, match="went away while it was read"):
-        masters.read("mlm_head.bias", 0, 10)
+    with pytest.raises(BadInput, match="deleted while it was read"):
+        source.read("mlm_head.bias", 0, 10)
 
 
 MEASURED = """

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from tiny_runs import torchrun
 
 import sharebert_cli
-from exports.export import read_export, tensor_shapes
+from exports.export import tensor_shapes
+from exports.read import load_model
 from pretrain.checkpoint import format as checkpoint
 from pretrain.export.consolidate import consolidate
-from pretrain.export.deepspeed_folders import DeepSpeedMasters
+from pretrain.export.deepspeed_folders import DeepSpeedWeights
 from sharebert_common.errors import BadInput
 
 SCRIPT = Path(deepspeed_folders.__file__)
@@ -55,23 +56,23 @@ def test_the_export_is_the_masters_bit_for_bit(folders: Path, tmp_path: Path, ca
         assert any((tensor != tensor.bfloat16().float()).any() for tensor in tensors.values()), "these are bf16 weights"
     with safe_open(out / "model.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == str(STEPS)
-    read_export(out)
+    load_model(out)
 
 
 @pytest.mark.parametrize("case", ["2-frozen", "3-frozen", "2-round-robin"])
 def test_it_agrees_with_the_working_weights(folders: Path, case: str) -> None:
     """Where some parameters are frozen, or DeepSpeed lays them out in another order."""
-    masters = DeepSpeedMasters(folders / case / "theirs")
+    weights = DeepSpeedWeights(folders / case / "theirs")
     shapes = tensor_shapes(CONFIG)
-    assert {name: tuple(shape) for name, shape in masters.shapes.items()} == shapes
+    assert {name: spec.shape for name, spec in weights.specs.items()} == shapes
     state = folders / case.replace("3-", "2-") / "theirs" / f"global_step{STEPS}" / "mp_rank_00_model_states.pt"
     # Stage 3 keeps no whole working weights: those of stage 2 stand in. The two may step a parameter whose gradient
     # is all rounding to different sides.
     tolerance = 2 * STEPS * LR if case == "3-frozen" else 1e-2
     for name, working in torch.load(state, weights_only=True)["module"].items():
-        values = masters.read(name, 0, working.numel())
+        values = weights.read(name, 0, working.numel())
         torch.testing.assert_close(values, working.flatten().float(), rtol=1e-2, atol=tolerance)
-        assert torch.equal(masters.read(name, 3, working.numel() - 5), values[3:-2])
+        assert torch.equal(weights.read(name, 3, working.numel() - 5), values[3:-2])
 
 
 def test_a_tag_may_be_given_and_an_export_for_the_config(folders: Path, tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_bad_input_is_one_line_and_code_2(folders: Path, tmp_path: Path, capsys:
         ("cut", given, f"{optimizer}: not readable as a PyTorch file"),
         ("attack", given, f"{optimizer}: holds more than tensors, or is damaged; it is not run"),
         ("nowhere", given, "global_step9: no *_model_states.pt there"),
-        ("half", given, "is float16, and there are no fp32 masters"),
+        ("half", given, "is float16, and there are no fp32 weights"),
         ("half", [], "keeps no config of the model; give --config"),
         ("cut", ["--config", tmp_path / "nothing.json"], "nothing.json"),
         ("cut", ["--average", "2", *given], "--average takes the checkpoints of a run"),

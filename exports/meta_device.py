@@ -1,4 +1,4 @@
-"""Models without weights: for their shapes, or to be filled from a file."""
+"""Models without values: used for their shapes, or filled from a file afterwards."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class _NoNormal(TorchFunctionMode):
-    """Leaves out `normal_`, with which an embedding starts.
+class _SkipNormal(TorchFunctionMode):
+    """Skips `normal_`, which initialises an embedding.
 
-    On the meta device it has nothing to fill, and torch 2.13 imports 886 modules (79 MB) to find that out.
+    On the meta device there is nothing to fill, and torch 2.13 imports 886 modules (79 MB) to find that out.
     """
 
     def __torch_function__(
@@ -26,6 +26,6 @@ class _NoNormal(TorchFunctionMode):
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Modules made inside have parameters on the meta device: shapes, and no memory."""
-    with torch.device("meta"), _NoNormal():
+    """Modules made inside have their parameters on the meta device: they have shapes, and take no memory."""
+    with torch.device("meta"), _SkipNormal():
         yield

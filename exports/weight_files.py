@@ -1,6 +1,6 @@
-"""The tensors of an export: `model.safetensors`, or several files and an index where they are large.
+"""The weights of a model on disk: `model.safetensors`, or several files and an index where they are large.
 
-A file's metadata carries a CRC-32 of each tensor's bytes, under `crc32`, so that damage is found and named.
+The metadata of each file carries a CRC-32 of every tensor's bytes, under `crc32`, so that damage is found and named.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exports.tensor_file import lay_out
-from sharebert.config import ShareBertError
+from exports.tensor_file import Spec, lay_out
+from exports.weight_source import WeightSource, pieces
+from sharebert_common.errors import BadInput
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5_000_000_000
 """Above this, the tensors of a model are spread over several files."""
-
-
-Spec = tuple[torch.dtype, Sequence[int]]
-"""Dtype and shape of a tensor in a file."""
 
 
 def checksum(tensor: Tensor) -> str:
@@ -36,7 +33,7 @@ def checksum(tensor: Tensor) -> str:
 
 
 def plan_files(sizes_bytes: Mapping[str, int], max_file_bytes: int = MAX_FILE_BYTES) -> dict[str, list[str]]:
-    """Which tensors lie in which file: tensors in their order, a new file where one would pass `max_file_bytes`."""
+    """Which tensors lie in which file. They keep their order; a new file begins where one would pass the maximum."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, nbytes in sizes_bytes.items():
@@ -51,7 +48,7 @@ def plan_files(sizes_bytes: Mapping[str, int], max_file_bytes: int = MAX_FILE_BY
 
 
 def write_index(folder: Path, files: Mapping[str, Sequence[str]], total_bytes: int) -> None:
-    """Write the index of a model in several files; nothing for a model in one."""
+    """Write the index of a model in several files. A model in one file needs none."""
     if len(files) > 1:
         index = {
             "metadata": {"total_size": total_bytes},
@@ -62,14 +59,23 @@ def write_index(folder: Path, files: Mapping[str, Sequence[str]], total_bytes: i
 
 def write_weights(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    source: WeightSource,
     metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write `tensors` into `folder`, wide dtypes first, so that all are aligned; see `stream_weights`."""
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
-    stream_weights(folder, specs, ordered.items(), metadata, max_file_bytes)
+    """Write all tensors of `source` into `folder`, wide dtypes first, so that every tensor is aligned.
+
+    Args:
+        folder: where the files go.
+        source: where the values come from; they are read in pieces.
+        metadata: what the files say about where the tensors come from.
+        dtype: values are rounded to it; None keeps the dtypes of the source.
+        max_file_bytes: above this, the tensors are spread over several files.
+    """
+    given = {name: Spec(dtype or spec.dtype, spec.shape) for name, spec in source.specs.items()}
+    specs = dict(sorted(given.items(), key=lambda item: -item[1].dtype.itemsize))
+    stream_weights(folder, specs, pieces(source, list(specs)), metadata, max_file_bytes)
 
 
 def stream_weights(
@@ -85,11 +91,11 @@ def stream_weights(
         folder: where the files go.
         specs: dtype and shape of every tensor, in the order in which they lie in the files.
         pieces: (name, values), in that order: a tensor whole or as consecutive parts, of any shape and dtype;
-            values are rounded to the dtype of its spec. The next piece is asked for when the last is written.
-        metadata: what the files say about where the tensors come from, for instance.
+            values are rounded to the dtype of the spec. The next piece is taken after the last one is written.
+        metadata: what the files say about where the tensors come from.
         max_file_bytes: above this, the tensors are spread over several files.
     """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in specs.items()}
+    sizes = {name: math.prod(spec.shape) * spec.dtype.itemsize for name, spec in specs.items()}
     files = plan_files(sizes, max_file_bytes)
     coming = iter(pieces)
     for file, names in files.items():
@@ -113,13 +119,16 @@ def _write_file(
             while left:
                 given, piece = next(pieces)
                 if given != name or piece.numel() > left:
-                    raise ValueError(f"{path}: {left} values of '{name}' are due, {piece.numel()} of '{given}' came")
+                    raise ValueError(
+                        f"{path}: '{name}' needs {left} more values, but the next piece is "
+                        f"{piece.numel()} values of '{given}'"
+                    )
                 data = _bytes(piece.detach().to("cpu", dtype))
                 sums[name] = zlib.crc32(data, sums[name])
                 out.write(data)
                 left -= piece.numel()
         out.seek(0)
-        out.write(header())  # as long as before: a checksum always has eight digits
+        out.write(header())  # as long as before, because a checksum always has eight digits
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -127,9 +136,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the model in `folder`, on the CPU, in the dtypes of the files.
+    """All tensors of the model in `folder`, mapped from its files, on the CPU, in the dtypes of the files.
 
-    Raises ShareBertError, naming the file: missing, not safetensors, cut short, or not what its checksums say.
+    Raises BadInput, naming the file: missing, not safetensors, cut short, or with a wrong checksum.
     """
     tensors: dict[str, Tensor] = {}
     for path in safetensors_files(folder):
@@ -138,22 +147,23 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, on the CPU; checksums that it carries are verified.
+    """The tensors of one safetensors file, on the CPU. The checksums that it carries are verified.
 
-    Raises ShareBertError, naming the file.
+    Raises BadInput, naming the file.
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         sums = json.loads((file.metadata() or {}).get("crc32", "{}"))
     for name in _damaged(tensors, sums):
-        raise ShareBertError(f"{path}: damaged (the checksum of '{name}' is not the one in its header)")
+        raise BadInput(f"{path}: damaged (the checksum of '{name}' is not the one in its header)")
     return tensors
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """What the files of the model in `folder` say about where it comes from. Raises ShareBertError, naming the file."""
+    """What the files of the model in `folder` say about where it comes from. Raises BadInput, naming the file."""
     with _opened(safetensors_files(folder)[0]) as file:
-        return {key: value for key, value in (file.metadata() or {}).items() if key not in ("format", "crc32")}
+        found = file.metadata() or {}  # in another order each time
+        return {key: found[key] for key in sorted(found) if key not in ("format", "crc32")}
 
 
 @contextmanager
@@ -162,9 +172,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except FileNotFoundError:
-        raise ShareBertError(f"{path}: missing") from None
+        raise BadInput(f"{path}: missing") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise ShareBertError(f"{path}: not readable as safetensors ({error}): damaged, or cut short") from error
+        raise BadInput(f"{path}: not readable as safetensors ({error}): damaged, or cut short") from error
 
 
 def _damaged(tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> Iterable[str]:
@@ -172,15 +182,15 @@ def _damaged(tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> Iterable
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The files with the tensors of the model in `folder`. Raises ShareBertError where their index is wrong."""
+    """The files with the tensors of the model in `folder`. Raises BadInput where their index is wrong."""
     index = folder / INDEX
     if not index.exists():
         return [folder / FILE]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-        raise ShareBertError(f"{index}: not readable as the index of a model ({error})") from error
+        raise BadInput(f"{index}: not readable as the index of a model ({error})") from error
     for name in names:
         if Path(name).name != name:
-            raise ShareBertError(f"{index}: '{name}' is no name of a file beside the index")
+            raise BadInput(f"{index}: '{name}' is not the name of a file beside the index")
     return [folder / name for name in names]

@@ -1,0 +1,62 @@
+"""The compact form: the learned parameters, and the code of the model.
+
+    EXPORT/model.safetensors (index + files where large)  config.json  tokenizer.json  tokenizer_config.json
+    README.md (the model card)  and the files of sharebert/, byte for byte
+
+With the code in the folder, `AutoModel.from_pretrained(EXPORT, trust_remote_code=True)` works where this project is
+not installed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+import sharebert
+from exports.cards import model_card
+from exports.export import Export
+from exports.files import CARD, CONFIG, write_json
+from exports.tokenizer import write_tokenizer
+from exports.weight_files import write_weights
+from sharebert.config import MODEL_TYPE
+
+AUTO_MAP = {
+    "AutoConfig": "hub.ShareBertHubConfig",
+    "AutoModel": "hub.ShareBertModel",
+    "AutoModelForMaskedLM": "hub.ShareBertForMaskedLM",
+    "AutoModelForSequenceClassification": "hub.ShareBertForSequenceClassification",
+}
+"""Where the Auto classes of transformers find the code, in the export's own files."""
+
+
+@dataclass(frozen=True)
+class Compact:
+    """The learned parameters as they are."""
+
+    dtype: torch.dtype | None = None
+    """Of the tensors written; None keeps the dtypes of the weights."""
+    model_type: ClassVar[str] = MODEL_TYPE
+
+    def check(self, export: Export) -> None:
+        """Every model has this form."""
+
+    def write(self, export: Export, folder: Path) -> None:
+        """See `Form.write`. The weights are streamed."""
+        pad_token_id = 0 if export.tokenizer is None else write_tokenizer(folder, export.tokenizer, export.config)
+        config = {
+            **export.config.to_dict(),
+            "architectures": [f"ShareBert{export.kind.architecture}"],
+            "auto_map": AUTO_MAP,
+            "pad_token_id": pad_token_id,
+            **export.kind.config_keys(),
+            **export.other_keys,
+        }
+        write_json(folder / CONFIG, config)
+        (folder / CARD).write_text(model_card(export.config, export.kind, export.card_sections), encoding="utf-8")
+        for source in sorted(Path(sharebert.__file__).parent.glob("*.py")):
+            shutil.copyfile(source, folder / source.name)
+        write_weights(folder, export.weights, export.provenance, self.dtype)
