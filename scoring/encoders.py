@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from exports.export import CONFIG, TOKENIZER, check_tensors, load_tokenizer, read_config, words_of, write_export
 from exports.weights import read_weights
 from scoring.data import Texts
-from scoring.recipe import FineTuneConfig
+from scoring.recipe import FineTuneRecipe
 from scoring.tasks import Task
 from sharebert import ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert.config import MODEL_TYPE
@@ -45,7 +45,7 @@ class Encoded:
 class Encoder(ABC):
     """An architecture, its tokenizer, and weights to start from. `build` makes a classifier."""
 
-    def __init__(self, spec: str, settings: FineTuneConfig) -> None:
+    def __init__(self, spec: str, settings: FineTuneRecipe) -> None:
         self.spec = spec
         self.fresh = spec.startswith(RANDOM)
         self.folder = Path(spec.removeprefix(RANDOM))
@@ -95,7 +95,7 @@ class Encoder(ABC):
         return dict(self.tokenizer.pad(batch, return_tensors="pt"))
 
 
-def open_encoder(spec: str, settings: FineTuneConfig) -> Encoder:
+def open_encoder(spec: str, settings: FineTuneRecipe) -> Encoder:
     """The encoder of `FOLDER`, or, for `random:FOLDER`, one of its architecture with new weights.
 
     Raises BadInput or ShareBertError, naming the file: something missing, damaged, or of no model.
@@ -118,7 +118,7 @@ def open_encoder(spec: str, settings: FineTuneConfig) -> Encoder:
 class ShareBertExport(Encoder):
     """An export of this project, read by this project: none of the code in the folder runs."""
 
-    def __init__(self, spec: str, settings: FineTuneConfig) -> None:
+    def __init__(self, spec: str, settings: FineTuneRecipe) -> None:
         super().__init__(spec, settings)
         from transformers import PreTrainedTokenizerFast
 
@@ -185,7 +185,7 @@ class ShareBertExport(Encoder):
 class HuggingFaceEncoder(Encoder):
     """Any encoder that `AutoModelForSequenceClassification` takes from a folder, with no code of the folder's own."""
 
-    def __init__(self, spec: str, settings: FineTuneConfig) -> None:
+    def __init__(self, spec: str, settings: FineTuneRecipe) -> None:
         super().__init__(spec, settings)
         from transformers import AutoConfig, AutoTokenizer
 

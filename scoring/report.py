@@ -1,4 +1,4 @@
-"""What a scoring shows: a file of JSON a model, a table of all models of a task, curves in TensorBoard."""
+"""What `evaluate` writes: one JSON file a model, a table of all models of a task, and curves for TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,40 +18,45 @@ from sharebert_common.files import write_atomically
 
 TABLE, BOARD = "results.md", "tensorboard"
 
+Scores = dict[str, dict[str, float]]
+"""Split → metric → value."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a model scored on a task."""
+    """The scores of one model on one task, and what they cost."""
 
     task: str
     model: str
-    """As it was named on the command line."""
+    """Its name on the command line."""
     scores: dict[str, dict[str, list[float]]]
     """Split → metric → one value a seed."""
     parameters: int
-    """Learned numbers, the classifier's included, those of a masked-language-model head not."""
+    """Learned numbers, with the classifier and without a masked-language-model head."""
     bytes: int
-    """Of the parameters in memory; of TF-IDF, pickled."""
+    """The size of the parameters in memory; for TF-IDF, the size of its pickle."""
     latency_ms: float
-    """Median time of one text of the first dev split, alone, tokenisation included."""
+    """The median time of one text of the first dev split in a batch of its own, with tokenisation."""
     device: str
     threads: int
-    """That PyTorch used."""
+    """Threads that PyTorch used."""
     train_rows: int
     fit_s: list[float]
-    """Time of each fit, a seed."""
+    """Seconds of the fit, for each seed."""
     seeds: list[int] = field(default_factory=list)
-    """Empty for what has no chance in it."""
+    """Empty for a model that no random numbers enter."""
     lr: float | None = None
+    """The learning rate of all seeds; null for a baseline."""
     sweep: dict[str, float | None] = field(default_factory=dict)
-    """Where learning rates were tried: the mean of the dev metrics with the first seed; null where it diverged."""
+    """Learning rate → mean of the dev metrics with the first seed, if several were tried; null if the loss diverged."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The recipe's `finetune`."""
     versions: dict[str, str] = field(default_factory=dict)
+    """Package → version."""
 
 
 def file_name(name: str) -> str:
-    """A model's or task's name as that of a file: what is no letter, digit, dot or minus becomes a minus."""
+    """A file name for a model or task: every character but letters, digits, `_`, `.` and `-` becomes `-`."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
 
 
@@ -62,7 +68,7 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results in `folder`, the best first. Raises BadInput, naming the file that is none."""
+    """All results in `folder`, the best first. Raises BadInput, naming a file that is not a result."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -78,8 +84,18 @@ def headline(result: Result) -> float:
     return mean(mean(values) for values in dev)
 
 
+def by_metric(scores: Sequence[Scores]) -> dict[str, dict[str, list[float]]]:
+    """The scores of several seeds as split → metric → one value a seed."""
+    return {split: {metric: [s[split][metric] for s in scores] for metric in scores[0][split]} for split in scores[0]}
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that a score depends on."""
+    return {name: version(name) for name in ("torch", "transformers", "tokenizers", "scikit-learn", "scipy")}
+
+
 def table(results: Sequence[Result]) -> str:
-    """Results of one task as a table in Markdown; scores are times 100: mean ± standard deviation (least to most)."""
+    """Results of one task as a Markdown table; scores times 100, as mean ± standard deviation (lowest to highest)."""
     columns = list(dict.fromkeys((split, metric) for r in results for split in r.scores for metric in r.scores[split]))
     head = ["model", "parameters", "MB", "ms a text", "train rows", "epochs", "lr", "seeds"]
     rows = [[*head, *(f"{split} {metric}" for split, metric in columns)]]
@@ -106,24 +122,24 @@ def table(results: Sequence[Result]) -> str:
 
 
 class Board:
-    """TensorBoard's curves of one fine-tuning."""
+    """The curves of one fine-tuning, for TensorBoard."""
 
     def __init__(self, folder: Path, model: str, label: str) -> None:
-        """`label` names the fine-tuning among those of the model, for instance by its seed."""
+        """`label` distinguishes the fine-tunings of a model, for instance by the seed."""
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / BOARD / file_name(model) / label
         for old in path.glob("events.*"):
-            old.unlink()  # of an earlier evaluation: its curve would run through this one's
+            old.unlink()  # the curve of an earlier evaluation would be drawn into the new one
         self._writer = SummaryWriter(str(path))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One point of each curve."""
+        """Add a point to each curve."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all points, and close the file."""
         self._writer.close()
 
 
