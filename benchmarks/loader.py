@@ -1,16 +1,16 @@
-"""Tokens a second that one process reads and masks: this project beside other loaders.
+"""Tokens a second that one process reads and masks, with this project and with other loaders.
 
     python -m benchmarks.loader [--dataset DATASET] [--rounds 7] [--seconds 1] [--batch 256]
 
 Every peer reads the same rows in random order and masks them with `DataCollatorForLanguageModeling` of
-transformers. Each is a process of its own, frozen while another has its turn, because threads that read
-ahead would take part in the others' measurement. In each round all take their turn, so that what else the
-machine does meets them alike; a ratio is the median over the rounds. Peers that are not installed are
-left out:
+transformers. Each loader has its own process, which is stopped while another one is measured: otherwise its
+threads would read ahead during that measurement. Every round measures each loader once, so that other work on
+the machine slows all of them; a ratio is the median over the rounds. Peers that are not installed are left
+out. To install them:
 
     pip install transformers datasets webdataset litdata mosaicml-streaming
 
-The dataset is one made by `sharebert prep`, or made-up words where none is given.
+The dataset is made by `sharebert prep`; without --dataset it is made of random words.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ ROWS = 49_152
 SPECIAL_IDS = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
 
 Tokens = Iterator[int]
-"""The tokens of one batch after another, without end."""
+"""The number of tokens of one batch after another, without end."""
 
 
 def make_dataset(folder: Path) -> Dataset:
-    """Rows of two documents, of words as frequent as Zipf has it."""
+    """Rows of two documents; the frequencies of words follow Zipf's law."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece
 
@@ -88,13 +88,13 @@ def ours(dataset: Dataset, batch: int, folder: Path, **keys: Any) -> Tokens:
 
 
 def all_rows(dataset: Dataset) -> np.ndarray:
-    """The token ids of (at most `ROWS`) training rows."""
+    """The token ids of all train rows, or of the first `ROWS`."""
     split = dataset.split("train")
     return split.read(np.arange(min(split.rows, ROWS)))[0]
 
 
 def collator(dataset: Dataset) -> Callable[[list[Any]], Any]:
-    """The masking of transformers, at a rate of 0.15."""
+    """The collator of transformers that masks 15 % of the tokens."""
     from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
     names = {f"{name}_token": f"[{name.upper()}]" for name in SPECIAL_IDS}
@@ -103,13 +103,13 @@ def collator(dataset: Dataset) -> Callable[[list[Any]], Any]:
 
 
 def endless(batches: Any) -> Tokens:
-    """Epoch after epoch of a loader whose batches are those of the collator."""
+    """One epoch after another of a loader that uses the collator."""
     for batch in itertools.chain.from_iterable(itertools.repeat(batches)):
         yield batch["input_ids"].numel()
 
 
 def hugging_face(dataset: Dataset, batch: int, folder: Path) -> Tokens:
-    """`datasets` on disk, memory-mapped, shuffled by a DataLoader."""
+    """A `datasets` folder, memory-mapped, and shuffled by a DataLoader."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -163,7 +163,7 @@ def mosaic_streaming(dataset: Dataset, batch: int, folder: Path) -> Tokens:
     return endless(torch.utils.data.DataLoader(source, batch, collate_fn=collator(dataset)))
 
 
-CONTENDERS: dict[str, Callable[[Dataset, int, Path], Tokens]] = {
+LOADERS: dict[str, Callable[[Dataset, int, Path], Tokens]] = {
     "sharebert": ours,
     "sharebert, whole words": functools.partial(ours, whole_word=True),
     "sharebert, rate 0.5": functools.partial(ours, mask_rate=0.5),
@@ -174,10 +174,10 @@ CONTENDERS: dict[str, Callable[[Dataset, int, Path], Tokens]] = {
 }
 
 
-class Contender:
-    """A process that reads and masks when it is told to.
+class LoaderProcess:
+    """A loader in a process of its own, which reads and masks when it is told to.
 
-    Raises ImportError where its library is not installed.
+    Raises ImportError: its library is not installed.
     """
 
     def __init__(self, name: str, dataset: Path, batch: int, folder: Path) -> None:
@@ -191,7 +191,7 @@ class Contender:
         self._signal(signal.SIGSTOP)
 
     def rate(self, seconds: float) -> float:
-        """Million tokens a second over at least `seconds`."""
+        """Measure for at least `seconds`. Returns million tokens a second."""
         self._signal(signal.SIGCONT)
         self._pipe.send(seconds)
         result: float = self._pipe.recv()
@@ -211,11 +211,11 @@ class Contender:
 
 
 def take_turns(name: str, path: Path, batch: int, folder: Path, pipe: Connection) -> None:
-    """What a contender's process does: says what is missing (or nothing), then answers seconds with a rate."""
+    """The work of a loader's process: send what is missing (or nothing), then answer each time with a rate."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
-        tokens = CONTENDERS[name](open_dataset(path), batch, folder)
+        tokens = LOADERS[name](open_dataset(path), batch, folder)
         next(tokens)
     except ImportError as error:
         pipe.send(str(error))
@@ -229,7 +229,7 @@ def take_turns(name: str, path: Path, batch: int, folder: Path, pipe: Connection
 
 
 def start_anywhere_s(dataset: Dataset, batch: int) -> float:
-    """Seconds from nothing to the first batch at a position far into a run."""
+    """Seconds to open a dataset and read the first batch at a position far into a run."""
     started = time.perf_counter()
     recipe = DataRecipe(dataset=[WeightedDataset(path=str(dataset.path))], global_batch=batch, micro_batch=batch)
     loader = Loader([open_dataset(dataset.path)], recipe, seed=0, rank=0, world_size=1)
@@ -241,7 +241,7 @@ def start_anywhere_s(dataset: Dataset, batch: int) -> float:
 
 
 def bytes_on_disk(dataset: Dataset) -> float:
-    """Bytes of the shards over those of the arrays in them."""
+    """The bytes of the shards, divided by the bytes of the arrays in them."""
     split = dataset.manifest["splits"]["train"]
     width = np.dtype(dataset.manifest["dtype"]).itemsize + np.dtype(dataset.manifest["segments_dtype"]).itemsize
     arrays = sum(shard["rows"] for shard in split["shards"]) * dataset.seq_len * width
@@ -252,26 +252,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, help="a dataset made by `sharebert prep`")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each, in each round")
-    parser.add_argument("--batch", type=int, default=256, help="rows of a batch")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time of each measurement")
+    parser.add_argument("--batch", type=int, default=256, help="rows in a batch")
     arguments = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         dataset = open_dataset(arguments.dataset) if arguments.dataset else make_dataset(folder / "dataset")
-        contenders = {}
-        for number, contender in enumerate(CONTENDERS):
+        processes = {}
+        for number, name in enumerate(LOADERS):
             try:
-                contenders[contender] = Contender(contender, dataset.path, arguments.batch, folder / str(number))
+                processes[name] = LoaderProcess(name, dataset.path, arguments.batch, folder / str(number))
             except ImportError as error:
-                print(f"{contender}: left out ({error})")
-        rates: dict[str, list[float]] = {contender: [] for contender in contenders}
+                print(f"{name}: left out ({error})")
+        rates: dict[str, list[float]] = {name: [] for name in processes}
         for turn in range(-1, arguments.rounds):  # one to warm up
-            for contender, process in contenders.items():
+            for name, process in processes.items():
                 measured = process.rate(arguments.seconds)
                 if turn >= 0:
-                    rates[contender].append(measured)
-        for process in contenders.values():
+                    rates[name].append(measured)
+        for process in processes.values():
             process.end()
 
         print(
@@ -280,10 +280,10 @@ def main() -> None:
             f"{arguments.batch} rows a batch, {arguments.rounds} rounds of {arguments.seconds} s"
         )
         print(f"{'one process, masking included':32} {'M tokens/s':>10}   sharebert is … times as fast (least … most)")
-        for contender, theirs in rates.items():
+        for name, theirs in rates.items():
             ratios = [a / b for a, b in zip(rates["sharebert"], theirs, strict=True)]
             print(
-                f"{contender:32} {statistics.median(theirs):10.2f}   {statistics.median(ratios):6.1f}"
+                f"{name:32} {statistics.median(theirs):10.2f}   {statistics.median(ratios):6.1f}"
                 f"   ({min(ratios):.1f} … {max(ratios):.1f})"
             )
         print(f"first batch at row 10^12 of a run: {start_anywhere_s(dataset, arguments.batch):.3f} s")
