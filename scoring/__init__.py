@@ -2,7 +2,8 @@
 
 recipe      the keys of `evaluate`
 tasks       the nine tasks of GLUE, and tasks that a recipe describes
-tables      files of labelled rows (tsv, csv, parquet, jsonl) as columns of text
+tables      columns of text, with the place of each row, and what happens to bad rows
+table_files files of labelled rows (tsv, csv, parquet, jsonl) as tables
 labels      labels as numbers
 data        a task with its splits, from files or from the hub
 encoders    encoders that can be fine-tuned: ShareBERT exports and Hugging Face folders

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from math import isfinite
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from scoring.tables import Table
+from scoring.tables import as_text, is_missing
 from scoring.tasks import TASKS, Task
-from sharebert_common.errors import BadInput
+
+UNLABELLED = {"", "-1", "?", "-", "null", "none", "nan", "na", "n/a"}
+"""What stands for a label in test files without labels, in small letters."""
 
 
-def label_numbers(table: Table, labels: Sequence[str], task: Task) -> NDArray[Any]:
-    """The labels of all rows of `table` [N]: int64 numbers from 0, or float64 for regression.
+class LabelNumbers:
+    """The number of each label of a task."""
 
-    Raises BadInput, naming the row: a label that the task does not have, or no number where one is needed.
-    """
-    if task.regression:
-        values = np.array([_number(label) for label in labels])
-        if len(bad := (~np.isfinite(values)).nonzero()[0]):
-            raise BadInput(f"{table.place(int(bad[0]))}: label '{labels[bad[0]]}' is not a number")
-        return values
-    known = {str(number): number for number in range(len(task.labels))} if task.name in TASKS else {}
-    known |= {label: number for number, label in enumerate(task.labels)}
-    for row, label in enumerate(labels):
-        if label not in known:
-            raise BadInput(
-                f"{table.place(row)}: label '{label}' is not one of {', '.join(task.labels)}"
-                + (f", nor of 0 to {len(task.labels) - 1}" if task.name in TASKS else "")
-            )
-    return np.array([known[label] for label in labels], dtype=np.int64)
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        numbers = {str(number): number for number in range(len(task.labels))} if task.name in TASKS else {}
+        self._numbers = numbers | {label: number for number, label in enumerate(task.labels)}
+
+    def __call__(self, value: Any) -> float:
+        """A label from a file as its number from 0, or as a value for regression.
+
+        Raises ValueError with what is wrong: it is not a label of the task, or not a number.
+        """
+        text = as_text(value)
+        if self._task.regression:
+            number = _number(text)
+            if not isfinite(number):
+                raise ValueError(f"label '{text}' is not a number")
+            return number
+        if text not in self._numbers:
+            known = ", ".join(self._task.labels)
+            if self._task.name in TASKS:
+                raise ValueError(f"label '{text}' is not one of {known}, nor of 0 to {len(self._task.labels) - 1}")
+            raise ValueError(f"label '{text}' is not one of {known}; data.labels=[…] lists all labels")
+        return self._numbers[text]
 
 
-def has_labels(test: Table, task: Task) -> bool:
-    """Whether a test split can be scored. GLUE's own test files have no labels, or -1 in every row."""
-    return test.has(task.label) and set(test.column(task.label, "data.label")) != {"-1"}
-
-
-def labels_of(labels: Sequence[str]) -> tuple[str, ...]:
-    """The labels that occur: numbers in numerical order, words in alphabetical order."""
-    found = set(labels)
+def labels_of(values: Iterable[Any]) -> tuple[str, ...]:
+    """The labels that occur: numbers in numerical order, words in alphabetical order. An empty field is no label."""
+    found = {as_text(value) for value in values if not is_missing(value) and not isinstance(value, (list, dict))} - {""}
     if all(isfinite(_number(label)) for label in found):
         return tuple(sorted(found, key=float))
     return tuple(sorted(found))
+
+
+def is_unlabelled(value: Any) -> bool:
+    """Whether a value stands for "no label": GLUE's own test files have -1, other files leave it empty."""
+    return is_missing(value) or as_text(value).strip().lower() in UNLABELLED
 
 
 def _number(text: str) -> float:

@@ -15,24 +15,45 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+def _word(value: Any) -> Any:
+    """YAML reads `no` as a boolean and `0` as a number: say so, and how to write the word."""
+    kind = {bool: "true or false", int: "a number", float: "a number", type(None): "null"}.get(type(value))
+    if kind:
+        raise ValueError(
+            f"YAML reads this as {kind} ({value}); quote it if it is a word: key: ['yes', 'no'] in a recipe, "
+            """'key=["yes","no"]' on the command line"""
+        )
+    return value
+
+
+def _optional_word(value: Any) -> Any:
+    return value if value is None else _word(value)
+
+
+Word = Annotated[str, BeforeValidator(_word)]
+"""A text that YAML may read as something else."""
+
+
 @dataclass(config=STRICT, kw_only=True)
 class TaskDataRecipe:
     """Where the rows of a task come from, and which columns are used. GLUE's tasks know their columns."""
 
     path: str | None = None
     """A folder with {train,dev,test}.{tsv,csv,parquet,jsonl}, or one labelled file; none: nyu-mll/glue on the hub."""
-    text: Annotated[list[str], BeforeValidator(_as_list), Field(max_length=2)] = field(default_factory=list)
+    text: Annotated[list[Word], BeforeValidator(_as_list), Field(max_length=2)] = field(default_factory=list)
     """The column of the text, or the two columns of a pair of texts."""
-    label: str | None = None
+    label: Annotated[str | None, BeforeValidator(_optional_word)] = None
     """The column of the label."""
-    labels: list[str] = field(default_factory=list)
+    labels: list[Word] = field(default_factory=list)
     """All labels in their order; by default the labels of the train rows, sorted."""
     regression: bool = False
     """The labels of your own task are numbers to predict, not classes."""
-    header: list[str] = field(default_factory=list)
+    header: list[Word] = field(default_factory=list)
     """The names of all columns, for files without a header line."""
     train_rows: PositiveInt | None = None
     """Fine-tune on this many train rows, drawn once, the same for every model and seed; none: on all rows."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What happens to rows that cannot be read or have no text or label: refuse the first, or skip and count all."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share of the rows that becomes dev, where the data is one file."""
 
@@ -73,7 +94,7 @@ class EvaluateRecipe:
 
     SHORTHAND: ClassVar[dict[str, str]] = {"data": "path"}
 
-    task: str
+    task: Word
     """A task of GLUE, or a name for a task of your own."""
     data: TaskDataRecipe = field(default_factory=TaskDataRecipe)
     """The rows of the task; a plain value means data.path."""

@@ -53,6 +53,8 @@ class Result:
     """The recipe's `finetune`."""
     versions: dict[str, str] = field(default_factory=dict)
     """Package → version."""
+    skipped_rows: dict[str, int] = field(default_factory=dict)
+    """File → the number of its bad rows, if any were skipped."""
 
 
 def file_name(name: str) -> str:

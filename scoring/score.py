@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
         raise BadInput("no model was given: an export, the folder of an encoder, random:FOLDER, majority or tfidf")
     device = _device(recipe.device)
     data = load_task(recipe.task, recipe.data)
+    for note in data.notes:
+        print(note, file=sys.stderr)
     encoders = {spec: open_encoder(spec, recipe.finetune) for spec in models if spec not in BASELINES}
     if save is not None:
         _check_save(save, list(encoders))
@@ -81,6 +84,7 @@ def score_baseline(name: str, data: TaskData) -> Result:
         train_rows=len(data.train),
         fit_s=[fit_s],
         versions=versions(),
+        skipped_rows=data.skipped,
     )
 
 

@@ -79,6 +79,7 @@ class Trial:
             sweep=sweep if len(sweep) > 1 else {},
             settings=plain(self.recipe.finetune),
             versions=versions(),
+            skipped_rows=self.data.skipped,
         )
         return result, best
 

@@ -202,7 +202,7 @@ def test_bad_tasks_and_recipes(task: Path, export: Path, tmp_path: Path, capsys:
     write_tsv(task.parent / "bad" / "train.tsv", ("sentence", "label"), [("w1", 0), ("w2", "1.5")])
     write_tsv(task.parent / "bad" / "dev.tsv", ("sentence", "label"), [("w1", 0)])
     bad = refusal(capsys, str(export), output, "--task", "sst2", "--data", str(task.parent / "bad"))
-    assert "train.tsv, row 3: label '1.5' is not one of negative, positive" in bad
+    assert "train.tsv, line 3: label '1.5' is not one of negative, positive" in bad
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2" / "old.json").write_text("{}")
     assert "old.json: not a result of evaluate" in refusal(capsys, str(export), output, *sst)
