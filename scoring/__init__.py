@@ -6,6 +6,7 @@ tables      columns of text, with the place of each row, and what happens to bad
 table_files files of labelled rows (tsv, csv, parquet, jsonl) as tables
 labels      labels as numbers
 data        a task with its splits, from files or from the hub
+architecture what a Hugging Face architecture takes as input, and its dropout
 encoders    encoders that can be fine-tuned: ShareBERT exports and Hugging Face folders
 finetune    one fine-tuning, and predictions of the fine-tuned classifier
 trial       an encoder on a task: the learning-rate sweep, then all seeds

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from exports.export import CONFIG, TOKENIZER, check_tensors, load_tokenizer, read_config, words_of, write_export
 from exports.weights import read_weights
+from scoring.architecture import Inputs, inputs_of, set_dropout
 from scoring.data import Texts
 from scoring.recipe import FineTuneRecipe
 from scoring.tasks import Task
 from sharebert import ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
+from sharebert_common.recipe import plain
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # None would ask on the terminal
 RANDOM = "random:"  # before a folder: its architecture, with new weights for each seed
@@ -57,6 +59,12 @@ class Encoder(ABC):
     """The longest row that the model takes, in tokens."""
     words: int
     """Rows of its word embedding."""
+    inputs: Inputs
+    """What the model takes."""
+
+    def applied_settings(self) -> dict[str, Any]:
+        """The settings that had an effect, for the result."""
+        return plain(self.settings)
 
     @abstractmethod
     def build(self, task: Task, seed: int) -> nn.Module:
@@ -87,12 +95,14 @@ class Encoder(ABC):
                     f"{self.folder}: the tokenizer gives the word {max(ids)}, and the model has {self.words}: "
                     "this is another model's tokenizer"
                 )
-        return Encoded({name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded})
+        columns = {name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded}
+        return Encoded(self.inputs.usable(columns, str(self.folder)))
 
     def collate(self, encoded: Encoded, rows: list[int]) -> dict[str, Tensor]:
         """Some rows as a batch [B, T], padded to the longest of them."""
         batch = {name: [values[row] for row in rows] for name, values in encoded.columns.items()}
-        return dict(self.tokenizer.pad(batch, return_tensors="pt"))
+        padded = self.tokenizer.pad(batch, return_tensors="pt")
+        return {name: values for name, values in padded.items() if name in self.inputs.arguments}
 
 
 def open_encoder(spec: str, settings: FineTuneRecipe) -> Encoder:
@@ -129,6 +139,8 @@ class ShareBertExport(Encoder):
             )
         self.config: ShareBertConfig = config
         self.positions, self.words = config.max_position_embeddings, config.vocab_size
+        arguments = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+        self.inputs = Inputs(self.positions, config.type_vocab_size, arguments)
         words = words_of(load_tokenizer(self.folder / TOKENIZER))
         if words > self.words:
             raise ShareBertError(
@@ -198,15 +210,12 @@ class HuggingFaceEncoder(Encoder):
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, use_fast=True, **_LOCAL)
         if self.tokenizer.pad_token is None:
             raise BadInput(f"{self.folder}: its tokenizer has no padding token")
+        with self._naming_folder():
+            self.inputs = inputs_of(self.config)
         self.words = self.config.vocab_size
-        self.positions = min(
-            getattr(self.config, "max_position_embeddings", self.tokenizer.model_max_length),
-            self.tokenizer.model_max_length,
-        )
+        self.positions = min(self.inputs.positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
         if settings.dropout is not None:
-            for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-                if hasattr(self.config, key):
-                    setattr(self.config, key, settings.dropout)
+            set_dropout(self.config, settings.dropout, str(self.folder))
 
     def build(self, task: Task, seed: int) -> nn.Module:
         """The sequence classifier of the encoder's own class."""
@@ -225,6 +234,10 @@ class HuggingFaceEncoder(Encoder):
                 ignore_mismatched_sizes=True,  # of a classifier for another task
                 **_LOCAL,
             )
+
+    def applied_settings(self) -> dict[str, Any]:
+        """All but `pooling`: the head of the encoder's class decides that."""
+        return {key: value for key, value in plain(self.settings).items() if key != "pooling"}
 
     def save(self, model: Any, task: Task, scores: str, out: Path) -> None:
         """Write it as `save_pretrained` does."""

@@ -83,9 +83,9 @@ class FineTuneRecipe:
     pooling: Literal["pooler", "mean"] = "pooler"
     """What a ShareBERT classifies by: the pooler of the first position, or the mean over all positions."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Dropout of the encoder during fine-tuning; none: as in the config of the encoder."""
+    """All dropout rates of the encoder during fine-tuning; none: as in its config."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """The precision of matrix products."""
+    """The precision of matrix products in training; predictions are in fp32."""
 
 
 @dataclass(config=STRICT, kw_only=True)

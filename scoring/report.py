@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 
 TABLE, BOARD = "results.md", "tensorboard"
+LONGEST_NAME = 200
+"""Bytes of a file name without its suffix; file systems allow 255, and a temporary file's name is longer."""
 
 Scores = dict[str, dict[str, float]]
 """Split → metric → value."""
@@ -50,7 +53,7 @@ class Result:
     sweep: dict[str, float | None] = field(default_factory=dict)
     """Learning rate → mean of the dev metrics with the first seed, if several were tried; null if the loss diverged."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The recipe's `finetune`."""
+    """The keys of the recipe's `finetune` that had an effect on this model."""
     versions: dict[str, str] = field(default_factory=dict)
     """Package → version."""
     skipped_rows: dict[str, int] = field(default_factory=dict)
@@ -62,22 +65,36 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
 
 
+def result_file(folder: Path, model: str) -> Path:
+    """The file of a model's result: named for the model.
+
+    If the name is too long for a file, or another model has it already (`a/b` and `a-b` are alike as file names), it
+    ends with a part of a hash of the model's name.
+    """
+    name = file_name(model)
+    path = folder / f"{name}.json"
+    if len(name.encode()) <= LONGEST_NAME and (not path.exists() or _read(path).model == model):
+        return path
+    return folder / f"{name[-60:]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}.json"
+
+
 def write_result(folder: Path, result: Result) -> None:
     """Write a result, and the table of all results in `folder`."""
     values = TypeAdapter(Result).dump_python(result, mode="json")
-    write_atomically(folder / f"{file_name(result.model)}.json", json.dumps(values, indent=2) + "\n")
+    write_atomically(result_file(folder, result.model), json.dumps(values, indent=2) + "\n")
     write_atomically(folder / TABLE, table(read_results(folder)) + "\n")
 
 
 def read_results(folder: Path) -> list[Result]:
     """All results in `folder`, the best first. Raises BadInput, naming a file that is not a result."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found.append(TypeAdapter(Result).validate_json(path.read_bytes()))
-        except (ValidationError, OSError) as error:
-            raise BadInput(f"{path}: not a result of evaluate; remove it") from error
-    return sorted(found, key=lambda result: -headline(result))
+    return sorted(map(_read, sorted(folder.glob("*.json"))), key=lambda result: -headline(result))
+
+
+def _read(path: Path) -> Result:
+    try:
+        return TypeAdapter(Result).validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise BadInput(f"{path}: not a result of evaluate; remove it") from error
 
 
 def headline(result: Result) -> float:
@@ -104,7 +121,7 @@ def table(results: Sequence[Result]) -> str:
     for result in results:
         rows.append(
             [
-                result.model,
+                result.model.replace("|", "\\|"),
                 f"{result.parameters:,}",
                 f"{result.bytes / 1e6:,.1f}",
                 f"{result.latency_ms:.2f}",
@@ -130,7 +147,7 @@ class Board:
         """`label` distinguishes the fine-tunings of a model, for instance by the seed."""
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / BOARD / file_name(model) / label
+        path = folder / BOARD / result_file(folder, model).stem / label
         for old in path.glob("events.*"):
             old.unlink()  # the curve of an earlier evaluation would be drawn into the new one
         self._writer = SummaryWriter(str(path))

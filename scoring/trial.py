@@ -16,7 +16,6 @@ from scoring.finetune import Classifier, Diverged, fine_tune, latency_ms
 from scoring.metrics import measure
 from scoring.recipe import EvaluateRecipe
 from scoring.report import Board, Result, Scores, by_metric, versions
-from sharebert_common.recipe import plain
 
 LOG_EVERY = 20
 """Steps between two points of the loss curve."""
@@ -77,7 +76,7 @@ class Trial:
             seeds=self.recipe.seeds,
             lr=lr,
             sweep=sweep if len(sweep) > 1 else {},
-            settings=plain(self.recipe.finetune),
+            settings=self.encoder.applied_settings(),
             versions=versions(),
             skipped_rows=self.data.skipped,
         )
