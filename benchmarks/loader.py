@@ -5,8 +5,8 @@
 Every peer reads the same rows in random order and masks them with `DataCollatorForLanguageModeling` of
 transformers. Each loader has its own process, which is stopped while another one is measured: otherwise its
 threads would read ahead during that measurement. Every round measures each loader once, so that other work on
-the machine slows all of them; a ratio is the median over the rounds. Peers that are not installed are left
-out. To install them:
+the machine slows all of them; a ratio is the median over the rounds. Peers that are not installed, are broken,
+or give no batch in time are left out with a line. To install them:
 
     pip install transformers datasets webdataset litdata mosaicml-streaming
 
@@ -24,6 +24,7 @@ import os
 import platform
 import signal
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -163,8 +164,9 @@ def mosaic_streaming(dataset: Dataset, batch: int, folder: Path) -> Tokens:
     return endless(torch.utils.data.DataLoader(source, batch, collate_fn=collator(dataset)))
 
 
+OURS = "sharebert"
 LOADERS: dict[str, Callable[[Dataset, int, Path], Tokens]] = {
-    "sharebert": ours,
+    OURS: ours,
     "sharebert, whole words": functools.partial(ours, whole_word=True),
     "sharebert, rate 0.5": functools.partial(ours, mask_rate=0.5),
     "HF datasets": hugging_face,
@@ -174,27 +176,31 @@ LOADERS: dict[str, Callable[[Dataset, int, Path], Tokens]] = {
 }
 
 
+class LeftOut(Exception):
+    """A loader that cannot be measured: its library is not installed or broken, or it gives no batch in time."""
+
+
 class LoaderProcess:
     """A loader in a process of its own, which reads and masks when it is told to.
 
-    Raises ImportError: its library is not installed.
+    Raises LeftOut, also from `rate`. The process is dead then.
     """
 
-    def __init__(self, name: str, dataset: Path, batch: int, folder: Path) -> None:
+    def __init__(self, name: str, dataset: Path, batch: int, folder: Path, timeout_s: float) -> None:
         context = multiprocessing.get_context("spawn")
+        self._timeout_s = timeout_s
         self._pipe, other_end = context.Pipe()
         self._process = context.Process(target=take_turns, args=(name, dataset, batch, folder, other_end), daemon=True)
         self._process.start()
-        missing = self._pipe.recv()
-        if missing:
-            raise ImportError(missing)
+        other_end.close()  # with it open here, a process that dies would be waited for without end
+        self._answer(timeout_s)
         self._signal(signal.SIGSTOP)
 
     def rate(self, seconds: float) -> float:
         """Measure for at least `seconds`. Returns million tokens a second."""
         self._signal(signal.SIGCONT)
         self._pipe.send(seconds)
-        result: float = self._pipe.recv()
+        result = self._answer(seconds + self._timeout_s)
         self._signal(signal.SIGSTOP)
         return result
 
@@ -205,27 +211,56 @@ class LoaderProcess:
         self._process.join(timeout=10)
         self._process.kill()
 
+    def _answer(self, timeout_s: float) -> float:
+        problem: str | float = f"no batch in {timeout_s:g} s"
+        try:
+            if self._pipe.poll(timeout_s):
+                problem = self._pipe.recv()
+        except EOFError:
+            self._process.join(timeout=10)
+            problem = f"its process ended with exit code {self._process.exitcode}"
+        if isinstance(problem, str):
+            self._process.kill()
+            raise LeftOut(problem)
+        return problem
+
     def _signal(self, number: signal.Signals) -> None:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
 
 def take_turns(name: str, path: Path, batch: int, folder: Path, pipe: Connection) -> None:
-    """The work of a loader's process: send what is missing (or nothing), then answer each time with a rate."""
+    """The work of a loader's process: a first batch, then a rate for each time; a text says what went wrong."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
         tokens = LOADERS[name](open_dataset(path), batch, folder)
         next(tokens)
-    except ImportError as error:
-        pipe.send(str(error))
-        return
-    pipe.send("")
-    while (seconds := pipe.recv()) is not None:
-        count, started = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - started) < seconds:
-            count += next(tokens)
-        pipe.send(count / elapsed / 1e6)
+        pipe.send(0.0)
+        while (seconds := pipe.recv()) is not None:
+            count, started = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - started) < seconds:
+                count += next(tokens)
+            pipe.send(count / elapsed / 1e6)
+    except Exception as error:  # a library that is installed may be broken in any way
+        cause = str(error).strip().split("\n", 1)[0]
+        pipe.send(cause if isinstance(error, ImportError) else f"{type(error).__name__}: {cause}")
+
+
+def measure(loaders: dict[str, LoaderProcess], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """The rates of all loaders in each round, by name. One that fails is left out with a line."""
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    for turn in range(-1, rounds):  # the first round warms up
+        for name in list(rates):
+            try:
+                measured = loaders[name].rate(seconds)
+            except LeftOut as error:
+                print(f"{name}: left out ({error})")
+                del rates[name], loaders[name]
+                continue
+            if turn >= 0:
+                rates[name].append(measured)
+    return rates
 
 
 def start_anywhere_s(dataset: Dataset, batch: int) -> float:
@@ -254,25 +289,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="time of each measurement")
     parser.add_argument("--batch", type=int, default=256, help="rows in a batch")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for the first batch of a loader")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         dataset = open_dataset(arguments.dataset) if arguments.dataset else make_dataset(folder / "dataset")
-        processes = {}
+        loaders = {}
         for number, name in enumerate(LOADERS):
             try:
-                processes[name] = LoaderProcess(name, dataset.path, arguments.batch, folder / str(number))
-            except ImportError as error:
-                print(f"{name}: left out ({error})")
-        rates: dict[str, list[float]] = {name: [] for name in processes}
-        for turn in range(-1, arguments.rounds):  # one to warm up
-            for name, process in processes.items():
-                measured = process.rate(arguments.seconds)
-                if turn >= 0:
-                    rates[name].append(measured)
-        for process in processes.values():
+                loaders[name] = LoaderProcess(
+                    name, dataset.path, arguments.batch, folder / str(number), arguments.timeout
+                )
+            except LeftOut as error:
+                print(f"{name}: left out ({error})", flush=True)
+        rates = measure(loaders, arguments.rounds, arguments.seconds)
+        for process in loaders.values():
             process.end()
+        if OURS not in rates:
+            sys.exit("the loader of this project failed; nothing to compare")
 
         print(
             f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
@@ -281,7 +316,7 @@ def main() -> None:
         )
         print(f"{'one process, masking included':32} {'M tokens/s':>10}   sharebert is … times as fast (least … most)")
         for name, theirs in rates.items():
-            ratios = [a / b for a, b in zip(rates["sharebert"], theirs, strict=True)]
+            ratios = [a / b for a, b in zip(rates[OURS], theirs, strict=True)]
             print(
                 f"{name:32} {statistics.median(theirs):10.2f}   {statistics.median(ratios):6.1f}"
                 f"   ({min(ratios):.1f} … {max(ratios):.1f})"
