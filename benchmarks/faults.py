@@ -1,20 +1,21 @@
-"""`make soak`: a training under many injected faults, unattended, against one that nothing happens to.
+"""`make soak`: an unattended training with many injected faults, compared with the same training without faults.
 
-A demo-size training is hurt at random moments, and started again with the same command whenever its launch has
-ended, until it is finished. Two campaigns, each with its own undisturbed run:
+Faults are injected into a demo-size training at random moments. Whenever an attempt ends, the same command starts the
+next attempt, until the training is finished. There are two campaigns, each with its own undisturbed run:
 
-    elastic   the number of ranks (1 to 3), the ZeRO stage and the micro-batch change again and again, dropout off:
-              every loss must be within 2e-6 relative of that of the undisturbed run, which is on one rank
-    exact     two ranks, dropout on: every loss must be bitwise that of the undisturbed run
+    elastic   the world size (1 to 3), the ZeRO stage and the micro-batch change many times, without dropout: every
+              loss must be within 2e-6 (relative) of the loss of the undisturbed run, which has one rank
+    exact     two ranks, with dropout: every loss must be bitwise equal to that of the undisturbed run
 
-The table has, for each kind of fault, how many were injected and survived (the run came further than it was), and how
-many optimizer steps they cost: steps that were in the log and had to be made again. The exit code is 0 only where at
-least 40 were injected (or as many as were asked for), all survived, and the losses are as promised.
+For each kind of fault, the table shows how many were injected, how many the run survived (it came to a later step than
+before), and how many optimizer steps they cost: steps that were in the log and had to be repeated. The exit code is 0
+only if at least 40 faults were injected (or the number asked for, if lower), the run survived all of them, and the
+losses are as promised.
 
     python -m benchmarks.faults [--faults 44] [--minutes 15] [--seed 0]
 
-The full disk is a tmpfs of 16 MiB under the run, for which Linux wants root; without it the fault is left out, and the
-table says so.
+The full disk is a tmpfs of 16 MiB that holds the run. To mount it one must be root; otherwise this fault is left out,
+and a line says so.
 """
 
 from __future__ import annotations
@@ -37,23 +38,25 @@ from pathlib import Path
 from benchmarks.faulty_run import EVERY, VALIDATE_EVERY, Run, make_dataset, wait_until
 
 ENOUGH = 40
-"""Faults that are injected at least: on a slow machine the time is over before all are."""
+"""The fewest faults that count as a pass: on a slow machine the time may be over before all are injected."""
 STEPS_A_FAULT = 18
-"""About how many steps the run comes further between two faults; the last ones are left to an unhurt run."""
+"""The steps of a run for each fault; the run has two times more of them, which pass without a fault."""
 LONGEST_CALM = 12
-"""Steps between the recovery from a fault and the next one, at most."""
+"""The most steps from the recovery after a fault to the next fault."""
 START_S = 12.0
-"""About what a launch takes before its first step."""
+"""About the time of an attempt before its first step."""
 STALL_S = 180.0
-"""A fault after which the run comes no further for so long was not survived."""
+"""A run that makes no step for this long after a fault did not survive it."""
 TRIED_AGAIN = b"it is tried again in"
+"""Part of the message of the checkpoint writer after a failed write."""
 DISK_BYTES = 16 << 20
 ELASTIC = 2e-6
+"""The largest relative difference of losses in the elastic campaign."""
 WORLDS = [(2, 1, 8), (1, 3, 6), (3, 2, 8), (2, 0, 12), (1, 2, 24), (3, 3, 4)]
-"""Ranks, ZeRO stage, micro-batch."""
+"""World size, ZeRO stage, micro-batch."""
 
 
-# Each fault below hurts a run that is alive, at a random moment of its own, and returns.
+# Each function below injects one fault into a run that is alive, at a random moment, and returns.
 
 
 def kill_a_rank(run: Run, chance: random.Random) -> None:
@@ -71,7 +74,7 @@ def kill_all(run: Run, chance: random.Random) -> None:
 
 
 def kill_all_while_it_starts(run: Run, chance: random.Random) -> None:
-    """A launch that dies anywhere in its start, also in loading the checkpoint, changes nothing."""
+    """An attempt may die anywhere in its start, also while it loads the checkpoint, without any effect."""
     run.kill_group()
     run.launch()
     wait_until(lambda: run.ended, chance.random() * START_S)
@@ -111,7 +114,7 @@ def damage_the_newest_checkpoint(run: Run, chance: random.Random) -> None:
 
 
 def cut_a_shard(run: Run, chance: random.Random) -> None:
-    """The ranks end and say which; somebody copies the shard again."""
+    """The ranks end with an error that names the shard; then the whole shard is put back."""
     shard = chance.choice(sorted(run.dataset.glob("train/*.tar")))
     whole = shard.read_bytes()
     world_size = run.workers()
@@ -123,7 +126,7 @@ def cut_a_shard(run: Run, chance: random.Random) -> None:
 
 
 def fill_the_disk(run: Run, chance: random.Random) -> None:
-    """Until a write of a checkpoint has failed; then there is room again, and the next checkpoints come."""
+    """The disk is full until the write of a checkpoint has failed; then there is room for the next checkpoints."""
     filler, failed = run.folder.parent / "filler", run.said.read_bytes().count(TRIED_AGAIN)
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as out:
         while True:
@@ -136,7 +139,7 @@ def fill_the_disk(run: Run, chance: random.Random) -> None:
 
 
 def signals_in_bursts(run: Run, chance: random.Random) -> None:
-    """Of all kinds to the ranks, and half of the time TERM to the launcher, which passes it on."""
+    """Stop signals of all kinds to the ranks, and in half of the cases TERM to the launcher, which passes it on."""
     world_size = run.workers()
     launcher = [run.process.pid] if run.process and chance.random() < 0.5 else []
     while not run.ended:
@@ -151,7 +154,7 @@ def stop_file(run: Run, chance: random.Random) -> None:
 
 
 def change_the_ranks(run: Run, chance: random.Random) -> None:
-    """A stop, or a kill; then it is started with other numbers."""
+    """A stop or a kill; the next attempt has another world size, ZeRO stage and micro-batch."""
     chance.choice((stop_file, kill_all))(run, chance)
     now = (run.world_size, run.stage, run.micro_batch)
     run.world_size, run.stage, run.micro_batch = chance.choice([world for world in WORLDS if world != now])
@@ -172,13 +175,13 @@ EXACT: dict[Fault, int] = {
     signals_in_bursts: 4,
     stop_file: 1,
 }
-"""How often each comes, out of all."""
+"""The weight of each fault among all."""
 ELASTIC_FAULTS: dict[Fault, int] = {change_the_ranks: 6, damage_the_newest_checkpoint: 1, kill_a_rank: 2}
 
 
 @dataclass
 class Tally:
-    """What became of the faults of one kind."""
+    """The outcome of all faults of one kind."""
 
     injected: int = 0
     survived: int = 0
@@ -186,28 +189,28 @@ class Tally:
 
 
 def endure(run: Run, faults: list[Fault], chance: random.Random, deadline: float, tally: dict[str, Tally]) -> None:
-    """Hurt `run` with one fault after another, then let it finish."""
+    """Inject one fault after another into `run`, then let it finish."""
     for number, fault in enumerate(faults, start=1):
         target = run.step + chance.randrange(1, LONGEST_CALM)
         arrived = advance(run, lambda target=target: run.finished or run.step >= target)  # type: ignore[misc]
         if not arrived or run.finished or time.monotonic() > deadline:
-            why = "no time is left" if time.monotonic() > deadline else "the run is finished or stands still"
+            why = "no time is left" if time.monotonic() > deadline else "the run is finished, or makes no steps"
             print(f"  faults {number} to {len(faults)} are not injected: {why}", flush=True)
             break
         time.sleep(chance.random() * 0.2)
         name = fault.__name__.replace("_", " ")
         entry = tally.setdefault(name, Tally())
         entry.injected += 1
-        step, resumed_from = hurt(run, fault, chance)
+        step, resumed_from = inject(run, fault, chance)
         entry.survived += resumed_from is not None
         entry.lost.append(max(0, step - (resumed_from or 0)))
-        outcome = "LOST" if resumed_from is None else f"went on from step {min(step, resumed_from)}"
+        outcome = "LOST" if resumed_from is None else f"resumed from step {min(step, resumed_from)}"
         print(f"  {number:3} of {len(faults)}: {name} at step {step}: {outcome}", flush=True)
     advance(run, lambda: run.finished and run.ended)
 
 
-def hurt(run: Run, fault: Fault, chance: random.Random) -> tuple[int, int | None]:
-    """The step at which a fault found the run, and that from which it went on; None where it came no further."""
+def inject(run: Run, fault: Fault, chance: random.Random) -> tuple[int, int | None]:
+    """Inject a fault. Returns the last step before it, and the step that the run resumed from (None: no later step)."""
     restarts = run.state.get("restarts", 0)
     fault(run, chance)
     before = run.step
@@ -224,7 +227,7 @@ def hurt(run: Run, fault: Fault, chance: random.Random) -> tuple[int, int | None
 
 
 def advance(run: Run, condition: Callable[[], bool]) -> bool:
-    """Keep `run` alive until `condition`; whether it came before the run stalled."""
+    """Start attempts until `condition` is true. Returns False if it does not become true for `STALL_S`."""
     deadline = time.monotonic() + STALL_S
     while not condition():
         if time.monotonic() > deadline:
@@ -235,7 +238,7 @@ def advance(run: Run, condition: Callable[[], bool]) -> bool:
 
 
 def train_undisturbed(run: Run) -> None:
-    """All steps, in one launch."""
+    """Make all steps in one attempt."""
     run.launch()
     assert run.process is not None
     if run.process.wait() != 0:
@@ -243,9 +246,9 @@ def train_undisturbed(run: Run) -> None:
 
 
 def compare(run: Run, whole: Run) -> tuple[bool, float]:
-    """Whether all losses, also of validations, are bitwise those of `whole`, and the largest relative difference.
+    """Whether all losses (with validation) are bitwise those of `whole`, and their largest relative difference.
 
-    A step that is in the log twice or not at all is printed, and makes them differ by infinity.
+    If a step is in the log twice or not at all, it is printed, and the difference is infinite.
     """
     ours, theirs = (
         [((line["step"], key), line[key]) for line in r.log() for key in ("loss", "valid_loss") if key in line]
@@ -253,14 +256,14 @@ def compare(run: Run, whole: Run) -> tuple[bool, float]:
     )
     for (mine, _), (its, _) in zip_longest(ours, theirs, fillvalue=("nothing", 0.0)):
         if mine != its:
-            print(f"the log has {mine}, that of the undisturbed run {its}")
+            print(f"the log has {mine}, the log of the undisturbed run has {its}")
             return False, float("inf")
     return ours == theirs, max(abs(a[1] - b[1]) / b[1] for a, b in zip(ours, theirs, strict=True))
 
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """`folder` as a disk of its own; whether that was possible."""
+    """Mount a small disk on `folder`. Yields whether that was possible."""
     folder.mkdir()
     mounted = (
         os.geteuid() == 0
@@ -276,7 +279,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 
 def drawn(kinds: dict[Fault, int], count: int, chance: random.Random) -> list[Fault]:
-    """`count` faults in about the proportions of `kinds`, every kind at least once, in random order."""
+    """`count` faults in random order, about in the proportions of `kinds`, every kind at least once."""
     pool = [fault for fault, times in kinds.items() for _ in range(times)]
     faults = [*kinds, *(pool[i % len(pool)] for i in chance.sample(range(len(pool)), len(pool)))][:count]
     faults += chance.choices(pool, k=count - len(faults))
@@ -286,9 +289,9 @@ def drawn(kinds: dict[Fault, int], count: int, chance: random.Random) -> list[Fa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=44, help="how many, in all (default 44)")
-    parser.add_argument("--minutes", type=float, default=15, help="no fault is injected in the last tenth of it")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of faults and moments")
+    parser.add_argument("--faults", type=int, default=44, help="number of faults in both campaigns (default 44)")
+    parser.add_argument("--minutes", type=float, default=15, help="no fault is injected in the last tenth of this time")
+    parser.add_argument("--seed", type=int, default=0, help="decides which faults are injected, and when")
     given = parser.parse_args()
     chance, started = random.Random(given.seed), time.monotonic()
     deadline = started + given.minutes * 60 * 0.9
@@ -299,7 +302,7 @@ def main() -> None:
         dataset = make_dataset(folder / "dataset")
         if not has_disk:
             del EXACT[fill_the_disk]
-            print("no disk of its own can be mounted here (not root): no full disk among the faults")
+            print("cannot mount a small disk (not root): the fault 'fill the disk' is left out")
         elastic_count = given.faults // 4
         for campaign, kinds, count, dropout in (
             ("elastic", ELASTIC_FAULTS, elastic_count, 0.0),
@@ -322,7 +325,7 @@ def main() -> None:
             verdicts.append((campaign, good, same, worst))
             if not good:
                 print(run.said.read_text()[-4000:])
-    print(f"\n{'fault':32}{'injected':>10}{'survived':>10}{'steps lost to each':>24}")
+    print(f"\n{'fault':32}{'injected':>10}{'survived':>10}{'steps lost, each':>24}")
     for fault, entry in tally.items():
         lost = f"{min(entry.lost)} to {max(entry.lost)}, mean {sum(entry.lost) / len(entry.lost):.1f}"
         print(f"{fault:32}{entry.injected:>10}{entry.survived:>10}{lost:>24}")

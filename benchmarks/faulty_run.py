@@ -1,4 +1,4 @@
-"""A demo-size training that is launched as users launch it, and can be hurt; for `faults.py`."""
+"""A demo-size training, launched as users launch it, and its processes, for the faults of `faults.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ SEQ_LEN, WORDS = 64, 1000
 
 
 def make_dataset(folder: Path) -> Path:
-    """Rows of made-up words that follow each other most of the time, in eight shards."""
+    """Rows of made-up words that follow each other in a fixed order most of the time, in eight shards.
+
+    The dataset of tests/conftest.py is similar, but it draws its rows in another order and has smaller blocks: one
+    maker for both would change the bytes of this dataset, and with them the losses of every soak so far.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -63,21 +67,21 @@ def make_dataset(folder: Path) -> Path:
 
 @dataclass
 class Run:
-    """A training and the launch of it that is alive, if one is."""
+    """A training, and its present attempt."""
 
     folder: Path
     dataset: Path
     steps: int
     dropout: float
     said: Path
-    """Takes what the launches say."""
+    """The file for the output of all attempts."""
     world_size: int = 2
     stage: int = 1
     micro_batch: int = 8
     process: subprocess.Popen[bytes] | None = None
 
     def launch(self) -> None:
-        """Start it, as a user would, with the one command; what it says goes into a file beside it."""
+        """Start an attempt with the command of a user; its output goes to `said`."""
         keys = {
             "run": self.folder,
             "data.dataset": self.dataset,
@@ -86,8 +90,8 @@ class Run:
             "steps": self.steps,
             "precision": "fp32",
             "zero.stage": self.stage,
-            # At 2e-3 gradients jump after 90 steps and rounding grows without bound: two runs that nothing happened
-            # to, with micro-batches of 8 and of 24, then differ by 1e-2; here by 1.5e-7.
+            # At 2e-3 gradients jump after 90 steps, and rounding errors grow without bound: the losses of two runs
+            # without faults, with micro-batches of 8 and 24, then differ by 1e-2; at 5e-4 they differ by 1.5e-7.
             "optimizer.lr": 5e-4,
             "model.hidden_size": 64,
             "model.intermediate_size": 128,
@@ -116,35 +120,35 @@ class Run:
             )
 
     def _empty_recipe(self) -> str:
-        """Everything is given as overrides."""
+        """A recipe file with a seed alone: all other keys are overrides."""
         file = self.said.with_suffix(".yaml")
         file.write_text("seed: 1\n")
         return str(file)
 
     def keep_alive(self) -> None:
-        """What an unattended launcher does: start it again whenever it has ended and is not finished."""
+        """Start the next attempt if the last one has ended and the training is not finished."""
         if self.process is None or (self.process.poll() is not None and not self.finished):
             self.launch()
 
     @property
     def ended(self) -> bool:
-        """Whether no launch is alive."""
+        """Whether no attempt is alive."""
         return self.process is None or self.process.poll() is not None
 
     @property
     def state(self) -> dict[str, Any]:
-        """`state.json`, if it is there."""
+        """The contents of `state.json`; empty if there is none."""
         with contextlib.suppress(OSError, ValueError):
             return dict(json.loads((self.folder / "state.json").read_text()))
         return {}
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are made."""
+        """Whether all steps are done."""
         return self.state.get("state") == "finished"
 
     def log(self) -> list[dict[str, Any]]:
-        """Whole lines of the log so far."""
+        """All whole lines of the log so far."""
         try:
             text = (self.folder / "log.jsonl").read_text()
         except OSError:
@@ -162,7 +166,7 @@ class Run:
 
     @property
     def last_line(self) -> dict[str, Any]:
-        """The last whole line of the log; empty where there is none."""
+        """The last whole line of the log; empty if there is none."""
         with contextlib.suppress(OSError), (self.folder / "log.jsonl").open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
             for line in reversed(log.read().splitlines()):
@@ -171,7 +175,7 @@ class Run:
         return {}
 
     def workers(self) -> list[int]:
-        """Process ids, in the order of their ranks."""
+        """Process ids of the workers, in the order of their ranks."""
         assert self.process is not None
         found = {}
         with contextlib.suppress(OSError):
@@ -182,20 +186,20 @@ class Run:
         return [found[rank] for rank in sorted(found)]
 
     def send(self, number: int, pids: list[int]) -> None:
-        """A signal to each that still lives."""
+        """Send a signal to each process that is alive."""
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def kill_group(self) -> None:
-        """Launcher and all ranks, at once; nothing where no launch is alive."""
+        """Kill the launcher and all ranks at once, if an attempt is alive."""
         if self.process is not None and self.process.poll() is None:
             self.send(signal.SIGKILL, [self.process.pid, *self.workers()])
             self.process.wait()
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float) -> bool:
-    """Whether `condition` came true in time; looks every few milliseconds."""
+    """Whether `condition` becomes true in time; it is checked every few milliseconds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -1,16 +1,16 @@
-"""Tokens a second that one process reads and masks: this project beside other loaders.
+"""Tokens a second that one process reads and masks, with this project and with other loaders.
 
     python -m benchmarks.loader [--dataset DATASET] [--rounds 7] [--seconds 1] [--batch 256]
 
 Every peer reads the same rows in random order and masks them with `DataCollatorForLanguageModeling` of
-transformers. Each is a process of its own, frozen while another has its turn, because threads that read
-ahead would take part in the others' measurement. In each round all take their turn, so that what else the
-machine does meets them alike; a ratio is the median over the rounds. Peers that are not installed are
-left out:
+transformers. Each loader has its own process, which is stopped while another one is measured: otherwise its
+threads would read ahead during that measurement. Every round measures each loader once, so that other work on
+the machine slows all of them; a ratio is the median over the rounds. Peers that are not installed, are broken,
+or give no batch in time are left out with a line. To install them:
 
     pip install transformers datasets webdataset litdata mosaicml-streaming
 
-The dataset is one made by `sharebert prep`, or made-up words where none is given.
+The dataset is made by `sharebert prep`; without --dataset it is made of random words.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import os
 import platform
 import signal
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -48,11 +49,11 @@ ROWS = 49_152
 SPECIAL_IDS = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
 
 Tokens = Iterator[int]
-"""The tokens of one batch after another, without end."""
+"""The number of tokens of one batch after another, without end."""
 
 
 def make_dataset(folder: Path) -> Dataset:
-    """Rows of two documents, of words as frequent as Zipf has it."""
+    """Rows of two documents; the frequencies of words follow Zipf's law."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece
 
@@ -91,13 +92,13 @@ def ours(dataset: Dataset, batch: int, folder: Path, **keys: Any) -> Tokens:
 
 
 def all_rows(dataset: Dataset) -> np.ndarray:
-    """The token ids of (at most `ROWS`) training rows."""
+    """The token ids of all train rows, or of the first `ROWS`."""
     split = dataset.split("train")
     return split.read(np.arange(min(split.rows, ROWS)))[0]
 
 
 def collator(dataset: Dataset) -> Callable[[list[Any]], Any]:
-    """The masking of transformers, at a rate of 0.15."""
+    """The collator of transformers that masks 15 % of the tokens."""
     from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
     names = {f"{name}_token": f"[{name.upper()}]" for name in SPECIAL_IDS}
@@ -106,13 +107,13 @@ def collator(dataset: Dataset) -> Callable[[list[Any]], Any]:
 
 
 def endless(batches: Any) -> Tokens:
-    """Epoch after epoch of a loader whose batches are those of the collator."""
+    """One epoch after another of a loader that uses the collator."""
     for batch in itertools.chain.from_iterable(itertools.repeat(batches)):
         yield batch["input_ids"].numel()
 
 
 def hugging_face(dataset: Dataset, batch: int, folder: Path) -> Tokens:
-    """`datasets` on disk, memory-mapped, shuffled by a DataLoader."""
+    """A `datasets` folder, memory-mapped, and shuffled by a DataLoader."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -166,8 +167,9 @@ def mosaic_streaming(dataset: Dataset, batch: int, folder: Path) -> Tokens:
     return endless(torch.utils.data.DataLoader(source, batch, collate_fn=collator(dataset)))
 
 
-CONTENDERS: dict[str, Callable[[Dataset, int, Path], Tokens]] = {
-    "sharebert": ours,
+OURS = "sharebert"
+LOADERS: dict[str, Callable[[Dataset, int, Path], Tokens]] = {
+    OURS: ours,
     "sharebert, whole words": functools.partial(ours, whole_word=True),
     "sharebert, rate 0.5": functools.partial(ours, mask_rate=0.5),
     "HF datasets": hugging_face,
@@ -177,27 +179,31 @@ CONTENDERS: dict[str, Callable[[Dataset, int, Path], Tokens]] = {
 }
 
 
-class Contender:
-    """A process that reads and masks when it is told to.
+class LeftOut(Exception):
+    """A loader that cannot be measured: its library is not installed or broken, or it gives no batch in time."""
 
-    Raises ImportError where its library is not installed.
+
+class LoaderProcess:
+    """A loader in a process of its own, which reads and masks when it is told to.
+
+    Raises LeftOut, also from `rate`. The process is dead then.
     """
 
-    def __init__(self, name: str, dataset: Path, batch: int, folder: Path) -> None:
+    def __init__(self, name: str, dataset: Path, batch: int, folder: Path, timeout_s: float) -> None:
         context = multiprocessing.get_context("spawn")
+        self._timeout_s = timeout_s
         self._pipe, other_end = context.Pipe()
         self._process = context.Process(target=take_turns, args=(name, dataset, batch, folder, other_end), daemon=True)
         self._process.start()
-        missing = self._pipe.recv()
-        if missing:
-            raise ImportError(missing)
+        other_end.close()  # with it open here, a process that dies would be waited for without end
+        self._answer(timeout_s)
         self._signal(signal.SIGSTOP)
 
     def rate(self, seconds: float) -> float:
-        """Million tokens a second over at least `seconds`."""
+        """Measure for at least `seconds`. Returns million tokens a second."""
         self._signal(signal.SIGCONT)
         self._pipe.send(seconds)
-        result: float = self._pipe.recv()
+        result = self._answer(seconds + self._timeout_s)
         self._signal(signal.SIGSTOP)
         return result
 
@@ -208,31 +214,60 @@ class Contender:
         self._process.join(timeout=10)
         self._process.kill()
 
+    def _answer(self, timeout_s: float) -> float:
+        problem: str | float = f"no batch in {timeout_s:g} s"
+        try:
+            if self._pipe.poll(timeout_s):
+                problem = self._pipe.recv()
+        except EOFError:
+            self._process.join(timeout=10)
+            problem = f"its process ended with exit code {self._process.exitcode}"
+        if isinstance(problem, str):
+            self._process.kill()
+            raise LeftOut(problem)
+        return problem
+
     def _signal(self, number: signal.Signals) -> None:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
 
 def take_turns(name: str, path: Path, batch: int, folder: Path, pipe: Connection) -> None:
-    """What a contender's process does: says what is missing (or nothing), then answers seconds with a rate."""
+    """The work of a loader's process: a first batch, then a rate for each time; a text says what went wrong."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
-        tokens = CONTENDERS[name](open_dataset(path), batch, folder)
+        tokens = LOADERS[name](open_dataset(path), batch, folder)
         next(tokens)
-    except ImportError as error:
-        pipe.send(str(error))
-        return
-    pipe.send("")
-    while (seconds := pipe.recv()) is not None:
-        count, started = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - started) < seconds:
-            count += next(tokens)
-        pipe.send(count / elapsed / 1e6)
+        pipe.send(0.0)
+        while (seconds := pipe.recv()) is not None:
+            count, started = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - started) < seconds:
+                count += next(tokens)
+            pipe.send(count / elapsed / 1e6)
+    except Exception as error:  # a library that is installed may be broken in any way
+        cause = str(error).strip().split("\n", 1)[0]
+        pipe.send(cause if isinstance(error, ImportError) else f"{type(error).__name__}: {cause}")
+
+
+def measure(loaders: dict[str, LoaderProcess], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """The rates of all loaders in each round, by name. One that fails is left out with a line."""
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    for turn in range(-1, rounds):  # the first round warms up
+        for name in list(rates):
+            try:
+                measured = loaders[name].rate(seconds)
+            except LeftOut as error:
+                print(f"{name}: left out ({error})")
+                del rates[name], loaders[name]
+                continue
+            if turn >= 0:
+                rates[name].append(measured)
+    return rates
 
 
 def start_anywhere_s(dataset: Dataset, batch: int) -> float:
-    """Seconds from nothing to the first batch at a position far into a run."""
+    """Seconds to open a dataset and read the first batch at a position far into a run."""
     started = time.perf_counter()
     recipe = DataRecipe(dataset=[WeightedDataset(path=str(dataset.path))], global_batch=batch, micro_batch=batch)
     loader = Loader([open_dataset(dataset.path)], recipe, seed=0, rank=0, world_size=1)
@@ -244,7 +279,7 @@ def start_anywhere_s(dataset: Dataset, batch: int) -> float:
 
 
 def bytes_on_disk(dataset: Dataset) -> float:
-    """Bytes of the shards over those of the arrays in them."""
+    """The bytes of the shards, divided by the bytes of the arrays in them."""
     split = dataset.manifest["splits"]["train"]
     width = np.dtype(dataset.manifest["dtype"]).itemsize + np.dtype(dataset.manifest["segments_dtype"]).itemsize
     arrays = sum(shard["rows"] for shard in split["shards"]) * dataset.seq_len * width
@@ -255,27 +290,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, help="a dataset made by `sharebert prep`")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each, in each round")
-    parser.add_argument("--batch", type=int, default=256, help="rows of a batch")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time of each measurement")
+    parser.add_argument("--batch", type=int, default=256, help="rows in a batch")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for the first batch of a loader")
     arguments = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         dataset = open_dataset(arguments.dataset) if arguments.dataset else make_dataset(folder / "dataset")
-        contenders = {}
-        for number, contender in enumerate(CONTENDERS):
+        loaders = {}
+        for number, name in enumerate(LOADERS):
             try:
-                contenders[contender] = Contender(contender, dataset.path, arguments.batch, folder / str(number))
-            except ImportError as error:
-                print(f"{contender}: left out ({error})")
-        rates: dict[str, list[float]] = {contender: [] for contender in contenders}
-        for turn in range(-1, arguments.rounds):  # one to warm up
-            for contender, process in contenders.items():
-                measured = process.rate(arguments.seconds)
-                if turn >= 0:
-                    rates[contender].append(measured)
-        for process in contenders.values():
+                loaders[name] = LoaderProcess(
+                    name, dataset.path, arguments.batch, folder / str(number), arguments.timeout
+                )
+            except LeftOut as error:
+                print(f"{name}: left out ({error})", flush=True)
+        rates = measure(loaders, arguments.rounds, arguments.seconds)
+        for process in loaders.values():
             process.end()
+        if OURS not in rates:
+            sys.exit("the loader of this project failed; nothing to compare")
 
         print(
             f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
@@ -283,10 +318,10 @@ def main() -> None:
             f"{arguments.batch} rows a batch, {arguments.rounds} rounds of {arguments.seconds} s"
         )
         print(f"{'one process, masking included':32} {'M tokens/s':>10}   sharebert is … times as fast (least … most)")
-        for contender, theirs in rates.items():
-            ratios = [a / b for a, b in zip(rates["sharebert"], theirs, strict=True)]
+        for name, theirs in rates.items():
+            ratios = [a / b for a, b in zip(rates[OURS], theirs, strict=True)]
             print(
-                f"{contender:32} {statistics.median(theirs):10.2f}   {statistics.median(ratios):6.1f}"
+                f"{name:32} {statistics.median(theirs):10.2f}   {statistics.median(ratios):6.1f}"
                 f"   ({min(ratios):.1f} … {max(ratios):.1f})"
             )
         print(f"first batch at row 10^12 of a run: {start_anywhere_s(dataset, arguments.batch):.3f} s")

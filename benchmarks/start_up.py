@@ -1,12 +1,12 @@
-"""Where the seconds go between the command and the first optimizer step, for a tiny model on 2 ranks of one machine.
+"""The time from the command to the first optimizer step, by stage, for a tiny model on 2 ranks of one machine.
 
     python -m benchmarks.start_up [--rounds 3] [--ranks 2]
 
-Each line is a launch by torchrun that goes one stage further; a stage's cost is the difference of the medians:
+Each line is a launch by torchrun that ends one stage later; the cost of a stage is the difference of the medians:
 
     agent      the workers do nothing
     torch      they import torch
-    imports    they import what training imports: DeepSpeed and this project
+    imports    they import all that training imports: DeepSpeed and this project
     step       `python -m pretrain` with steps=1, until its log has the step
 """
 
@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # its tiny dataset
 
 STAGES = {
     "agent": "",
@@ -47,7 +46,7 @@ def until_imported(ranks: int, code: str, folder: Path) -> float:
 
 
 def until_first_step(ranks: int, dataset: Path, run: Path) -> float:
-    from tiny_runs import train_arguments
+    from tests.tiny_runs import train_arguments
 
     started = time.perf_counter()
     process = launch(ranks, "-m", "pretrain", "demo", *train_arguments(dataset, run, steps=1))
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
     given = parser.parse_args()
-    from conftest import make_dataset
+    from tests.conftest import make_dataset
 
     times: dict[str, list[float]] = {name: [] for name in (*STAGES, "step")}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What needs no encoder: the majority class, and TF-IDF with a linear model, both of scikit-learn."""
+"""Models without an encoder, from scikit-learn: the majority class, and a linear model on TF-IDF."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from scoring.data import TaskData, Texts
 
 MAJORITY, TFIDF = "majority", "tfidf"
 STRENGTHS = (1.0, 10.0)
-"""Of the linear model's regularisation; the better one by 3-fold cross-validation on train is taken."""
+"""Strengths of the linear model's regularisation; 3-fold cross-validation on train chooses one."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model that was fitted."""
+    """A fitted model."""
 
     model: Any
     parameters: int
-    """Learned numbers."""
+    """The number of learned numbers."""
 
     @property
     def nbytes(self) -> int:
-        """Pickled, vocabulary included; nothing here reads a pickle."""
+        """Its size as a pickle, with the vocabulary; nothing in this project reads a pickle."""
         return len(pickle.dumps(self.model)) if self.parameters else 0
 
     def predict(self, texts: Texts) -> NDArray[Any]:
-        """[N] numbers of labels, or values for regression."""
+        """The labels as numbers [N], or values for regression."""
         values: NDArray[Any] = self.model.predict(texts)
         return values
 
 
 def fit_majority(data: TaskData) -> Baseline:
-    """The label that is most frequent in train; for regression the mean."""
+    """Predicts the most frequent label of train; for regression the mean."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
 
     kind = DummyRegressor() if data.task.regression else DummyClassifier(strategy="most_frequent")
@@ -45,9 +45,9 @@ def fit_majority(data: TaskData) -> Baseline:
 
 
 def fit_tfidf(data: TaskData) -> Baseline:
-    """Logistic regression (ridge regression) on TF-IDF of words and pairs of words.
+    """Logistic regression (ridge for a regression task) on TF-IDF of words and pairs of words.
 
-    A pair of texts is the weights of the first, of the second, and of both multiplied.
+    The features of a pair of texts are those of the first text, those of the second, and their products.
     """
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.model_selection import GridSearchCV
@@ -68,7 +68,7 @@ def fit_tfidf(data: TaskData) -> Baseline:
 
 
 class PairFeatures:
-    """TF-IDF of one text, or of a pair."""
+    """TF-IDF features of one text or of a pair of texts."""
 
     def __init__(self) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -77,11 +77,11 @@ class PairFeatures:
 
     @property
     def words(self) -> int:
-        """Words and pairs of words, each with a learned weight."""
+        """The number of words and pairs of words: each has a learned weight."""
         return len(self._tfidf.vocabulary_)
 
     def fit(self, texts: Texts) -> Any:
-        """Learn the vocabulary; the sparse features [N, words of one or three blocks] of `texts`."""
+        """Learn the vocabulary from `texts`, and return their sparse features [N, one or three times `words`]."""
         self._tfidf.fit([text for row in texts for text in row])
         return self(texts)
 
@@ -112,5 +112,5 @@ class _WithoutTexts:
 
 
 def _nothing(rows: int) -> NDArray[Any]:
-    """Features without content."""
+    """Features without content, for a model that reads none."""
     return np.zeros((rows, 1))

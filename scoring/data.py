@@ -1,24 +1,28 @@
-"""The rows of a task, from files or from the hub: texts, and labels as numbers."""
+"""A task with its rows, from files or from the hub: texts, and labels as numbers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scoring.recipe import DataConfig
-from scoring.tables import SUFFIXES, Table, find_table, read_table
-from scoring.tasks import HUB, TASKS, Task
-from sharebert_common.errors import BadInput, nearest
+from scoring.labels import LabelNumbers, is_unlabelled, labels_of
+from scoring.recipe import TaskDataRecipe
+from scoring.table_files import SUFFIXES, find_table, read_table
+from scoring.tables import BadRows, Table, is_missing
+from scoring.tasks import HUB, Task, choose_task
+from sharebert_common.errors import BadInput
 
 TRAIN, TEST = "train", "test"
-SHUFFLE_SEED = 0  # of subsets: the same rows for every model, seed and machine
+SHUFFLE_SEED = 0
+"""Draws the subsets of rows: they are the same for every model, seed and machine."""
+
+KINDS = {list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 
 Texts = list[tuple[str, ...]]
 """One text a row, or two."""
@@ -26,7 +30,7 @@ Texts = list[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one split."""
+    """The rows of one split."""
 
     where: str
     """Its file, or its name on the hub."""
@@ -38,7 +42,7 @@ class Split:
         return len(self.texts)
 
     def take(self, rows: Sequence[int] | NDArray[Any]) -> Split:
-        """Some of its rows."""
+        """A split of some of its rows."""
         return Split(self.where, [self.texts[row] for row in rows], self.labels[rows])
 
 
@@ -47,152 +51,149 @@ class TaskData:
     """A task with its rows."""
 
     task: Task
-    """With its labels, also where train had to be read for them."""
+    """The task with all its labels, also if they were read from train."""
     train: Split
     held_out: dict[str, Split]
-    """What is scored, by name: the dev splits, and test where it has labels."""
+    """The splits to score, by name: the dev splits, and test if it has labels."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """File → the number of its bad rows, if any were skipped."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the user: what was left out, and where."""
 
     @property
     def dev(self) -> list[str]:
-        """The splits that a sweep goes by."""
+        """The splits that a sweep compares learning rates on."""
         return [name for name in self.held_out if name != TEST]
 
 
-def load_task(name: str, config: DataConfig) -> TaskData:
+def load_task(name: str, recipe: TaskDataRecipe) -> TaskData:
     """Read a task.
 
     Raises BadInput, naming file, row and column: an unknown task, files or columns that are missing, unknown labels.
     """
-    task = choose_task(name, config)
-    tables = _from_hub(task) if config.path is None else _from_files(task, config, Path(config.path))
+    task = choose_task(name, recipe)
+    tables = _from_hub(task, recipe) if recipe.path is None else _from_files(task, recipe, Path(recipe.path))
     if not task.labels and not task.regression:
-        task = dataclasses.replace(task, labels=_labels_of(tables[TRAIN].column(task.label, "data.label")))
-    splits = {split: _split(table, task) for split, table in tables.items() if split != TEST}
-    if TEST in tables and _has_labels(tables[TEST], task):
-        splits[TEST] = _split(tables[TEST], task)
+        task = dataclasses.replace(task, labels=labels_of(tables[TRAIN].column(task.label, "data.label")[1]))
+    notes = []
+    if TEST in tables and (why := _why_left_out(tables[TEST], task)):
+        notes.append(f"{tables[TEST].where}: {why}, so test is not scored")
+        del tables[TEST]
+    splits = {split: _split(table, task) for split, table in tables.items()}
+    if recipe.path is not None and Path(recipe.path).is_file():
+        splits = _divided(splits[TRAIN], recipe.held_out)
     train = splits.pop(TRAIN)
-    if not task.regression and len(set(train.labels.tolist())) < 2:
-        raise BadInput(f"{train.where}: all rows have the same label; there is nothing to learn")
-    if config.train_rows is not None and config.train_rows < len(train):
-        train = train.take(_shuffled(len(train))[: config.train_rows])
-    return TaskData(task, train, splits)
+    if recipe.train_rows is not None and recipe.train_rows < len(train):
+        train = train.take(_shuffled(len(train))[: recipe.train_rows])
+    if not task.regression:
+        notes += _check_labels(task, train)
+    for table in tables.values():
+        if table.empty_lines:
+            shown = ", ".join(str(line) for line in table.empty_lines[:5])
+            more = ", …" if len(table.empty_lines) > 5 else ""
+            notes.append(f"{table.where}: empty lines left out: {len(table.empty_lines)} (line {shown}{more})")
+        if table.bad_rows.places:
+            notes.append(table.bad_rows.note())
+    skipped = {table.where: len(table.bad_rows.places) for table in tables.values() if table.bad_rows.places}
+    return TaskData(task, train, splits, skipped, notes)
 
 
-def choose_task(name: str, config: DataConfig) -> Task:
-    """A task of GLUE with the columns of the config, or one that the config describes alone.
-
-    Raises BadInput: no task of GLUE, and the config does not say which columns count.
-    """
-    task = TASKS.get(name)
-    if task is None:
-        if not config.text:
-            known = ", ".join(sorted(TASKS))
-            raise BadInput(
-                f"task: no task '{name}'{nearest(name, TASKS)} (tasks: {known}; for one of your own say "
-                "data.path=… data.text=… data.label=…)"
-            )
-        if config.path is None:
-            raise BadInput(f"task: '{name}' is your own, so data.path must say where its rows are")
-        metrics = ("pearson", "spearman") if config.regression else ("accuracy",)
-        task = Task(name, text=(), metrics=metrics, regression=config.regression)
-    elif config.regression and not task.regression:
-        raise BadInput(f"data.regression: {name} has labels; give a task of your own another name")
-    if config.text:
-        if task.text and len(task.text) != len(config.text):
-            raise BadInput(f"data.text: {name} takes {len(task.text)} columns (got {len(config.text)})")
-        task = dataclasses.replace(task, text=tuple((column,) for column in config.text))
-    if config.label:
-        task = dataclasses.replace(task, label=(config.label,))
-    if config.header:
-        task = dataclasses.replace(task, header=tuple(config.header))
-    if config.labels:
-        if task.labels and len(task.labels) != len(config.labels):
-            raise BadInput(f"data.labels: {name} has {len(task.labels)} labels (got {len(config.labels)})")
-        task = dataclasses.replace(task, labels=tuple(config.labels))
-    return task
-
-
-def _from_files(task: Task, config: DataConfig, path: Path) -> dict[str, Table]:
+def _from_files(task: Task, recipe: TaskDataRecipe, path: Path) -> dict[str, Table]:
     wanted = [name for names in (*task.text, task.label) for name in names]
+
+    def read(file: Path) -> Table:
+        return read_table(file, task.header, wanted, skip_bad=recipe.bad_rows == "skip")
+
     if path.is_file():
-        return _divided(read_table(path, task.header, wanted), config.held_out)
+        return {TRAIN: read(path)}
     if not path.is_dir():
         raise BadInput(f"data.path: {path}: no such file or folder")
     tables = {}
     for split in (TRAIN, *task.dev, TEST):
         file = find_table(path, split)
         if file is not None:
-            tables[split] = read_table(file, task.header, wanted)
+            tables[split] = read(file)
         elif split != TEST:
             kinds = ",".join(suffix[1:] for suffix in SUFFIXES)
-            raise BadInput(f"data.path: {path}: holds no {split}.{{{kinds}}}")
+            raise BadInput(f"data.path: {path}: there is no {split}.{{{kinds}}} in it")
     return tables
 
 
-def _divided(table: Table, held_out: float) -> dict[str, Table]:
-    """One file as train and dev."""
-    rows = _shuffled(len(table))
-    count = max(1, round(held_out * len(rows)))
-    if count == len(rows):
-        raise BadInput(f"{table.where}: {len(rows)} rows are too few to hold some of them out")
-    return {TRAIN: table.take(np.sort(rows[count:])), "dev": table.take(np.sort(rows[:count]))}
-
-
-def _from_hub(task: Task) -> dict[str, Table]:
+def _from_hub(task: Task, recipe: TaskDataRecipe) -> dict[str, Table]:
     import datasets
 
     try:
         splits = datasets.load_dataset(HUB, task.name)
-    except Exception as error:  # whatever the network, the hub or the cache make of it
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # any error of the network, the hub or the cache
+        cause = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise BadInput(
-            f"{HUB}, {task.name}: not to be had from the hub ({cause}); with files of your own: --data FOLDER"
+            f"{HUB}, {task.name}: cannot be loaded from the hub ({cause}); to read files instead: --data FOLDER"
         ) from error
-    names = {TRAIN: TRAIN, **{split: split.replace("dev", "validation") for split in task.dev}}
-    return {split: Table(f"{HUB}, {task.name}, {name}", splits[name].to_pandas()) for split, name in names.items()}
+    tables = {}
+    for split, name in {TRAIN: TRAIN, **{split: split.replace("dev", "validation") for split in task.dev}}.items():
+        where = f"{HUB}, {task.name}, {name}"
+        places = [f"row {row}" for row in range(1, len(splits[name]) + 1)]
+        tables[split] = Table(where, splits[name].to_dict(), places, BadRows(where, recipe.bad_rows == "skip"))
+    return tables
+
+
+def _why_left_out(test: Table, task: Task) -> str | None:
+    """Why a test split cannot be scored, if it has no labels."""
+    if not test.has(task.label):
+        return "has no labels"
+    name, values = test.column(task.label, "data.label")
+    if all(is_unlabelled(value) for value in values):
+        return f"has no label in any row of its column '{name}'"
+    return None
 
 
 def _split(table: Table, task: Task) -> Split:
+    """The good rows of a table. A value that is missing is not an empty text, and only a text is a text."""
     columns = [table.column(names, f"data.text for column {i}") for i, names in enumerate(task.text, 1)]
-    labels = table.column(task.label, "data.label")
-    return Split(table.where, list(zip(*columns, strict=True)), _numbers(table, labels, task))
+    label_name, label_values = table.column(task.label, "data.label")
+    number_of = LabelNumbers(task)
+    texts: Texts = []
+    labels: list[float] = []
+    for row, place in enumerate(table.places):
+        try:
+            text = tuple(_text(name, values[row]) for name, values in columns)
+            if is_missing(label_values[row]):
+                raise ValueError(f"no value in column '{label_name}'")
+            label = number_of(label_values[row])
+        except ValueError as error:
+            table.bad_rows.found(place, str(error))
+            continue
+        texts.append(text)
+        labels.append(label)
+    if not texts:
+        raise BadInput(table.bad_rows.note())
+    return Split(table.where, texts, np.array(labels, dtype=np.float64 if task.regression else np.int64))
 
 
-def _numbers(table: Table, labels: Sequence[str], task: Task) -> NDArray[Any]:
-    if task.regression:
-        values = np.array([_number(label) for label in labels])
-        if len(bad := (~np.isfinite(values)).nonzero()[0]):
-            raise BadInput(f"{table.place(int(bad[0]))}: label '{labels[bad[0]]}' is no number")
-        return values
-    known = {str(number): number for number in range(len(task.labels))} if task.name in TASKS else {}
-    known |= {label: number for number, label in enumerate(task.labels)}
-    for row, label in enumerate(labels):
-        if label not in known:
-            raise BadInput(
-                f"{table.place(row)}: label '{label}' is none of {', '.join(task.labels)}"
-                + (f", nor of 0 to {len(task.labels) - 1}" if task.name in TASKS else "")
-            )
-    return np.array([known[label] for label in labels], dtype=np.int64)
+def _text(column: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if is_missing(value):
+        raise ValueError(f"no value in column '{column}'")
+    raise ValueError(f"column '{column}' has {KINDS.get(type(value), f'a {type(value).__name__}')}, not a text")
 
 
-def _has_labels(test: Table, task: Task) -> bool:
-    """GLUE's own test sets have no labels, or -1 for all."""
-    return test.has(task.label) and set(test.column(task.label, "data.label")) != {"-1"}
+def _divided(split: Split, held_out: float) -> dict[str, Split]:
+    """One file as train and dev."""
+    rows = _shuffled(len(split))
+    count = max(1, round(held_out * len(rows)))
+    if count == len(rows):
+        raise BadInput(f"{split.where}: {len(rows)} rows are too few to hold some of them out")
+    return {TRAIN: split.take(np.sort(rows[count:])), "dev": split.take(np.sort(rows[:count]))}
 
 
-def _labels_of(labels: Sequence[str]) -> tuple[str, ...]:
-    """The labels that occur: numbers in their order, words in the alphabet's."""
-    found = set(labels)
-    if all(isfinite(_number(label)) for label in found):
-        return tuple(sorted(found, key=float))
-    return tuple(sorted(found))
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
+def _check_labels(task: Task, train: Split) -> list[str]:
+    """Notes on labels that no train row has. Raises BadInput if all train rows have the same label."""
+    found = set(train.labels.tolist())
+    if len(found) < 2:
+        raise BadInput(f"{train.where}: all train rows have the same label; there is nothing to learn")
+    missing = [label for number, label in enumerate(task.labels) if number not in found]
+    return [f"{train.where}: no train row has the label {', '.join(missing)}"] if missing else []
 
 
 def _shuffled(count: int) -> NDArray[np.int64]:

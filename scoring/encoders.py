@@ -22,13 +22,15 @@ from exports.kinds import Classifier
 from exports.read import load_model, read_config
 from exports.tokenizer import load_tokenizer, vocabulary_size
 from exports.weight_source import TensorWeights
+from scoring.architecture import Inputs, inputs_of, set_dropout
 from scoring.data import Texts
-from scoring.recipe import FineTuneConfig
+from scoring.recipe import FineTuneRecipe
 from scoring.tasks import Task
 from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import whole_or_absent_folder
+from sharebert_common.recipe import plain
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For every `from_pretrained`. With `trust_remote_code` None, transformers would ask on the terminal."""
@@ -54,7 +56,7 @@ class Encoded:
 class Encoder(ABC):
     """An architecture, its tokenizer, and the weights that fine-tuning starts from. `build` makes a classifier."""
 
-    def __init__(self, spec: str, settings: FineTuneConfig) -> None:
+    def __init__(self, spec: str, settings: FineTuneRecipe) -> None:
         self.spec = spec
         self.fresh = spec.startswith(RANDOM)
         self.folder = Path(spec.removeprefix(RANDOM))
@@ -66,6 +68,12 @@ class Encoder(ABC):
     """The longest row that the model takes, in tokens."""
     words: int
     """Rows of its word embedding."""
+    inputs: Inputs
+    """What the model takes."""
+
+    def applied_settings(self) -> dict[str, Any]:
+        """The settings that had an effect, for the result."""
+        return plain(self.settings)
 
     @abstractmethod
     def build(self, task: Task, seed: int) -> nn.Module:
@@ -96,15 +104,17 @@ class Encoder(ABC):
                     f"{self.folder}: the tokenizer gives the id {max(ids)}, but the model has {self.words} words: "
                     "this is another model's tokenizer"
                 )
-        return Encoded({name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded})
+        columns = {name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded}
+        return Encoded(self.inputs.usable(columns, str(self.folder)))
 
     def collate(self, encoded: Encoded, rows: list[int]) -> dict[str, Tensor]:
         """Some rows as a batch [B, T], padded to the longest of them."""
         batch = {name: [values[row] for row in rows] for name, values in encoded.columns.items()}
-        return dict(self.tokenizer.pad(batch, return_tensors="pt"))
+        padded = self.tokenizer.pad(batch, return_tensors="pt")
+        return {name: values for name, values in padded.items() if name in self.inputs.arguments}
 
 
-def open_encoder(spec: str, settings: FineTuneConfig) -> Encoder:
+def open_encoder(spec: str, settings: FineTuneRecipe) -> Encoder:
     """The encoder of `FOLDER`, or, for `random:FOLDER`, one of its architecture with new weights.
 
     Raises BadInput, naming the file: something missing, damaged, or not a model.
@@ -127,7 +137,7 @@ def open_encoder(spec: str, settings: FineTuneConfig) -> Encoder:
 class ShareBertExport(Encoder):
     """An export of this project, read by this project: the code in the folder does not run."""
 
-    def __init__(self, spec: str, settings: FineTuneConfig) -> None:
+    def __init__(self, spec: str, settings: FineTuneRecipe) -> None:
         super().__init__(spec, settings)
         from transformers import PreTrainedTokenizerFast
 
@@ -138,6 +148,8 @@ class ShareBertExport(Encoder):
             )
         self.config: ShareBertConfig = config
         self.positions, self.words = config.max_position_embeddings, config.vocab_size
+        arguments = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+        self.inputs = Inputs(self.positions, config.type_vocab_size, arguments)
         words = vocabulary_size(load_tokenizer(self.folder / TOKENIZER))
         if words > self.words:
             raise BadInput(
@@ -196,7 +208,7 @@ def _encoder_tensors(model: ShareBertForMaskedLM) -> dict[str, Tensor]:
 class HuggingFaceEncoder(Encoder):
     """Any encoder that `AutoModelForSequenceClassification` loads from a folder without remote code."""
 
-    def __init__(self, spec: str, settings: FineTuneConfig) -> None:
+    def __init__(self, spec: str, settings: FineTuneRecipe) -> None:
         super().__init__(spec, settings)
         from transformers import AutoConfig, AutoTokenizer
 
@@ -209,15 +221,12 @@ class HuggingFaceEncoder(Encoder):
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, use_fast=True, **_LOCAL)
         if self.tokenizer.pad_token is None:
             raise BadInput(f"{self.folder}: its tokenizer has no padding token")
+        with self._naming_folder():
+            self.inputs = inputs_of(self.config)
         self.words = self.config.vocab_size
-        self.positions = min(
-            getattr(self.config, "max_position_embeddings", self.tokenizer.model_max_length),
-            self.tokenizer.model_max_length,
-        )
+        self.positions = min(self.inputs.positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
         if settings.dropout is not None:
-            for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-                if hasattr(self.config, key):
-                    setattr(self.config, key, settings.dropout)
+            set_dropout(self.config, settings.dropout, str(self.folder))
 
     def build(self, task: Task, seed: int) -> nn.Module:
         """The sequence classifier that transformers has for this encoder."""
@@ -243,6 +252,10 @@ class HuggingFaceEncoder(Encoder):
                 ignore_mismatched_sizes=True,  # the folder may hold a classifier for another task
                 **_LOCAL,
             )
+
+    def applied_settings(self) -> dict[str, Any]:
+        """All but `pooling`: the head of the encoder's class decides that."""
+        return {key: value for key, value in plain(self.settings).items() if key != "pooling"}
 
     def save(self, model: Any, task: Task, scores: str, out: Path) -> None:
         """Write it with `save_pretrained`, whole or not at all."""

@@ -1,7 +1,8 @@
-"""Fine-tuning of an encoder, as ShareBERT's authors do it, and its predictions.
+"""One fine-tuning of an encoder, as ShareBERT's authors do it, and predictions of the fine-tuned classifier.
 
-Rows of like length go together, so that short texts cost little: rows are shuffled, sorted by length inside
-windows of many batches, and the batches shuffled again. AdamW; the rate rises linearly and falls by a polynomial.
+A batch holds rows of similar length, so that short texts cost little: rows are shuffled, sorted by length inside
+windows of many batches, and the batches are shuffled again. The optimizer is AdamW; the learning rate rises linearly
+and falls by a polynomial.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from torch import nn
 
 from scoring.data import TaskData, Texts
 from scoring.encoders import Encoded, Encoder
-from scoring.recipe import FineTuneConfig
+from scoring.recipe import FineTuneRecipe
 from sharebert_common.errors import BadInput
 
-WINDOW = 50  # batches among which rows are sorted by length
+WINDOW = 50
+"""Rows are sorted by length inside windows of this many batches."""
 PREDICT_BATCH = 128
 
 Watch = Callable[[int, dict[str, float]], None]
-"""Is given a step and what is known after it: `loss`, `lr`, and at the end of an epoch `epoch`."""
+"""Called after each step with its number and its values: `loss` and `lr`."""
 
 
 class Diverged(BadInput):
-    """The loss is not finite: the learning rate is too high for the model."""
+    """The loss is not finite: the learning rate is too high for this model."""
 
 
 @dataclass(frozen=True)
@@ -45,24 +47,24 @@ class Classifier:
 
     @property
     def parameters(self) -> int:
-        """Learned numbers."""
+        """The number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def nbytes(self) -> int:
-        """Of its parameters, as they are held."""
+        """The bytes of its parameters in memory."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def cpu(self) -> nn.Module:
-        """Its model, on the CPU."""
+        """Move the model to the CPU, and return it."""
         return self.model.to("cpu")
 
     def predict(self, texts: Texts) -> NDArray[Any]:
-        """[N] numbers of labels, or values for regression."""
+        """The labels as numbers [N], or values for regression."""
         return self.predict_encoded(self.encoder.encode(texts, "text"))
 
     def predict_encoded(self, encoded: Encoded) -> NDArray[Any]:
-        """As `predict`, of rows that are tokenised already."""
+        """As `predict`, for rows that are tokenised already."""
         order = np.argsort(encoded.lengths(), kind="stable")
         self.model.eval()
         parts = []
@@ -85,7 +87,7 @@ def fine_tune(
     *,
     lr: float,
     seed: int,
-    settings: FineTuneConfig,
+    settings: FineTuneRecipe,
     device: torch.device,
     watch: Watch,
     at_epoch: Callable[[int, int, Classifier], None],
@@ -93,15 +95,15 @@ def fine_tune(
     """Fine-tune on the rows of `train`, the tokenised `data.train`.
 
     Args:
-        encoder: what to start from.
+        encoder: the encoder to start from.
         data: the task.
-        train: its train rows.
-        lr: the largest learning rate.
-        seed: of the classifier's first weights, the order of rows and dropout.
-        settings: the rest.
-        device: where to.
-        watch: told of each step's loss and learning rate.
-        at_epoch: called after each epoch, from 1, with the step and the classifier as it is.
+        train: the train rows.
+        lr: the highest learning rate of the schedule.
+        seed: decides the start of the classifier, the order of rows, and dropout.
+        settings: all other settings.
+        device: the device to train on.
+        watch: called after each step with its loss and learning rate.
+        at_epoch: called after each epoch with its number (from 1), the step, and the classifier so far.
 
     Raises Diverged: the loss is not finite.
     """
@@ -141,7 +143,7 @@ def fine_tune(
 
 
 def batches_by_length(lengths: list[int], batch: int, order: np.random.Generator) -> Iterator[list[int]]:
-    """All rows once, in batches of rows of like length, in random order; the last of a window may be smaller."""
+    """All rows once, in batches of similar length and random order; the last batch of a window may be smaller."""
     rows = order.permutation(len(lengths))
     sizes = np.asarray(lengths)
     found = []
@@ -154,17 +156,17 @@ def batches_by_length(lengths: list[int], batch: int, order: np.random.Generator
 
 
 def latency_ms(predict: Callable[[Texts], Any], texts: Texts, calls: int = 30) -> float:
-    """Median milliseconds of a prediction for one text, tokenisation included; `texts` are gone through in turn."""
+    """The median time of a prediction for one text, with tokenisation; each call takes the next of `texts`."""
     times = []
     for number in range(calls + 5):
         start = time.perf_counter()
         predict([texts[number % len(texts)]])
         times.append(time.perf_counter() - start)
-    return float(np.median(times[5:])) * 1e3  # the first ones warm up
+    return float(np.median(times[5:])) * 1e3  # the first calls warm up
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norms, which are vectors, are not decayed."""
+    """Matrices are decayed; biases and norms, which are vectors, are not."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""GLUE's metrics, from scikit-learn and SciPy. Each takes `predicted` and `true`, [N], and 1 is perfect."""
+"""GLUE's metrics, from scikit-learn and SciPy. Each takes `predicted` and `true` [N]; a perfect score is 1."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[Any]
-"""[N]: numbers of labels, or float64 for regression."""
+"""[N]: labels as numbers, or float64 values for regression."""
 
 
 def accuracy(predicted: Values, true: Values) -> float:
-    """The share that is right."""
+    """The share of correct predictions."""
     return float(np.mean(predicted == true))
 
 
 def f1(predicted: Values, true: Values) -> float:
-    """F1 of label 1; 0 where neither side has one."""
+    """F1 of label 1; 0 if no row has it and none is predicted to have it."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(true, predicted, pos_label=1, average="binary", zero_division=0))
@@ -34,14 +34,14 @@ def matthews(predicted: Values, true: Values) -> float:
 
 
 def pearson(predicted: Values, true: Values) -> float:
-    """Pearson's correlation; 0 for a constant prediction, which has none."""
+    """Pearson's correlation; 0 for a constant prediction, for which it is not defined."""
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, predicted, true)
 
 
 def spearman(predicted: Values, true: Values) -> float:
-    """Spearman's correlation; 0 for a constant prediction, which has none."""
+    """Spearman's correlation; 0 for a constant prediction, for which it is not defined."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, predicted, true)
@@ -53,12 +53,12 @@ METRICS: dict[str, Callable[[Values, Values], float]] = {
 
 
 def measure(names: Sequence[str], predicted: Values, true: Values) -> dict[str, float]:
-    """The metrics of `names` by name."""
+    """The values of the metrics `names`, by name."""
     return {name: METRICS[name](predicted, true) for name in names}
 
 
 def _correlation(function: Callable[..., Any], predicted: Values, true: Values) -> float:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SciPy warns of constant input, and returns NaN
+        warnings.simplefilter("ignore")  # SciPy warns about constant input and returns NaN
         value = float(function(predicted, true).statistic)
     return 0.0 if isnan(value) else value

@@ -15,56 +15,77 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+def _word(value: Any) -> Any:
+    """YAML reads `no` as a boolean and `0` as a number: say so, and how to write the word."""
+    kind = {bool: "true or false", int: "a number", float: "a number", type(None): "null"}.get(type(value))
+    if kind:
+        raise ValueError(
+            f"YAML reads this as {kind} ({value}); quote it if it is a word: key: ['yes', 'no'] in a recipe, "
+            """'key=["yes","no"]' on the command line"""
+        )
+    return value
+
+
+def _optional_word(value: Any) -> Any:
+    return value if value is None else _word(value)
+
+
+Word = Annotated[str, BeforeValidator(_word)]
+"""A text that YAML may read as something else."""
+
+
 @dataclass(config=STRICT, kw_only=True)
-class DataConfig:
-    """Where a task's rows come from, and which columns count. GLUE's tasks need none of the names."""
+class TaskDataRecipe:
+    """Where the rows of a task come from, and which columns are used. GLUE's tasks know their columns."""
 
     path: str | None = None
-    """Folder with {train,dev,test}.{tsv,csv,parquet,jsonl}, or one labelled file; none: nyu-mll/glue on the hub."""
-    text: Annotated[list[str], BeforeValidator(_as_list), Field(max_length=2)] = field(default_factory=list)
-    """The column of the text, or the two of a pair of texts."""
-    label: str | None = None
+    """A folder with {train,dev,test}.{tsv,csv,parquet,jsonl}, or one labelled file; none: nyu-mll/glue on the hub."""
+    text: Annotated[list[Word], BeforeValidator(_as_list), Field(max_length=2)] = field(default_factory=list)
+    """The column of the text, or the two columns of a pair of texts."""
+    label: Annotated[str | None, BeforeValidator(_optional_word)] = None
     """The column of the label."""
-    labels: list[str] = field(default_factory=list)
-    """All labels in their order; by default those of the train rows, sorted."""
+    labels: list[Word] = field(default_factory=list)
+    """All labels in their order; by default the labels of the train rows, sorted."""
     regression: bool = False
-    """Of a task of your own: labels are numbers to be predicted."""
-    header: list[str] = field(default_factory=list)
-    """Names of the columns, for files whose first line does not name them."""
+    """The labels of your own task are numbers to predict, not classes."""
+    header: list[Word] = field(default_factory=list)
+    """The names of all columns, for files without a header line."""
     train_rows: PositiveInt | None = None
-    """Fine-tune on so many rows of train, drawn once, the same for every model and seed; none: all."""
+    """Fine-tune on this many train rows, drawn once, the same for every model and seed; none: on all rows."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What happens to rows that cannot be read or have no text or label: refuse the first, or skip and count all."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Where the data is one file: the share of its rows that becomes dev."""
+    """The share of the rows that becomes dev, where the data is one file."""
 
 
 @dataclass(config=STRICT, kw_only=True)
-class FineTuneConfig:
-    """How an encoder is fine-tuned. The defaults are those of ShareBERT's authors."""
+class FineTuneRecipe:
+    """How an encoder is fine-tuned. The defaults are the settings of ShareBERT's authors."""
 
     epochs: PositiveInt = 5
-    """Passes over train."""
+    """The number of passes over train."""
     batch: PositiveInt = 64
-    """Rows a step."""
+    """Rows in one step."""
     lr: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_as_list), Field(min_length=1)] = field(
         default_factory=lambda: [5e-5]
     )
-    """Learning rate. Of several, the one that is best on dev with the first seed is used with the others."""
+    """The learning rate, or a list to sweep: all seeds use the rate that is best on dev with the first seed."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    """Steps over which the rate rises from 0; at most half of all."""
+    """Steps in which the learning rate rises from 0; at most half of all steps."""
     power: Annotated[float, Field(gt=0)] = 1.0
-    """Of the polynomial by which the rate then falls to 0."""
+    """The power of the polynomial by which the learning rate falls to 0 after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """On all but biases and LayerNorms."""
+    """Weight decay of all parameters but biases and LayerNorms."""
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest norm of the gradient; 0 for any."""
+    """The gradient is clipped to this norm; 0: no clipping."""
     max_length: Annotated[int, Field(ge=4)] = 128
-    """Tokens of a row; what is longer is cut."""
+    """Tokens in a row; longer rows are cut."""
     pooling: Literal["pooler", "mean"] = "pooler"
     """What a ShareBERT classifies by: the pooler of the first position, or the mean over all positions."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of the encoder while it is fine-tuned; none: as its config says."""
+    """All dropout rates of the encoder during fine-tuning; none: as in its config."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the products."""
+    """The precision of matrix products in training; predictions are in fp32."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -73,17 +94,17 @@ class EvaluateRecipe:
 
     SHORTHAND: ClassVar[dict[str, str]] = {"data": "path"}
 
-    task: str
-    """A task of GLUE, or a name for your own."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Its rows; a plain value means data.path."""
-    finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
+    task: Word
+    """A task of GLUE, or a name for a task of your own."""
+    data: TaskDataRecipe = field(default_factory=TaskDataRecipe)
+    """The rows of the task; a plain value means data.path."""
+    finetune: FineTuneRecipe = field(default_factory=FineTuneRecipe)
     """How encoders are fine-tuned."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), Field(min_length=1)] = field(
         default_factory=lambda: [1, 2, 3, 4, 5]
     )
-    """One fine-tuning each: of the classifier's first weights, the order of rows and dropout."""
+    """One fine-tuning a seed: it decides the start of the classifier, the order of rows, and dropout."""
     output: str = "scores"
-    """Folder for results; a task's are in a folder of its name."""
+    """The folder for results; each task has a folder of its name in it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is one."""
+    """The device to use; auto: CUDA if there is a GPU, else the CPU."""

@@ -1,11 +1,13 @@
-"""What a scoring shows: a file of JSON a model, a table of all models of a task, curves in TensorBoard."""
+"""What `evaluate` writes: one JSON file a model, a table of all models of a task, and curves for TensorBoard."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,60 +18,83 @@ from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 
 TABLE, BOARD = "results.md", "tensorboard"
+LONGEST_NAME = 200
+"""Bytes of a file name without its suffix; file systems allow 255, and a temporary file's name is longer."""
+
+Scores = dict[str, dict[str, float]]
+"""Split → metric → value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a model scored on a task."""
+    """The scores of one model on one task, and what they cost."""
 
     task: str
     model: str
-    """As it was named on the command line."""
+    """Its name on the command line."""
     scores: dict[str, dict[str, list[float]]]
     """Split → metric → one value a seed."""
     parameters: int
-    """Learned numbers, the classifier's included, those of a masked-language-model head not."""
+    """Learned numbers, with the classifier and without a masked-language-model head."""
     bytes: int
-    """Of the parameters in memory; of TF-IDF, pickled."""
+    """The size of the parameters in memory; for TF-IDF, the size of its pickle."""
     latency_ms: float
-    """Median time of one text of the first dev split, alone, tokenisation included."""
+    """The median time of one text of the first dev split in a batch of its own, with tokenisation."""
     device: str
     threads: int
-    """That PyTorch used."""
+    """Threads that PyTorch used."""
     train_rows: int
     fit_s: list[float]
-    """Time of each fit, a seed."""
+    """Seconds of the fit, for each seed."""
     seeds: list[int] = field(default_factory=list)
-    """Empty for what has no chance in it."""
+    """Empty for a model that no random numbers enter."""
     lr: float | None = None
+    """The learning rate of all seeds; null for a baseline."""
     sweep: dict[str, float | None] = field(default_factory=dict)
-    """Where learning rates were tried: the mean of the dev metrics with the first seed; null where it diverged."""
+    """Learning rate → mean of the dev metrics with the first seed, if several were tried; null if the loss diverged."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The recipe's `finetune`."""
+    """The keys of the recipe's `finetune` that had an effect on this model."""
     versions: dict[str, str] = field(default_factory=dict)
+    """Package → version."""
+    skipped_rows: dict[str, int] = field(default_factory=dict)
+    """File → the number of its bad rows, if any were skipped."""
 
 
 def file_name(name: str) -> str:
-    """A model's or task's name as that of a file: what is no letter, digit, dot or minus becomes a minus."""
+    """A file name for a model or task: every character but letters, digits, `_`, `.` and `-` becomes `-`."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
+
+
+def result_file(folder: Path, model: str) -> Path:
+    """The file of a model's result: named for the model.
+
+    If the name is too long for a file, or another model has it already (`a/b` and `a-b` are alike as file names), it
+    ends with a part of a hash of the model's name.
+    """
+    name = file_name(model)
+    path = folder / f"{name}.json"
+    if len(name.encode()) <= LONGEST_NAME and (not path.exists() or _read(path).model == model):
+        return path
+    return folder / f"{name[-60:]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}.json"
 
 
 def write_result(folder: Path, result: Result) -> None:
     """Write a result, and the table of all results in `folder`."""
     values = TypeAdapter(Result).dump_python(result, mode="json")
-    write_atomically(folder / f"{file_name(result.model)}.json", json.dumps(values, indent=2) + "\n")
+    write_atomically(result_file(folder, result.model), json.dumps(values, indent=2) + "\n")
     write_atomically(folder / TABLE, table(read_results(folder)) + "\n")
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results in `folder`, the best first. Raises BadInput, naming the file that is none."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found.append(TypeAdapter(Result).validate_json(path.read_bytes()))
-        except (ValidationError, OSError) as error:
-            raise BadInput(f"{path}: not a result of evaluate; remove it") from error
-    return sorted(found, key=lambda result: -headline(result))
+    """All results in `folder`, the best first. Raises BadInput, naming a file that is not a result."""
+    return sorted(map(_read, sorted(folder.glob("*.json"))), key=lambda result: -headline(result))
+
+
+def _read(path: Path) -> Result:
+    try:
+        return TypeAdapter(Result).validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise BadInput(f"{path}: not a result of evaluate; remove it") from error
 
 
 def headline(result: Result) -> float:
@@ -78,15 +103,25 @@ def headline(result: Result) -> float:
     return mean(mean(values) for values in dev)
 
 
+def by_metric(scores: Sequence[Scores]) -> dict[str, dict[str, list[float]]]:
+    """The scores of several seeds as split → metric → one value a seed."""
+    return {split: {metric: [s[split][metric] for s in scores] for metric in scores[0][split]} for split in scores[0]}
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that a score depends on."""
+    return {name: version(name) for name in ("torch", "transformers", "tokenizers", "scikit-learn", "scipy")}
+
+
 def table(results: Sequence[Result]) -> str:
-    """Results of one task as a table in Markdown; scores are times 100: mean ± standard deviation (least to most)."""
+    """Results of one task as a Markdown table; scores times 100, as mean ± standard deviation (lowest to highest)."""
     columns = list(dict.fromkeys((split, metric) for r in results for split in r.scores for metric in r.scores[split]))
     head = ["model", "parameters", "MB", "ms a text", "train rows", "epochs", "lr", "seeds"]
     rows = [[*head, *(f"{split} {metric}" for split, metric in columns)]]
     for result in results:
         rows.append(
             [
-                result.model,
+                result.model.replace("|", "\\|"),
                 f"{result.parameters:,}",
                 f"{result.bytes / 1e6:,.1f}",
                 f"{result.latency_ms:.2f}",
@@ -106,24 +141,24 @@ def table(results: Sequence[Result]) -> str:
 
 
 class Board:
-    """TensorBoard's curves of one fine-tuning."""
+    """The curves of one fine-tuning, for TensorBoard."""
 
     def __init__(self, folder: Path, model: str, label: str) -> None:
-        """`label` names the fine-tuning among those of the model, for instance by its seed."""
+        """`label` distinguishes the fine-tunings of a model, for instance by the seed."""
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / BOARD / file_name(model) / label
+        path = folder / BOARD / result_file(folder, model).stem / label
         for old in path.glob("events.*"):
-            old.unlink()  # of an earlier evaluation: its curve would run through this one's
+            old.unlink()  # the curve of an earlier evaluation would be drawn into the new one
         self._writer = SummaryWriter(str(path))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One point of each curve."""
+        """Add a point to each curve."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all points, and close the file."""
         self._writer.close()
 
 

@@ -1,133 +1,82 @@
-"""Reading tables of labelled rows: tsv, csv, parquet, jsonl. Every value is text, and every row is whole."""
+"""A table of labelled rows: columns of text, the place of each row in its file, and what happens to bad rows."""
 
 from __future__ import annotations
 
-import csv
-import io
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
-import pandas
-from numpy.typing import NDArray
-from pandas.errors import EmptyDataError, ParserError, ParserWarning
 
 from sharebert_common.errors import BadInput, nearest
 
-SUFFIXES = (".tsv", ".csv", ".parquet", ".jsonl")
+
+@dataclass
+class BadRows:
+    """What happens to the bad rows of one file: the first one is refused, or all are skipped and counted."""
+
+    where: str
+    """The file, or a split's name on the hub."""
+    skip: bool = False
+    places: list[str] = field(default_factory=list)
+    """The places of the skipped rows."""
+    first: str = ""
+    """What is wrong with the first of them."""
+
+    def found(self, place: str, problem: str) -> None:
+        """Count a bad row. Raises BadInput if bad rows are refused."""
+        if not self.skip:
+            raise BadInput(f"{self.where}, {place}: {problem} (data.bad_rows=skip skips such rows)")
+        self.first = self.first or f"{place}: {problem}"
+        self.places.append(place)
+
+    def note(self) -> str:
+        """The line for the user: how many rows were skipped, and what is wrong with the first of them."""
+        return f"{self.where}: bad rows skipped: {len(self.places):,}; the first is {self.first}"
 
 
-def find_table(folder: Path, split: str) -> Path | None:
-    """The file of a split in `folder`; None where there is none. Raises BadInput where there are two."""
-    found = [path for path in (folder / f"{split}{suffix}" for suffix in SUFFIXES) if path.is_file()]
-    if len(found) > 1:
-        raise BadInput(f"{folder}: {' and '.join(path.name for path in found)}: which one is {split}? Remove the other")
-    return found[0] if found else None
-
-
+@dataclass(frozen=True)
 class Table:
-    """The rows of a file, and where in it each stands, for messages."""
+    """The columns of a file."""
 
-    def __init__(self, where: str, frame: pandas.DataFrame, header_lines: int = 0) -> None:
-        self.where, self._frame, self._header_lines = where, frame, header_lines
+    where: str
+    """The file, or a split's name on the hub."""
+    columns: Mapping[str, Sequence[Any]]
+    """Name → one value a row; None where the row has no value."""
+    places: Sequence[str]
+    """For messages: `line 7` of a text file, `row 7` of others, from 1."""
+    bad_rows: BadRows
+    empty_lines: Sequence[int] = ()
+    """Numbers of the lines without text, which are not rows."""
 
     def __len__(self) -> int:
-        return len(self._frame)
-
-    def place(self, row: int) -> str:
-        """How a message names a row: by its number from 1, the header's line counted where there is one."""
-        return f"{self.where}, row {int(self._frame.index[row]) + 1 + self._header_lines}"
-
-    def take(self, rows: NDArray[np.int64]) -> Table:
-        """Some of its rows; they keep their places."""
-        return Table(self.where, self._frame.iloc[rows], self._header_lines)
+        return len(self.places)
 
     def has(self, names: Sequence[str]) -> bool:
         """Whether a column has one of these names."""
-        return any(name in self._frame.columns for name in names)
+        return any(name in self.columns for name in names)
 
-    def column(self, names: Sequence[str], key: str) -> list[str]:
-        """The values of the first column that has one of `names`, as text.
+    def column(self, names: Sequence[str], key: str) -> tuple[str, Sequence[Any]]:
+        """The column that has one of `names`: its name and values.
 
-        Raises BadInput: there is none (`key` of the recipe names another), or a row has no value there.
+        Raises BadInput: there is no such column; `key` of the recipe can name another one.
         """
-        columns = [str(name) for name in self._frame.columns]
-        name = next((name for name in names if name in columns), None)
+        name = next((name for name in names if name in self.columns), None)
         if name is None:
             wanted = " or ".join(f"'{name}'" for name in names)
             raise BadInput(
-                f"{self.where}: no column {wanted}{nearest(names[0], columns)} (it has {', '.join(columns)}); "
-                f"name it with {key}=…, or all columns of a file without a header with data.header=[…]"
+                f"{self.where}: no column {wanted}{nearest(names[0], self.columns)} (it has "
+                f"{', '.join(self.columns)}); name it with {key}=…; if the file has no header line, name all columns "
+                "with data.header=[…]"
             )
-        values = self._frame[name]
-        empty = values.isna().to_numpy().nonzero()[0]
-        if len(empty):
-            raise BadInput(f"{self.place(int(empty[0]))}: no value in column '{name}'")
-        return [_as_text(value) for value in values]
+        return name, self.columns[name]
 
 
-def read_table(path: Path, header: Sequence[str], wanted: Sequence[str]) -> Table:
-    """Read a file by its suffix.
-
-    Args:
-        path: the file.
-        header: the columns' names, for a text file whose first line holds none of `wanted`.
-        wanted: names that columns may have.
-
-    Raises BadInput, naming the file, and the row where it can: not readable, a row of another width, empty.
-    """
-    try:
-        if path.suffix == ".parquet":
-            table = Table(str(path), pandas.read_parquet(path))
-        elif path.suffix == ".jsonl":
-            frame = pandas.read_json(path, lines=True, dtype=False, encoding="utf-8")
-            table = Table(str(path), frame)
-        elif path.suffix in (".tsv", ".csv"):
-            table = _read_text(path, header, wanted)
-        else:
-            raise BadInput(f"{path}: not a {', '.join(SUFFIXES)} file")
-    except BadInput:
-        raise
-    except (
-        ParserError,
-        ParserWarning,
-        EmptyDataError,
-        ValueError,
-        OSError,
-    ) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        raise BadInput(f"{path}: not readable as {path.suffix[1:]} ({' '.join(str(error).split())})") from error
-    if not len(table):
-        raise BadInput(f"{path}: holds no rows")
-    return table
-
-
-def _read_text(path: Path, header: Sequence[str], wanted: Sequence[str]) -> Table:
-    """GLUE's tsv files quote nothing; csv files do."""
-    text = path.read_text(encoding="utf-8-sig")
-    tabs = path.suffix == ".tsv"
-    options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"quoting": csv.QUOTE_MINIMAL}
-    first_line = text.split("\n", 1)[0].rstrip("\r").split("\t" if tabs else ",")
-    bare = bool(header) and not {name.strip('"') for name in first_line} & set(wanted)
-    if bare and len(first_line) != len(header):
-        raise BadInput(f"{path}: its first line has {len(first_line)} columns, data.header names {len(header)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ParserWarning)  # of a row that is too long, which pandas would cut
-        frame = pandas.read_csv(
-            io.StringIO(text),
-            header=None if bare else 0,
-            names=list(header) if bare else None,
-            index_col=False,
-            dtype=str,
-            keep_default_na=False,  # "None" and "NA" are words; a row that is cut short still has empty values
-            **options,
-        )
-    return Table(str(path), frame, header_lines=0 if bare else 1)
-
-
-def _as_text(value: Any) -> str:
-    """A value of a column as text; a whole number that became a float on the way is one again."""
+def as_text(value: Any) -> str:
+    """A label as text. A whole number may have become a float in the file: it is written without `.0`."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a row has no value: null, or NaN."""
+    return value is None or (isinstance(value, float) and value != value)

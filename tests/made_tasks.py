@@ -1,4 +1,4 @@
-"""Made-up labelled rows for tests of scoring, in the words of `tiny_models.tiny_tokenizer`."""
+"""Made-up labelled rows for the tests of scoring, made of the words of `tiny_models.tiny_tokenizer`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from exports.forms import write_export
 
 
 def rows(count: int, seed: int) -> list[tuple[str, int]]:
-    """Texts of 3 to 9 words, and whether more of them are from w0 … w9 (1) than from w10 … w19 (0)."""
+    """Texts of 3 to 9 words with labels: 1 if most come from w0 … w9, 0 if most come from w10 … w19."""
     draw = random.Random(seed)
     made = []
     for _ in range(count):
@@ -24,14 +24,14 @@ def rows(count: int, seed: int) -> list[tuple[str, int]]:
 
 
 def write_tsv(path: Path, header: Sequence[str], values: Sequence[Sequence[object]]) -> Path:
-    """A tsv file as GLUE's."""
+    """Write a tsv file as GLUE's are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join("\t".join(map(str, row)) + "\n" for row in [header, *values] if row), encoding="utf-8")
     return path
 
 
 def sst2(folder: Path, train: int = 320, dev: int = 80) -> Path:
-    """A folder with SST-2's two files."""
+    """A folder with the train and dev files of SST-2."""
     for split, count, seed in (("train", train, 0), ("dev", dev, 1)):
         write_tsv(folder / f"{split}.tsv", ("sentence", "label"), rows(count, seed))
     return folder

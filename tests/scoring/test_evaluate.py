@@ -49,7 +49,7 @@ def bert(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(task: Path, export: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all kinds of models have been scored."""
+    """The folder of results of all kinds of models."""
     output = tmp_path_factory.mktemp("scores")
     models = [str(export), f"random:{export}", str(bert), "majority", "tfidf"]
     arguments = [*models, *FAST, "seeds=[1,2]", f"output={output}", "--task", "sst2", "--data", str(task)]
@@ -89,7 +89,7 @@ def test_table_and_curves(scored: Path, export: Path) -> None:
 
     lines = (scored / "results.md").read_text().splitlines()
     assert len(lines) == 2 + 5
-    assert lines[-1].split("|")[1].strip() == "majority"  # the last: the best are first
+    assert lines[-1].split("|")[1].strip() == "majority"  # the best are first
     assert "±" in next(line for line in lines if f"random:{export}" in line)
     ours = results(scored)[str(export)]
     folder = (
@@ -105,7 +105,7 @@ def test_table_and_curves(scored: Path, export: Path) -> None:
 
 @pytest.fixture
 def code_cache(tmp_path: Path) -> Iterator[None]:
-    """transformers copies remote code into a cache: one that ends with the test."""
+    """A cache for this test alone, where transformers copies remote code to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
         patch.syspath_prepend(str(tmp_path / "modules"))
@@ -113,8 +113,8 @@ def code_cache(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("code_cache")
-def test_a_saved_classifier_is_an_export_and_goes_on(task: Path, export: Path, tmp_path: Path) -> None:
-    """It has the reported score, loads as any classifier does, and is fine-tuned again."""
+def test_a_saved_classifier_is_an_export_and_can_be_fine_tuned(task: Path, export: Path, tmp_path: Path) -> None:
+    """It loads as any classifier does, has the reported score, and can be fine-tuned again."""
     saved = tmp_path / "classifier"
     fast = [*FAST, "finetune.pooling=mean", "seeds=3", f"output={tmp_path}", "--task", "sst2", "--data", str(task)]
     assert main(["evaluate", str(export), *fast, "--save", str(saved)]) == 0
@@ -133,7 +133,7 @@ def test_a_saved_classifier_is_an_export_and_goes_on(task: Path, export: Path, t
     assert main(["evaluate", str(saved), *again]) == 0
 
 
-def test_a_dense_export_goes_through_as_any_encoder(task: Path, export: Path, tmp_path: Path) -> None:
+def test_a_dense_export_is_scored_as_any_encoder(task: Path, export: Path, tmp_path: Path) -> None:
     write_export(read_export(export), tmp_path / "dense", Dense())
     arguments = [*FAST, "seeds=1", f"output={tmp_path}", "--task", "sst2", "--data", str(task)]
     assert main(["evaluate", str(tmp_path / "dense"), *arguments]) == 0
@@ -177,7 +177,7 @@ def test_pairs_regression_and_two_dev_sets(export: Path, tmp_path: Path, capsys:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a user sees, with exit code 2."""
+    """The one line that a user sees when the command ends with exit code 2."""
     capsys.readouterr()
     assert main(["evaluate", *arguments]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sharebert: ")]
@@ -196,14 +196,14 @@ def test_bad_tasks_and_recipes(task: Path, export: Path, tmp_path: Path, capsys:
     assert "no such file or folder" in refusal(
         capsys, str(export), output, "--task", "sst2", "--data", str(tmp_path / "x")
     )
-    assert "keeps the classifier of one encoder" in refusal(
+    assert "needs exactly one encoder, and 0 were given" in refusal(
         capsys, "majority", output, *sst, "--save", str(tmp_path / "c")
     )
     assert "exists; choose another folder" in refusal(capsys, str(export), output, *sst, "--save", str(export))
     write_tsv(task.parent / "bad" / "train.tsv", ("sentence", "label"), [("w1", 0), ("w2", "1.5")])
     write_tsv(task.parent / "bad" / "dev.tsv", ("sentence", "label"), [("w1", 0)])
     bad = refusal(capsys, str(export), output, "--task", "sst2", "--data", str(task.parent / "bad"))
-    assert "train.tsv, row 3: label '1.5' is none of negative, positive" in bad
+    assert "train.tsv, line 3: label '1.5' is not one of negative, positive" in bad
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2" / "old.json").write_text("{}")
     assert "old.json: not a result of evaluate" in refusal(capsys, str(export), output, *sst)

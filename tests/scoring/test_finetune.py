@@ -1,4 +1,4 @@
-"""The parts of fine-tuning: batches by length, the schedule, what is decayed."""
+"""The parts of fine-tuning: batches by length, the schedule, seeds, weights, settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from made_tasks import rows, tiny_export
 from scoring.data import Split, TaskData
 from scoring.encoders import Encoder, open_encoder
 from scoring.finetune import WINDOW, Classifier, Diverged, batches_by_length, fine_tune
-from scoring.recipe import FineTuneConfig
+from scoring.recipe import FineTuneRecipe
 from scoring.tasks import TASKS
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuned(
-    encoder: Encoder, settings: FineTuneConfig, train: Split, lr: float = 1e-2
+    encoder: Encoder, settings: FineTuneRecipe, train: Split, lr: float = 1e-2
 ) -> tuple[Classifier, list[dict[str, float]]]:
     seen: list[dict[str, float]] = []
     data = TaskData(TASKS["sst2"], train, {})
@@ -53,7 +53,7 @@ def test_batches_hold_every_row_once_and_rows_of_like_length() -> None:
 
 
 def test_the_schedule_of_the_authors(export: Path) -> None:
-    settings = FineTuneConfig(epochs=3, batch=8)
+    settings = FineTuneRecipe(epochs=3, batch=8)
     _, seen = tuned(open_encoder(str(export), settings), settings, made(640, 0), lr=1e-3)
     rates = [values["lr"] for values in seen]
     assert len(rates) == 240
@@ -64,7 +64,7 @@ def test_the_schedule_of_the_authors(export: Path) -> None:
 
 
 def test_padding_changes_no_prediction(export: Path) -> None:
-    settings = FineTuneConfig()
+    settings = FineTuneRecipe()
     encoder = open_encoder(str(export), settings)
     model = encoder.build(TASKS["sst2"], 0)
     texts = made(40, 3).texts
@@ -74,7 +74,7 @@ def test_padding_changes_no_prediction(export: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_classifier(export: Path) -> None:
-    settings = FineTuneConfig(epochs=1, batch=16, dropout=0.1)
+    settings = FineTuneRecipe(epochs=1, batch=16, dropout=0.1)
     runs = [tuned(open_encoder(str(export), settings), settings, made(64, 0)) for _ in range(2)]
     assert runs[0][1] == runs[1][1]
     for a, b in zip(runs[0][0].model.parameters(), runs[1][0].model.parameters(), strict=True):
@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_classifier(export: Path) -> None:
 
 
 def test_weights_are_loaded_or_new(export: Path) -> None:
-    settings = FineTuneConfig()
+    settings = FineTuneRecipe()
     loaded = open_encoder(str(export), settings)
     fresh = open_encoder(f"random:{export}", settings)
     name = "sharebert.word_embeddings.weight"
@@ -98,7 +98,7 @@ def test_weights_are_loaded_or_new(export: Path) -> None:
 
 
 def test_settings_reach_the_model(export: Path) -> None:
-    settings = FineTuneConfig(dropout=0.3, pooling="mean")
+    settings = FineTuneRecipe(dropout=0.3, pooling="mean")
     model = open_encoder(str(export), settings).build(TASKS["sst2"], 0)
     assert model.dropout.p == 0.3
     assert model.sharebert.config.attention_probs_dropout_prob == 0.3
@@ -106,6 +106,6 @@ def test_settings_reach_the_model(export: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_it(export: Path) -> None:
-    settings = FineTuneConfig(epochs=1, batch=8, clip=0)
+    settings = FineTuneRecipe(epochs=1, batch=8, clip=0)
     with pytest.raises(Diverged, match=r"export, seed 1: the loss is (nan|inf) at step \d+; lower lr \(1e\+30\)"):
         tuned(open_encoder(str(export), settings), settings, made(64, 0), lr=1e30)
