@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from sharebert_common import run_files
+
 EVERY, VALIDATE_EVERY = 5, 7
 """Steps between checkpoints, and between validations."""
 SEQ_LEN, WORDS = 64, 1000
@@ -132,10 +134,8 @@ class Run:
 
     @property
     def state(self) -> dict[str, Any]:
-        """`state.json`, if it is there."""
-        with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads((self.folder / "state.json").read_text()))
-        return {}
+        """`state.json`, with the defaults of a run that was never started."""
+        return run_files.peek_state(self.folder)
 
     @property
     def finished(self) -> bool:
@@ -144,15 +144,7 @@ class Run:
 
     def log(self) -> list[dict[str, Any]]:
         """Whole lines of the log so far."""
-        try:
-            text = (self.folder / "log.jsonl").read_text()
-        except OSError:
-            return []
-        found = []
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+        return run_files.read_log(self.folder)
 
     @property
     def step(self) -> int:
@@ -162,7 +154,7 @@ class Run:
     @property
     def last_line(self) -> dict[str, Any]:
         """The last whole line of the log; empty where there is none."""
-        with contextlib.suppress(OSError), (self.folder / "log.jsonl").open("rb") as log:
+        with contextlib.suppress(OSError), (self.folder / run_files.LOG_FILE).open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
             for line in reversed(log.read().splitlines()):
                 with contextlib.suppress(ValueError):

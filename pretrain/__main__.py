@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Sequence
 
 from pretrain.faults.stop import StopRequest, stop_with_the_launcher
-from sharebert_common.errors import BadInput
+from sharebert_common.errors import BAD_INPUT, FAILED, FINISHED, STOPPED, BadInput
+from sharebert_common.quiet import quiet_libraries
 from sharebert_common.recipe import load
 
 
@@ -22,9 +23,11 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
     stop = StopRequest()  # before the imports, which take seconds
     if under_torchrun:
         stop_with_the_launcher()
+    if not debug:
+        quiet_libraries()
     from pretrain import distributed
     from pretrain.recipe import TrainRecipe
-    from pretrain.train import BAD_INPUT, FAILED, FINISHED, STOPPED, train
+    from pretrain.train import train
 
     joined = False
     try:

@@ -47,11 +47,8 @@ from pretrain.run.folder import RunFolder
 from pretrain.run.meter import Meter
 from pretrain.run.metric_log import Monitor
 from pretrain.validate import refuse_nothing_to_validate, validate
-from sharebert_common.errors import BadInput
+from sharebert_common.errors import FINISHED, STOPPED, BadInput
 from sharebert_common.recipe import plain, to_yaml
-
-FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-"""Exit codes of a launch."""
 
 
 def train(recipe: TrainRecipe, world: World, stop: StopRequest) -> int:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from sharebert_common import run_files
 from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 
@@ -66,7 +67,7 @@ class RunFolder:
     @property
     def log(self) -> Path:
         """One JSON object a logging interval."""
-        return self.path / "log.jsonl"
+        return self.path / run_files.LOG_FILE
 
     @property
     def bad_rows(self) -> Path:
@@ -129,24 +130,14 @@ class RunFolder:
             print(f"{self.path}: {text}", file=sys.stderr, flush=True)
 
     def read_state(self) -> dict[str, Any]:
-        """The content of `state.json`; empty before the first start. Raises BadInput where it is not JSON."""
-        path = self.path / "state.json"
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise BadInput(f"{path}: not JSON ({error})") from error
+        """The content of `state.json`, see `run_files.read_state`."""
+        return run_files.read_state(self.path)
 
-    def write_state(self, state: str, *, reason: str = "", step: int | None = None, **changes: Any) -> None:
-        """Say how the run stands; what is not given stays."""
-        now = {"step": 0, "restarts": 0, "crashes": {}, "job": None} | self.read_state() | changes
-        now |= {"state": state, "reason": reason, "updated": time.time()}
-        if step is not None:
-            now["step"] = step
+    def write_state(self, state: str, *, reason: str = "", **changes: Any) -> None:
+        """Say in `state.json` how the run stands; a key that is not given keeps its value."""
         self._noted = time.monotonic()
-        with self._or_say(self.path / "state.json"):
-            write_atomically(self.path / "state.json", json.dumps(now, indent=1) + "\n")
+        with self._or_say(self.path / run_files.STATE_FILE):
+            run_files.write_state(self.path, state, reason=reason, **changes)
 
     def start(self, *, step: int, steps: int, tokenizer: Path, recipe_yaml: str, environment: dict[str, Any]) -> None:
         """Note a launch that goes on from `step`, and drop an old stop request. A full disk does not end it."""
@@ -160,11 +151,11 @@ class RunFolder:
         with self._or_say(self.environment):
             write_atomically(self.environment, json.dumps([*self._starts(), environment], indent=1) + "\n")
         before = self.read_state()
-        crashes = before.get("crashes", {})
-        if before.get("state") == "running":  # that launch died without a word
+        crashes = before["crashes"]
+        if before["state"] == "running":  # that attempt died without a word
             crashes = self._counted(crashes)
         self.cut_log(step)
-        restarts = before["restarts"] + 1 if before else 0
+        restarts = before["restarts"] + 1 if before["state"] else 0
         job = os.environ.get("SLURM_JOB_ID")
         about = {"steps": steps, "resumed_from": step, "restarts": restarts, "crashes": crashes, "job": job}
         self.write_state("running", step=step, **about)
@@ -193,42 +184,17 @@ class RunFolder:
         """Note that this launch ended, and whether it crashed or was given something wrong. Without the lock, nothing:
         the run is another launch's."""
         if self._lock is not None:
-            crashes = self.read_state().get("crashes", {})
+            crashes = self.read_state()["crashes"]
             self.write_state("failed", reason=reason, crashes=self._counted(crashes) if crash else crashes)
 
     def _counted(self, crashes: dict[str, int]) -> dict[str, int]:
-        """One more crash at the last step that was logged: a run that comes no further crashes at the same one."""
-        step = str(self._last_logged_step())
+        """One more crash at the last logged step: a run that makes no progress crashes at the same step again."""
+        step = str(run_files.last_logged_step(self.path))
         return crashes | {step: crashes.get(step, 0) + 1}
 
-    def _last_logged_step(self) -> int:
-        try:
-            lines = self.log.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return 0
-        for line in reversed(lines):
-            try:
-                return int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a killed run may be half a line
-        return 0
-
     def cut_log(self, step: int) -> None:
-        """Drop the lines of `log.jsonl` after `step`: a run that goes on from there will write them again.
-
-        One that starts from nothing also writes that of step 0, its first validation.
-        """
-        kept, last = 0, step or -1
-        try:
-            for line in self.log.read_bytes().splitlines(keepends=True):
-                if not json.loads(line)["step"] <= last or not line.endswith(b"\n"):
-                    break
-                kept += len(line)
-        except FileNotFoundError:
-            return
-        except (ValueError, KeyError, TypeError):
-            pass  # the last line of a killed run may be half a line
-        os.truncate(self.log, kept)
+        """Drop the lines of `log.jsonl` after `step`, see `run_files.cut_log`."""
+        run_files.cut_log(self.path, step)
 
 
 def _is_orphan(holder: str) -> bool:

@@ -7,9 +7,6 @@ written.
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from pretrain.run.folder import RunFolder
 from sharebert_common.recipe import STRICT
+from sharebert_common.run_files import LogWriter
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -82,7 +80,7 @@ class Monitor:
             self._bar_task = self._bar.add_task("training", total=steps, completed=step, line="")
 
     def _open(self, step: int, config_yaml: str) -> None:
-        self._log = _LogFile(self._run.log)
+        self._log = LogWriter(self._run.log)
         self._board = _Board(self._run.tensorboard, step, config_yaml)
 
     def go_back(self, step: int) -> None:
@@ -103,7 +101,7 @@ class Monitor:
             self._write(output)
         self._show(values)
 
-    def _write(self, output: _LogFile | _Board) -> None:
+    def _write(self, output: LogWriter | _Board) -> None:
         try:
             output.write()
         except OSError as error:
@@ -140,28 +138,6 @@ class Monitor:
         else:
             with contextlib.suppress(OSError):  # a full disk, where the job's log lies on one
                 print(text, file=sys.stderr, flush=True)
-
-
-class _LogFile:
-    """`log.jsonl`. A line is in it whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.waiting: list[dict[str, Any]] = []
-        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-
-    def write(self) -> None:
-        """Write the lines that wait. Raises OSError where the disk does not take them."""
-        while self.waiting:
-            line = (json.dumps(self.waiting[0]) + "\n").encode()
-            size = os.fstat(self._handle).st_size
-            if os.write(self._handle, line) < len(line):
-                os.ftruncate(self._handle, size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            del self.waiting[0]
-
-    def close(self) -> None:
-        os.close(self._handle)
 
 
 class _Board:

@@ -15,6 +15,7 @@ import pytest
 
 from pretrain.run import folder as run_folder
 from pretrain.run.folder import RunFolder
+from sharebert_common import run_files
 from sharebert_common.errors import BadInput
 
 
@@ -143,7 +144,8 @@ def test_a_full_disk_does_not_end_a_start(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "write_atomically", full)
+    for module in (run_folder, run_files):
+        monkeypatch.setattr(module, "write_atomically", full)
     start(run, step=1)
     said = capsys.readouterr().err
     for name in ("config.yaml", "environment.json", "state.json"):

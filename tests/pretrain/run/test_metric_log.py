@@ -41,7 +41,7 @@ def lines(run: RunFolder) -> list[tuple[int, float]]:
 def test_lines_that_wait_are_written_at_the_end(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = monitor(run)
     with monkeypatch.context() as full:
-        full.setattr("pretrain.run.metric_log._LogFile.write", refuse)
+        full.setattr("pretrain.run.metric_log.LogWriter.write", refuse)
         full.setattr("pretrain.run.metric_log._Board.write", refuse)
         shown.line(valid(1, 7.0))
         shown.line(valid(2, 6.0))
