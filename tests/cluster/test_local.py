@@ -63,7 +63,7 @@ def test_stop_and_go_on(dataset: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in log_of(run)] == list(range(1, steps + 1))
     said = sharebert(tmp_path, "status", str(run)).stdout
     assert "state     finished" in said
-    assert "starts    2" in said
+    assert "attempts  2" in said
     assert f"step {steps}/{steps}" in sharebert(tmp_path, "logs", str(run)).stdout
     assert marks.read_text() == "seen\nseen\n"
     assert str(run) in sharebert(tmp_path, "status").stdout

@@ -21,7 +21,7 @@ def test_two_nodes_train_to_the_end(undisturbed: Run, baseline: list[float]) -> 
     assert undisturbed.folder.checkpoint == BASELINE_STEPS
     (start,) = json.loads((undisturbed.path / "environment.json").read_text())
     assert start["ranks"] == 4
-    (entry,) = undisturbed.folder.starts
+    (entry,) = undisturbed.folder.attempts
     assert len(set(entry["nodes"])) == 2
 
 
@@ -38,7 +38,7 @@ def test_status_of_a_finished_run(undisturbed: Run) -> None:
     facts = {key: value.strip() for key, _, value in (line.partition(" ") for line in lines)}
     assert facts["state"] == "finished"
     assert facts["step"] == f"{BASELINE_STEPS} of {BASELINE_STEPS}"
-    assert facts["starts"] == "1"
+    assert facts["attempts"] == "1"
     assert 0 < float(facts["goodput"].rstrip("%")) < 100
     assert str(undisturbed.path) in undisturbed.sharebert("status"), "the list of all runs"
 
