@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sharebert_common.errors import BAD_INPUT, FAILED, FINISHED, BadInput, CommandError
+from sharebert_common.import_path import leave_working_directory
 from sharebert_common.quiet import quiet_libraries
-from sharebert_common.recipe import describe, load
+from sharebert_common.recipe import describe, load, split_words
 
 
 def prep(given: argparse.Namespace) -> int:
@@ -69,10 +70,9 @@ def evaluate(given: argparse.Namespace) -> int:
     from scoring.recipe import EvaluateRecipe
     from scoring.score import evaluate
 
-    overrides = [item for item in given.models if "=" in item]
+    models, overrides = split_words(given.models, EvaluateRecipe)
     for key, value in (("task", given.task), ("data.path", given.data)):
         overrides += [] if value is None else [f"{key}={json.dumps(value)}"]
-    models = [item for item in given.models if "=" not in item]
     print(evaluate(load(EvaluateRecipe, given.recipe, overrides), models, save=given.save))
     return FINISHED
 
@@ -107,10 +107,6 @@ def submit(given: argparse.Namespace) -> int:
     from cluster.submit import dry_run, submit_prep, training_of
     from cluster.submit import submit as submit_trainings
 
-    overrides = [word for word in given.words if "=" in word]
-    configs = [word for word in given.words if "=" not in word]
-    if not configs:
-        raise BadInput("CONFIG: name a recipe; key=value alone is none")
     flags = {name.replace("-", "_"): getattr(given, name.replace("-", "_")) for name in CLUSTER_FLAGS}
     from_flags = [f"{name}={_quoted(value)}" for name, value in flags.items() if value is not None]
     on = load_cluster(given.cluster, from_flags + given.set)
@@ -118,7 +114,8 @@ def submit(given: argparse.Namespace) -> int:
         from data_prep.filter.dedup import rules
         from data_prep.pipeline import PrepRecipe
 
-        if len(configs) > 1 or given.dry_run:
+        configs, overrides = split_words(given.words, PrepRecipe)
+        if len(configs) != 1 or given.dry_run:
             raise BadInput("--stage prep: takes one recipe, and has no --dry-run")
         recipe = load(PrepRecipe, configs[0], overrides)
         stages = 4 if rules(recipe.clean) else 2
@@ -127,6 +124,9 @@ def submit(given: argparse.Namespace) -> int:
         return FINISHED
     from pretrain.recipe import TrainRecipe
 
+    configs, overrides = split_words(given.words, TrainRecipe)
+    if not configs:
+        raise BadInput("CONFIG: name a recipe; key=value alone is none")
     recipes = [load(TrainRecipe, config, overrides) for config in configs]
     if given.dry_run:
         print("\n\n".join(dry_run(training_of(recipe, on)) for recipe in recipes))
@@ -166,6 +166,11 @@ def stop(given: argparse.Namespace) -> int:
 def _quoted(value: str) -> str:
     """The value of a flag as a YAML string: without quotes 24:00:00 would be a number."""
     return f'"{value}"'
+
+
+def _path(text: str) -> Path:
+    """A path; `~` is the home, also where the shell does not expand it, as in `--save=~/x`."""
+    return Path(text).expanduser()
 
 
 def _task(text: str) -> tuple[int, int]:
@@ -230,21 +235,21 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="print the job, and submit nothing")
     sub.set_defaults(schema="cluster.recipe:ClusterRecipe", words_are="words")
     sub = verb("status", status, "Show how a run stands; without RUN, one line for each run that you submitted.")
-    sub.add_argument("run", type=Path, nargs="?", help="directory of the run")
+    sub.add_argument("run", type=_path, nargs="?", help="directory of the run")
     sub = verb("logs", logs, "Follow the log of rank 0 of a run, or show the rank that failed first.")
-    sub.add_argument("run", type=Path, help="directory of the run")
+    sub.add_argument("run", type=_path, help="directory of the run")
     sub.add_argument("--failed", action="store_true", help="show the traceback of the first rank that failed")
     sub.add_argument("--no-follow", dest="follow", action="store_false", help="print the log as it is now, and end")
     sub = verb("stop", stop, "Ask a submitted run to save and end, without a requeue.")
-    sub.add_argument("run", type=Path, help="directory of the run")
+    sub.add_argument("run", type=_path, help="directory of the run")
     sub = verb("consolidate", consolidate, "Turn a run's newest whole checkpoint into an export.")
     sub.add_argument(
         "source",
-        type=Path,
+        type=_path,
         metavar="RUN",
         help="directory of a run or of an export, or a checkpoint that DeepSpeed itself saved",
     )
-    sub.add_argument("out", type=Path, metavar="OUT", help="directory of the export")
+    sub.add_argument("out", type=_path, metavar="OUT", help="directory of the export")
     sub.add_argument(
         "--form",
         choices=("compact", "dense", "onnx"),
@@ -258,13 +263,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--config",
-        type=Path,
+        type=_path,
         metavar="PATH",
         help="for a checkpoint that DeepSpeed itself saved: an export, a run or a config.json of the same model",
     )
     sub = verb("import-authors", import_authors, "Turn a checkpoint folder of ShareBERT's authors into an export.")
-    sub.add_argument("folder", type=Path, help="folder with config.json and pytorch_model.bin or one .safetensors")
-    sub.add_argument("out", type=Path, help="directory of the export")
+    sub.add_argument("folder", type=_path, help="folder with config.json and pytorch_model.bin or one .safetensors")
+    sub.add_argument("out", type=_path, help="directory of the export")
     sub = verb("evaluate", evaluate, "Fine-tune on a task of GLUE or one of your own, and score.")
     sub.add_argument(
         "models",
@@ -276,11 +281,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or a name for your own task")
     sub.add_argument("--data", help="folder with {train,dev,test}.{tsv,csv,parquet,jsonl} (default: the hub)")
     sub.add_argument("--recipe", help="path or shipped name of a recipe")
-    sub.add_argument("--save", type=Path, metavar="OUT", help="save the best fine-tuned classifier as an export")
+    sub.add_argument("--save", type=_path, metavar="OUT", help="save the best fine-tuned classifier as an export")
     sub.set_defaults(schema="scoring.recipe:EvaluateRecipe", words_are="models")
     sub = verb("fill", fill, "Fill [MASK] in a text.")
     sub.add_argument("text", help="a text with [MASK]")
-    sub.add_argument("export", type=Path, help="directory of an export")
+    sub.add_argument("export", type=_path, help="directory of an export")
     sub.add_argument("--top", type=int, default=5, help="number of words for each mask (default 5)")
     return parser
 
@@ -327,4 +332,5 @@ def _add_keys_to_help(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 if __name__ == "__main__":
+    leave_working_directory()
     sys.exit(main())

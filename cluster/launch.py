@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def after_setup(lines: list[str], environment: dict[str, str]) -> dict[str, str]
     """Run the lines of a recipe's `setup` on this node; the environment after them. Raises BadInput where one fails."""
     if not lines:
         return environment
-    show = f"exec {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))' >&3"
+    show = f"exec {shlex.quote(sys.executable)} -c 'import json, os; print(json.dumps(dict(os.environ)))' >&3"
     script = "\n".join(["set -e", "exec 3>&1 >&2", *lines, show])
     done = subprocess.run(
         ["bash", "-c", script], env=environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False

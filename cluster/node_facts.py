@@ -9,14 +9,12 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
-import sharebert_common
 from cluster.allocation import Allocation
 from cluster.launch import Training
+from sharebert_common.import_path import ROOT
 
 PACKAGES = ("sharebert", "torch", "deepspeed", "numpy", "triton")
 """Installed packages whose versions are compared."""
-ROOT = Path(sharebert_common.__file__).parent.parent
-"""The folder that holds this project's packages: a checkout, or site-packages."""
 
 
 def facts_of(training: Training, environment: Mapping[str, str]) -> dict[str, Any]:

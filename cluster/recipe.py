@@ -98,7 +98,7 @@ class ClusterRecipe:
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterRecipe:
     """Read a cluster recipe, given by path or by its name in `configs/cluster`."""
-    is_path = Path(name).is_file() or "/" in name
+    is_path = Path(name).expanduser().is_file() or "/" in name
     return load(ClusterRecipe, name if is_path else f"cluster/{name}", overrides)
 
 

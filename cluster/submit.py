@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from cluster.launch import Training, torchrun
 from cluster.prep import PrepTask
 from cluster.recipe import ClusterRecipe, minutes
 from sharebert_common.errors import BadInput
+from sharebert_common.import_path import ROOT
 from sharebert_common.recipe import to_yaml
 
 YEAR_MINUTES = 365 * 24 * 60
@@ -67,7 +69,7 @@ def submit(train_recipes: Sequence[TrainRecipe], recipe: ClusterRecipe) -> list[
         raise BadInput("several recipes: they would all run on this machine at once; submit each by itself")
     for folder in folders:
         _refuse_second_job(folder)
-    if len({folder.run for folder in folders}) < len(folders):
+    if len({folder.run.resolve() for folder in folders}) < len(folders):
         raise BadInput("run: several recipes name the same directory; each needs one of its own")
     for folder, train_recipe in zip(folders, train_recipes, strict=True):
         folder.prepare(to_yaml(train_recipe))
@@ -89,6 +91,7 @@ def training_of(train_recipe: TrainRecipe, recipe: ClusterRecipe) -> Training:
     for entry in on_disk:
         entry.path = str(Path(entry.path).absolute())
     run = Path(train_recipe.run)
+    _refuse_pattern(run)
     module = ("pretrain", str(ClusterFolder(run).recipe))
     return Training(run=run, module=module, datasets=tuple(Path(entry.path) for entry in on_disk), recipe=recipe)
 
@@ -110,6 +113,7 @@ def submit_prep(arguments: Sequence[str], output: Path, stages: int, recipe: Clu
     """
     command = (sys.executable, "-m", "sharebert_cli", "prep", *arguments)
     name, folder = f"prep-{output.name}", output.absolute().with_name(f"{output.name}.jobs")
+    _refuse_pattern(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.launcher == "local":
         return _submit([PrepTask(command, recipe)], recipe, folder, {})  # one machine needs no shares
@@ -163,7 +167,7 @@ def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[st
         "wckey": None,
         "signal_delay_s": recipe.signal_s,
         "stderr_to_stdout": True,
-        "setup": list(requeue.BEFORE),
+        "setup": [*_exports(recipe), *requeue.BEFORE],
         "teardown": after,
         "srun_args": srun,
         "additional_parameters": {key: value for key, value in options.items() if value is not None} | recipe.sbatch,
@@ -187,7 +191,7 @@ def _submit(
             gpus_per_node=recipe.gpus_per_node,
             stderr_to_stdout=True,
         )
-        with _without_terminal():
+        with _without_terminal(), _own_packages_first():
             return [local.submit(call).job_id for call in calls]
     try:
         executor = SlurmExecutor(files, python=_python(recipe))
@@ -202,6 +206,39 @@ def _submit(
     except (FailedJobError, FailedSubmissionError) as error:
         raise BadInput(f"sbatch refused the job: {' '.join(str(error).split())}") from error
     return [job.job_id for job in submitted]
+
+
+# A job runs `python -m`, which would take a folder in the working directory for the package of that name. (Python 3.10
+# does not know PYTHONSAFEPATH: there a folder with an `__init__.py` still hides a package.)
+
+
+def _exports(recipe: ClusterRecipe) -> list[str]:
+    """Lines of the batch script that let Python find this project's own packages; an image has its own."""
+    if recipe.container is not None:
+        return []
+    lines = ["export PYTHONSAFEPATH=1"]
+    if _is_checkout():
+        lines.append(f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    return lines
+
+
+@contextmanager
+def _own_packages_first() -> Iterator[None]:
+    """Processes that start inside find this project's own packages."""
+    before = dict(os.environ)
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if _is_checkout():
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before.get("PYTHONPATH")]))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _is_checkout() -> bool:
+    """Whether the packages lie in a checkout; site-packages needs no help, and must not come before Python's own."""
+    return (ROOT / "pyproject.toml").is_file()
 
 
 @contextmanager
@@ -234,6 +271,12 @@ def _python(recipe: ClusterRecipe) -> str:
 def _after(parameters: dict[str, Any], arrays: Sequence[str]) -> dict[str, Any]:
     """Parameters of a job that waits until the last array has ended, well or not."""
     return parameters | ({"dependency": f"afterany:{arrays[-1]}"} if arrays else {})
+
+
+def _refuse_pattern(path: Path) -> None:
+    """Raise BadInput where SLURM or submitit would put a job's number into a path."""
+    if found := re.search(r"%[0-9%A-Za-z]", str(path)):
+        raise BadInput(f"{path}: SLURM reads '{found[0]}' in a path as a pattern; use a path without '%'")
 
 
 def _refuse_second_job(folder: ClusterFolder) -> None:

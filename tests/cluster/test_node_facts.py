@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.node_facts import ROOT, code_digest, sources
+from cluster.node_facts import code_digest, sources
+from sharebert_common.import_path import ROOT
 
 
 @pytest.fixture

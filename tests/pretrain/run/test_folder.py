@@ -108,7 +108,7 @@ def test_ranks_whose_launcher_was_killed_are_waited_for(tmp_path: Path) -> None:
     with holder(tmp_path, {"TORCHELASTIC_RUN_ID": "x"}) as launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "held\n"
-        with pytest.raises(BadInput, match=f"in use by another launch of this run .pid .* on {platform.node()}"):
+        with pytest.raises(BadInput, match=f"in use by another attempt of this run .pid .* on {platform.node()}"):
             RunFolder(tmp_path).occupy()
         launcher.kill()
         os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # dead, and still listed: a zombie
