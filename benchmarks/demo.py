@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -50,8 +49,9 @@ def table() -> bool:
     from pretrain.recipe import TrainRecipe
     from pretrain.validate import unigram_entropy, validate
     from sharebert_common.recipe import load
+    from sharebert_common.run_files import read_log
 
-    log = [json.loads(line) for line in (OUT / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = read_log(OUT / "run")
     before, *_, after = [line["valid_loss"] for line in log if "valid_loss" in line]
     recipe = load(TrainRecipe, OUT / "run" / "config.yaml")
     datasets = open_datasets(recipe.data)

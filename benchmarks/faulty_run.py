@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from sharebert_common import run_files
+
 EVERY, VALIDATE_EVERY = 5, 7
 """Steps between checkpoints, and between validations."""
 SEQ_LEN, WORDS = 64, 1000
@@ -137,10 +139,8 @@ class Run:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The contents of `state.json`; empty if there is none."""
-        with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads((self.folder / "state.json").read_text()))
-        return {}
+        """`state.json`, with the defaults of a run that was never started."""
+        return run_files.peek_state(self.folder)
 
     @property
     def finished(self) -> bool:
@@ -148,16 +148,8 @@ class Run:
         return self.state.get("state") == "finished"
 
     def log(self) -> list[dict[str, Any]]:
-        """All whole lines of the log so far."""
-        try:
-            text = (self.folder / "log.jsonl").read_text()
-        except OSError:
-            return []
-        found = []
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+        """Whole lines of the log so far."""
+        return run_files.read_log(self.folder)
 
     @property
     def step(self) -> int:
@@ -166,8 +158,8 @@ class Run:
 
     @property
     def last_line(self) -> dict[str, Any]:
-        """The last whole line of the log; empty if there is none."""
-        with contextlib.suppress(OSError), (self.folder / "log.jsonl").open("rb") as log:
+        """The last whole line of the log; empty where there is none."""
+        with contextlib.suppress(OSError), (self.folder / run_files.LOG_FILE).open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
             for line in reversed(log.read().splitlines()):
                 with contextlib.suppress(ValueError):

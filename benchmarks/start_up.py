@@ -46,11 +46,12 @@ def until_imported(ranks: int, code: str, folder: Path) -> float:
 
 
 def until_first_step(ranks: int, dataset: Path, run: Path) -> float:
+    from sharebert_common.run_files import LOG_FILE
     from tests.tiny_runs import train_arguments
 
     started = time.perf_counter()
     process = launch(ranks, "-m", "pretrain", "demo", *train_arguments(dataset, run, steps=1))
-    log = run / "log.jsonl"
+    log = run / LOG_FILE
     while not (log.exists() and log.stat().st_size):
         if process.poll() not in (None, 0):
             sys.exit(f"error: training failed; see {run}")

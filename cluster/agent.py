@@ -1,8 +1,8 @@
-"""The agent: submitit runs one on each node; it runs torchrun there and says, at the end, whether that was all.
+"""The agent: submitit starts one on each node; it runs torchrun there and reports how the attempt ended.
 
-It takes the place of submitit's handling of signals. A signal that announces an end goes on to the workers, again and
-again until they are gone, because one that comes while they still import PyTorch is lost; they save together and
-leave. torchrun itself must not see it: it would kill them.
+It replaces submitit's handling of signals. The agent passes a signal that announces an end to the workers, repeatedly
+until they are gone, because a worker that is still importing PyTorch loses a signal. The workers save together and
+exit. torchrun itself must not get the signal: it would kill the workers.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import time
 from dataclasses import dataclass
 
 from cluster import preflight, processes
-from cluster.allocation import Place, here
+from cluster.allocation import Allocation, current_allocation
 from cluster.folder import ClusterFolder
 from cluster.launch import Training, after_setup, torchrun
 from cluster.logs import first_failure
-from cluster.processes import Signals
-from cluster.requeue import CRASHES, Again, GivenUp
+from cluster.requeue import CRASHES, GivenUp, RequeuePermit
 from sharebert_common.errors import BadInput
+from sharebert_common.processes import StopSignals
+from sharebert_common.run_files import ENDED
 
-ENDED = ("finished", "stopped")
 LOOK_S = 0.2
 """How often an agent looks at its command."""
 FILES_S = 1.0
-"""How often it looks at the run's files, which may lie on a busy file system, and repeats a signal."""
+"""How often it reads the run's files, which may lie on a busy file system, and repeats a signal."""
 SETTLE_S = 30.0
-"""How long what a rank on another node wrote last may take to be seen here."""
+"""How long a file that a rank on another node wrote last may take to be seen on this node."""
 SHARED_S = 90.0
-"""How long what one node wrote may take to be seen by another."""
+"""How long a file that the first node wrote may take to be seen on another node."""
 
 
 class Superseded(RuntimeError):
-    """The job was started again while this node was cut off: the run belongs to the new start."""
+    """The job was requeued while this node was cut off: the run belongs to the newer attempt."""
 
 
-class Failed(RuntimeError):
+class WorkersFailed(RuntimeError):
     """The workers failed; the message has the traceback of the first of them."""
 
 
@@ -49,40 +49,41 @@ class Agent:
     training: Training
 
     def __call__(self) -> str:
-        """One start, on this node. Returns how it ended: "finished", or "stopped" and saved.
+        """Run one attempt on this node. Returns how it ended: "finished", or "stopped" and saved.
 
-        Raises BadInput where something given is wrong, Failed where the workers failed, GivenUp where they did so
-        too often, Superseded.
+        Raises BadInput where something given is wrong, WorkersFailed where the workers failed, GivenUp where they
+        failed too often, Superseded where a newer attempt has the run.
         """
-        place, folder = here(self.training.recipe.port), ClusterFolder(self.training.run)
-        again = Again(place.folder)
-        with Signals() as signals:
-            try:
-                if place.is_first:
-                    self._begin(place, folder, again)
-                else:
-                    _wait_for_begin(place, folder)
-                if self.training.recipe.preflight:
-                    preflight.reach(place)
-                environment = self._environment()
-                if self.training.recipe.preflight:
-                    preflight.check(self.training, place, environment)
-                code = self._run(place, folder, environment, signals)
-            except BadInput as error:
-                again.forbid()  # another start would find the same
-                folder.fail(str(error))
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                raise
-            return _conclude(code, place, folder, again)
-
-    def _begin(self, place: Place, folder: ClusterFolder, again: Again) -> None:
-        """Make this the start that counts, and let older ones see it."""
-        older = folder.current
-        folder.begin(place.start, job=place.job, restart=place.restart, nodes=place.nodes)
-        if older:
-            time.sleep(2 * FILES_S)  # its agents may be alive on a node that was cut off: they end their workers now
+        allocation, folder = current_allocation(self.training.recipe.port), ClusterFolder(self.training.run)
+        permit = RequeuePermit(allocation.folder)
+        signals = StopSignals()
+        signals.catch()  # to the end of the process: a late signal must not kill it before it has reported
         try:
-            again.allow(folder.checkpoint)
+            if allocation.is_first:
+                self._begin(allocation, folder, permit)
+            else:
+                _wait_for_begin(allocation, folder)
+            if self.training.recipe.preflight:
+                preflight.reach(allocation)
+            environment = self._environment()
+            if self.training.recipe.preflight:
+                preflight.check(self.training, allocation, environment)
+            code = self._run(allocation, folder, environment, signals)
+        except BadInput as error:
+            permit.forbid()  # another attempt would find the same
+            folder.fail(str(error))
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise
+        return _conclude(code, allocation, folder, permit)
+
+    def _begin(self, allocation: Allocation, folder: ClusterFolder, permit: RequeuePermit) -> None:
+        """Make this the current attempt, and give agents of an older one the time to see it."""
+        older = folder.current
+        folder.begin(allocation.attempt, job=allocation.job, restart=allocation.restart, nodes=allocation.nodes)
+        if older:
+            time.sleep(2 * FILES_S)  # agents on a node that was cut off may be alive: they end their workers now
+        try:
+            permit.allow(folder.checkpoint)
         except GivenUp as error:
             folder.fail(str(error))
             raise
@@ -92,43 +93,50 @@ class Agent:
         given = {name: str(value) for name, value in self.training.recipe.env.items()}
         defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         defaults["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
-        # Workers that are started again in place would find the addresses of the dead in a store that they share with
-        # torchrun (torch 2.13), and wait for them without end.
+        # Workers that torchrun starts again in place would find the addresses of dead workers in a store that they
+        # share with torchrun (torch 2.13), and wait for them for ever.
         defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         return after_setup(self.training.recipe.setup, defaults | dict(os.environ) | given)
 
-    def _run(self, place: Place, folder: ClusterFolder, environment: dict[str, str], signals: Signals) -> int:
+    def _run(
+        self, allocation: Allocation, folder: ClusterFolder, environment: dict[str, str], signals: StopSignals
+    ) -> int:
         """Run the workers to their end; torchrun's exit code."""
-        command = processes.start(torchrun(self.training, place), environment)
+        command = processes.start(torchrun(self.training, allocation), environment)
         try:
-            return _watch(command, place, folder, signals)
+            return _watch(command, allocation, folder, signals)
         finally:
             processes.end(command)
 
 
-def _wait_for_begin(place: Place, folder: ClusterFolder) -> None:
+def _wait_for_begin(allocation: Allocation, folder: ClusterFolder) -> None:
     """Wait until this node sees what the first one wrote. Raises BadInput."""
     deadline = time.monotonic() + SHARED_S
-    while folder.current != place.start:
+    while folder.current != allocation.attempt:
         if time.monotonic() > deadline:
             raise BadInput(
-                f"{folder.run}: {place.name} does not see what {place.nodes[0]} wrote there within {SHARED_S:.0f} s; "
-                "the run directory must be one file system that all nodes share"
+                f"{folder.run}: {allocation.name} does not see what {allocation.nodes[0]} wrote there within "
+                f"{SHARED_S:.0f} s; the run directory must be on one file system that all nodes share"
             )
         time.sleep(LOOK_S)
 
 
-def _watch(command: subprocess.Popen[bytes], place: Place, folder: ClusterFolder, signals: Signals) -> int:
-    """Wait for a command, and pass on what it should know; its exit code, 1 for a run given up. Raises Superseded."""
+def _watch(
+    command: subprocess.Popen[bytes], allocation: Allocation, folder: ClusterFolder, signals: StopSignals
+) -> int:
+    """Wait for torchrun, and pass signals and requests to stop to its workers.
+
+    Returns torchrun's exit code, or 1 where the run crashed too often. Raises Superseded.
+    """
     looked = 0.0
     while (code := command.poll()) is None:
         time.sleep(LOOK_S)
         if time.monotonic() - looked < FILES_S:
             continue
         looked = time.monotonic()
-        if folder.current not in (place.start, ""):
-            raise Superseded(f"{place.start} on {place.name}: {folder.current} has the run now")
-        if place.is_first and _given_up(folder):
+        if folder.current not in (allocation.attempt, ""):
+            raise Superseded(f"{allocation.attempt} on {allocation.name}: {folder.current} has the run now")
+        if allocation.is_first and _crashed_too_often(folder):
             return 1
         if signals.received is not None:
             processes.relay(signals.received, command.pid)
@@ -137,28 +145,29 @@ def _watch(command: subprocess.Popen[bytes], place: Place, folder: ClusterFolder
     return code
 
 
-def _conclude(code: int, place: Place, folder: ClusterFolder, again: Again) -> str:
-    """What the end of the workers means, from the run's state.json."""
+def _conclude(code: int, allocation: Allocation, folder: ClusterFolder, permit: RequeuePermit) -> str:
+    """How the attempt ended, from torchrun's exit code and the run's state.json. Raises WorkersFailed."""
     deadline = time.monotonic() + (SETTLE_S if code == 0 else 0)
-    while (how := str(folder.state.get("state", "unknown"))) not in ENDED and time.monotonic() < deadline:
+    while (state := folder.state)["state"] not in ENDED and time.monotonic() < deadline:
         time.sleep(LOOK_S)
+    how = str(state["state"])
     if code == 0 and how in ENDED:
-        asked = folder.stop_asked or folder.state.get("reason") == "file 'stop'"
+        asked = folder.stop_asked or state["reason"] == "file 'stop'"
         if how == "finished" or asked:
-            again.forbid()
+            permit.forbid()
         return how
-    failure = first_failure(folder, place.start)
-    if _given_up(folder):
-        again.forbid()
+    failure = first_failure(folder, allocation.attempt)
+    if _crashed_too_often(folder):
+        permit.forbid()
         failure = f"{CRASHES} crashes at one step; the last:\n{failure}"
-    raise Failed(f"torchrun ended with exit code {code}, the run is {how}\n{failure}")
+    raise WorkersFailed(f"torchrun ended with exit code {code}, the run is {how or 'unknown'}\n{failure}")
 
 
-def _given_up(folder: ClusterFolder) -> bool:
+def _crashed_too_often(folder: ClusterFolder) -> bool:
     """Whether the run crashed too often at the last step that it logged; its ranks count that in state.json."""
     state = folder.state
-    if state.get("state") != "failed":
+    if state["state"] != "failed":
         return False
     log = folder.log
     step = str(log[-1]["step"]) if log else "0"
-    return int(state.get("crashes", {}).get(step, 0)) >= CRASHES
+    return int(state["crashes"].get(step, 0)) >= CRASHES

@@ -1,4 +1,4 @@
-"""Where an agent is: which node of which start of which job."""
+"""Where an agent runs: which node of which attempt of which job."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PORTS = range(20_000, 30_000)
-"""Below those that Linux gives to outgoing connections."""
+"""Below the ports that Linux gives to outgoing connections."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """One node of a start."""
+class Allocation:
+    """The nodes of one attempt, seen from one of them."""
 
     job: str
-    """Id of the job, as `scontrol` takes it; of an array's task `ARRAY_TASK`."""
+    """Id of the job, as `scontrol` takes it; for a task of an array `ARRAY_TASK`."""
     restart: int
-    """How often the job was requeued before."""
+    """How often the job was requeued before this attempt."""
     node: int
     """Number of this node in the job."""
     nodes: tuple[str, ...]
     """Names of all nodes, in the job's order."""
     folder: Path
-    """The job's folder: submitit's files and the logs of its nodes."""
+    """The job's folder: submitit's files and the logs of the nodes."""
     port: int
-    """Port of the rendezvous on the first node; the one after it is the pre-flight's."""
+    """Port of the rendezvous on the first node; the pre-flight takes the port after it."""
 
     @property
-    def start(self) -> str:
-        """Name of this start: no other start of any job has it."""
+    def attempt(self) -> str:
+        """Name of this attempt; no other attempt of any job has it."""
         return f"{self.job}.{self.restart}"
 
     @property
@@ -39,17 +39,17 @@ class Place:
 
     @property
     def is_first(self) -> bool:
-        """Whether this node does what is done once."""
+        """Whether this is the first node, which does what is done once."""
         return self.node == 0
 
 
-def here(port: int | None) -> Place:
-    """This agent's place; `port` where the recipe sets one."""
+def current_allocation(port: int | None) -> Allocation:
+    """The allocation of this agent; `port` where the recipe sets one."""
     from submitit import JobEnvironment
 
     environment = JobEnvironment()
     local = environment.cluster == "local"
-    return Place(
+    return Allocation(
         job=environment.job_id,
         restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         node=environment.node,
@@ -60,5 +60,5 @@ def here(port: int | None) -> Place:
 
 
 def port_of(job: int) -> int:
-    """A port for a job, and the one after it for its pre-flight: jobs may share a node, and so an address."""
+    """The rendezvous port of a job. Two jobs may share a node, so each job has two ports of its own."""
     return PORTS.start + 2 * job % len(PORTS)

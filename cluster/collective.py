@@ -1,8 +1,8 @@
-"""Run under torchrun on every device before a training: does each one compute, and do all of them add up?
+"""A check under torchrun before a training: each device computes, and an all-reduce over all of them is right.
 
     python -m torch.distributed.run … -m cluster.collective
 
-Exit code 0 where all is well; else a line that names rank, node and device.
+Exit code 0 where all is well; else 1, and a line that names rank, node and device.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ TIMES = 5
 
 
 def compute(device: torch.device) -> None:
-    """A product with a known result. Raises RuntimeError where the device gives another one, or none."""
+    """A matrix product with a known result. Raises RuntimeError where the device gives another result, or none."""
     ones = torch.ones(256, 256, device=device)
     result = (ones @ ones).sum().item()
     if result != 256.0**3:
         raise RuntimeError(f"a product of ones gives {result}, not {256.0**3}")
 
 
-def add_up(device: torch.device) -> float:
-    """An all-reduce of this rank's number + 1. Returns bus bandwidth in GB/s. Raises RuntimeError for a wrong sum.
+def all_reduce(device: torch.device) -> float:
+    """All-reduce a tensor of rank + 1. Returns the bus bandwidth in GB/s. Raises RuntimeError for a wrong sum.
 
     Bus bandwidth: bytes of the tensor · 2(n-1)/n / seconds, what each of n ranks sends and receives in a ring.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     values = torch.empty(BYTES[device.type] // 4, device=device)
     seconds = float("inf")
     for _ in range(TIMES):
@@ -44,13 +44,13 @@ def add_up(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = min(seconds, time.perf_counter() - began)
-        if not bool((values == ranks * (ranks + 1) / 2).all()):
+        if not bool((values == world_size * (world_size + 1) / 2).all()):
             raise RuntimeError(f"the all-reduce gives {values.min().item()} to {values.max().item()}")
-    return values.nbytes * 2 * (ranks - 1) / ranks / seconds / 1e9
+    return values.nbytes * 2 * (world_size - 1) / world_size / seconds / 1e9
 
 
 def main() -> int:
-    """This rank's part; an exit code."""
+    """Check the device of this rank, and all of them together; an exit code."""
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -59,7 +59,7 @@ def main() -> int:
         compute(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=120))
-        bandwidth = add_up(device)
+        bandwidth = all_reduce(device)
         if rank == 0:
             print(
                 f"pre-flight: all-reduce of {BYTES[device.type] >> 20} MiB over {dist.get_world_size()} "

@@ -1,30 +1,32 @@
 """What the cluster keeps of a run, beside the run's own files.
 
-RUN/cluster/train.yaml        the recipe as it was submitted: edits afterwards do not reach a run that requeues
+RUN/cluster/train.yaml        the recipe as it was submitted: later edits do not reach a run that requeues itself
 RUN/cluster/submissions.jsonl one line a submission: job, launcher, time, nodes
-RUN/cluster/starts.jsonl      one line a start of the job: job, restart, nodes, time
-RUN/cluster/current           the newest start; agents of an older one end when they see it
-RUN/cluster/stop              a user asked for the end
+RUN/cluster/starts.jsonl      one line an attempt: its name (`start`), job, restart, nodes, time
+RUN/cluster/current           name of the newest attempt; agents of an older one end when they see it
+RUN/cluster/stop              a user asked the run to save and end
 RUN/cluster/jobs/ID/          submitit's files and the log of each node
-RUN/cluster/workers/START/    what each worker wrote
+RUN/cluster/workers/ATTEMPT/  what each worker wrote
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sharebert_common import run_files
 from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
+from sharebert_common.run_files import append_json_line, read_json_lines
 
 
 class ClusterFolder:
-    """The cluster's files of one run, and the run's files that it reads."""
+    """The cluster's files of one run, and the run's files that the cluster reads."""
 
     def __init__(self, run: str | Path) -> None:
         self.run = Path(run).absolute()
@@ -32,11 +34,16 @@ class ClusterFolder:
         self.recipe = self.path / "train.yaml"
         self.jobs = self.path / "jobs"
         self.workers = self.path / "workers"
+        self._submissions = self.path / "submissions.jsonl"
+        self._attempts = self.path / "starts.jsonl"
         self._current = self.path / "current"
         self._stop = self.path / "stop"
 
     def prepare(self, recipe_yaml: str) -> None:
-        """Get ready for a submission; an older wish to stop is over. Raises BadInput where that is not possible."""
+        """Prepare a submission: keep its recipe, and drop an old request to stop.
+
+        Raises BadInput where the folder cannot be written to.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._stop.unlink(missing_ok=True)
@@ -44,55 +51,52 @@ class ClusterFolder:
         except OSError as error:
             raise BadInput(f"{self.path}: cannot be written to ({error.strerror})") from error
 
-    def submitted(self, **facts: Any) -> None:
-        """Remember a submission."""
-        _append(self.path / "submissions.jsonl", facts | {"time": time.time()})
+    def add_submission(self, **facts: Any) -> None:
+        """Record a submission."""
+        append_json_line(self._submissions, facts | {"time": time.time()})
 
     @property
     def submissions(self) -> list[dict[str, Any]]:
         """All submissions, oldest first."""
-        return _lines(self.path / "submissions.jsonl")
+        return read_json_lines(self._submissions)
 
-    def begin(self, start: str, **facts: Any) -> None:
-        """Make `start` the one that counts."""
-        _append(self.path / "starts.jsonl", {"start": start, **facts, "time": time.time()})
-        write_atomically(self._current, start)
+    def begin(self, attempt: str, **facts: Any) -> None:
+        """Record an attempt, and make it the current one."""
+        append_json_line(self._attempts, {"start": attempt, **facts, "time": time.time()})
+        write_atomically(self._current, attempt)
 
     @property
-    def starts(self) -> list[dict[str, Any]]:
-        """All starts, oldest first."""
-        return _lines(self.path / "starts.jsonl")
+    def attempts(self) -> list[dict[str, Any]]:
+        """All attempts, oldest first; `start` is the attempt's name."""
+        return read_json_lines(self._attempts)
 
     @property
     def current(self) -> str:
-        """The newest start; empty before the first."""
+        """Name of the newest attempt; empty before the first."""
         try:
             return self._current.read_text(encoding="utf-8")
         except OSError:
             return ""
 
     def ask_for_stop(self) -> None:
-        """Ask for a save and the end, for good."""
+        """Ask the run to save and end, without a requeue."""
         self._stop.touch()
 
     @property
     def stop_asked(self) -> bool:
-        """Whether a user asked for the end."""
+        """Whether a user asked the run to save and end."""
         return self._stop.exists()
 
     @property
     def state(self) -> dict[str, Any]:
-        """The run's state.json; empty before its first start."""
-        try:
-            return dict(json.loads((self.run / "state.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
+        """The run's state.json, with the defaults of a run that was never started."""
+        return run_files.peek_state(self.run)
 
     def fail(self, reason: str) -> None:
-        """Say in the run's state.json that it does not go on by itself."""
-        state = {"step": self.checkpoint, "restarts": 0, "crashes": {}, "job": None} | self.state
-        state |= {"state": "failed", "reason": reason, "updated": time.time()}
-        write_atomically(self.run / "state.json", json.dumps(state, indent=1) + "\n")
+        """Write to the run's state.json that the run has failed, and why. One that is not JSON stays as it is."""
+        with suppress(BadInput):
+            first = {} if self.state["state"] else {"step": self.checkpoint}
+            run_files.write_state(self.run, "failed", reason=reason, **first)
 
     @property
     def checkpoint(self) -> int:
@@ -103,11 +107,11 @@ class ClusterFolder:
     @property
     def log(self) -> list[dict[str, Any]]:
         """The lines of the run's log.jsonl."""
-        return _lines(self.run / "log.jsonl")
+        return run_files.read_log(self.run)
 
 
 def remember(run: Path) -> None:
-    """Add a run to those that `sharebert status` lists for this user, where their home can be written to."""
+    """Add a run to the user's list for `sharebert status`; print a line where their home cannot be written to."""
     folder = _known()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +121,7 @@ def remember(run: Path) -> None:
 
 
 def known_runs() -> list[Path]:
-    """The runs that this user submitted and that are still there."""
+    """The runs that this user submitted and that still exist."""
     files = [file for file in _known().glob("*") if not file.name.startswith(".")]
     runs = [Path(file.read_text(encoding="utf-8")) for file in sorted(files, key=lambda file: file.stat().st_mtime)]
     return [run for run in runs if run.is_dir()]
@@ -125,23 +129,3 @@ def known_runs() -> list[Path]:
 
 def _known() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "sharebert" / "runs"
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(line) + "\n")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; one that is being written is left out."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(dict(json.loads(line)))
-        except ValueError:
-            continue
-    return lines

@@ -1,61 +1,68 @@
-"""What a job runs, and the torchrun line that runs it on a node."""
+"""What a job runs, and the torchrun command that runs it on a node."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.allocation import Place
+from cluster.allocation import Allocation
 from cluster.recipe import ClusterRecipe
 from sharebert_common.errors import BadInput
 
 
 @dataclass(frozen=True)
 class Training:
-    """A run, as a command of many processes."""
+    """A run, and the module that each of its processes runs."""
 
     run: Path
     """Directory of the run."""
     module: tuple[str, ...]
     """The module that a worker runs, with its arguments."""
     datasets: tuple[Path, ...]
-    """What it reads: must be the same on every node."""
+    """The datasets that it reads; they must be the same on every node."""
     recipe: ClusterRecipe
-    """Where it runs."""
+    """Where it runs, and on how much."""
 
 
-def torchrun(training: Training, place: Place) -> list[str]:
+def torchrun(training: Training, allocation: Allocation) -> list[str]:
     """The command that runs the workers of one node."""
     return elastic(
         training.recipe,
-        place,
+        allocation,
         list(training.module),
-        port=place.port,
+        port=allocation.port,
         max_restarts=training.recipe.max_restarts,
-        logs=training.run / "cluster" / "workers" / place.start / place.name,
+        logs=training.run / "cluster" / "workers" / allocation.attempt / allocation.name,
     )
 
 
 def elastic(
-    recipe: ClusterRecipe, place: Place, module: list[str], *, port: int, max_restarts: int, logs: Path | None = None
+    recipe: ClusterRecipe,
+    allocation: Allocation,
+    module: list[str],
+    *,
+    port: int,
+    max_restarts: int,
+    logs: Path | None = None,
 ) -> list[str]:
-    """A torchrun command for one node. Who hosts the rendezvous is said, not guessed from names and addresses."""
+    """A torchrun command for one node. It names the host of the rendezvous: torchrun may guess it wrong from names."""
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        f"--nnodes={len(place.nodes)}",
+        f"--nnodes={len(allocation.nodes)}",
         f"--nproc-per-node={recipe.processes}",
         f"--max-restarts={max_restarts}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={place.nodes[0]}:{port}",
-        f"--rdzv-id={place.start}",
-        f"--rdzv-conf=is_host={int(place.is_first)}",
-        f"--local-addr={place.name}",
-        "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT",  # the others are the workers' business
+        f"--rdzv-endpoint={allocation.nodes[0]}:{port}",
+        f"--rdzv-id={allocation.attempt}",
+        f"--rdzv-conf=is_host={int(allocation.is_first)}",
+        f"--local-addr={allocation.name}",
+        "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT",  # the workers handle the others
     ]
     if logs is not None:
         command += [f"--log-dir={logs}", "--tee=3", "--local-ranks-filter=0"]
@@ -63,14 +70,14 @@ def elastic(
 
 
 def after_setup(lines: list[str], environment: dict[str, str]) -> dict[str, str]:
-    """Run a recipe's `setup` on this node; the environment that it leaves. Raises BadInput where a line fails."""
+    """Run the lines of a recipe's `setup` on this node; the environment after them. Raises BadInput where one fails."""
     if not lines:
         return environment
-    show = f"exec {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))' >&3"
+    show = f"exec {shlex.quote(sys.executable)} -c 'import json, os; print(json.dumps(dict(os.environ)))' >&3"
     script = "\n".join(["set -e", "exec 3>&1 >&2", *lines, show])
     done = subprocess.run(
         ["bash", "-c", script], env=environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False
     )
     if done.returncode:
-        raise BadInput(f"setup: exit code {done.returncode}; its output stands above")
+        raise BadInput(f"setup: exit code {done.returncode}; see its output above")
     return dict(json.loads(done.stdout))

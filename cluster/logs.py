@@ -1,4 +1,4 @@
-"""What the workers wrote: rank 0 as it goes, or the first rank that failed."""
+"""What the workers wrote: the log of rank 0 as it grows, or the traceback of the first rank that failed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ TRACEBACK = "Traceback (most recent call last)"
 TAIL_LINES = 10
 
 
-def first_failure(folder: ClusterFolder, start: str) -> str:
-    """The traceback of the rank of a start that failed first, and where; the ends of all logs where there is none.
+def first_failure(folder: ClusterFolder, attempt: str) -> str:
+    """The traceback of the rank of an attempt that failed first; the ends of all logs where there is none.
 
-    Ranks that fail because another one is gone do so after it. Only the last launch within the start counts.
+    Ranks that fail because another one is gone do so after it. Only the last time that torchrun started the workers
+    counts.
     """
-    logs = sorted((folder.workers / start).rglob("stderr.log"), key=lambda file: file.stat().st_mtime_ns)
-    newest = max((_attempt(file) for file in logs), default=0)
-    logs = [file for file in logs if _attempt(file) == newest]
+    logs = sorted((folder.workers / attempt).rglob("stderr.log"), key=lambda file: file.stat().st_mtime_ns)
+    newest = max((_torchrun_attempt(file) for file in logs), default=0)
+    logs = [file for file in logs if _torchrun_attempt(file) == newest]
     for file in logs:
         _, found, traceback = file.read_text(encoding="utf-8", errors="replace").rpartition(TRACEBACK)
         if found:
@@ -29,7 +30,8 @@ def first_failure(folder: ClusterFolder, start: str) -> str:
     return "\n".join(["no worker wrote a traceback (killed?)", *ends])
 
 
-def _attempt(file: Path) -> int:
+def _torchrun_attempt(file: Path) -> int:
+    """How often torchrun had started the workers in place before those of a log."""
     return int(file.parent.parent.name.removeprefix("attempt_"))
 
 
@@ -38,27 +40,27 @@ def _end(file: Path) -> str:
 
 
 def _worker(folder: ClusterFolder, file: Path) -> str:
-    """A worker from its file workers/START/NODE/ID/attempt_N/LOCAL/…"""
-    start, node, _, attempt, local = file.relative_to(folder.workers).parts[:5]
-    return f"start {start}, node {node}, local rank {local}, {attempt.replace('_', ' ')}"
+    """A worker in words, from its file workers/ATTEMPT/NODE/ID/attempt_N/LOCAL/…"""
+    attempt, node, _, in_place, local = file.relative_to(folder.workers).parts[:5]
+    return f"attempt {attempt}, node {node}, local rank {local}, restart in place {in_place.removeprefix('attempt_')}"
 
 
 def newest_failure(run: Path) -> str:
-    """The failure of the newest start. Raises BadInput where nothing was started."""
+    """The failure of the newest attempt. Raises BadInput where there is none."""
     folder = ClusterFolder(run)
-    if not folder.starts:
-        raise BadInput(f"{run}: was not started on a cluster")
-    return first_failure(folder, folder.starts[-1]["start"])
+    if not folder.attempts:
+        raise BadInput(f"{run}: was not started by `sharebert submit`")
+    return first_failure(folder, folder.attempts[-1]["start"])
 
 
 def rank_0(run: Path, *, follow: bool) -> Iterator[str]:
-    """What rank 0 and the agents wrote, from the newest start on; with `follow` until the job's end.
+    """The lines of rank 0 and of the agents in the newest job; with `follow` until the job's end.
 
-    Raises BadInput where nothing was started.
+    Raises BadInput where nothing was submitted.
     """
     folder = ClusterFolder(run)
     if not folder.submissions:
-        raise BadInput(f"{run}: was not submitted to a cluster")
+        raise BadInput(f"{run}: was not submitted with `sharebert submit`")
     read: dict[Path, int] = {}
     while True:
         over = not follow or _is_over(folder)

@@ -5,38 +5,60 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
-from cluster.allocation import Place
+from cluster.allocation import Allocation
 from cluster.launch import Training
+from sharebert_common.import_path import ROOT
 
 PACKAGES = ("sharebert", "torch", "deepspeed", "numpy", "triton")
-CODE = ("sharebert", "sharebert_common", "data_prep", "pretrain", "cluster")
+"""Installed packages whose versions are compared."""
 
 
 def facts_of(training: Training, environment: Mapping[str, str]) -> dict[str, Any]:
-    """This node's facts: a word for people → a value that is equal on all nodes."""
+    """This node's facts: for each name, which people read, a value that is equal on all nodes."""
     facts: dict[str, Any] = {"Python": platform.python_version()}
     facts |= {package: _version(package) for package in PACKAGES}
-    facts["this project's code"] = _code()
+    facts["this project's code"] = code_digest(ROOT)
     facts["config"] = _digest(training.run / "cluster" / "train.yaml")
     facts |= {f"dataset {path}": _dataset(path) for path in training.datasets}
     facts |= {name: environment.get(name) for name in sorted(training.recipe.env)}
     return facts
 
 
-def differences(place: Place, number: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """How node `number` differs from the first one, in a line."""
+def differences(allocation: Allocation, number: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """The first fact in which node `number` differs from the first node, in a line; None where there is none."""
     for name, value in ours.items():
         if name not in ("node", "door") and theirs.get(name) != value:
             return (
-                f"{name} is not the same on all nodes: {value} on {place.nodes[0]}, "
-                f"{theirs.get(name)} on {place.nodes[number]}"
+                f"{name} is not the same on all nodes: {value} on {allocation.nodes[0]}, "
+                f"{theirs.get(name)} on {allocation.nodes[number]}"
             )
     return None
+
+
+def code_digest(root: Path) -> str:
+    """Digest of the names and contents of this project's sources below `root`."""
+    digest = hashlib.sha256()
+    for file in sources(root):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def sources(root: Path) -> list[Path]:
+    """The Python files of all packages and modules of this project, sub-packages included.
+
+    In a checkout these are the modules in `root` and the packages beside each other there; an installed wheel lies
+    among other projects' packages, and lists its files.
+    """
+    if (root / "pyproject.toml").is_file():
+        packages = [file.parent for file in root.glob("*/__init__.py")]
+        return sorted([*root.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))])
+    files = [root / file for file in distribution("sharebert").files or []]
+    return sorted(file for file in files if file.suffix == ".py" and file.is_file())
 
 
 def _version(package: str) -> str:
@@ -44,18 +66,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _code() -> str:
-    """Digest of the sources of the packages that a training runs."""
-    digest = hashlib.sha256()
-    for package in CODE:
-        spec = find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            for file in sorted(Path(folder).glob("*.py")):
-                digest.update(f"{package}/{file.name}".encode())
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _digest(file: Path) -> str:
@@ -66,7 +76,7 @@ def _digest(file: Path) -> str:
 
 
 def _dataset(folder: Path) -> str:
-    """A dataset's manifest, which names and sums up all else, with the sizes of the shards as they lie there."""
+    """A dataset's manifest, which holds checksums of all else, and the sizes of the shards on this node."""
     manifest = _digest(folder / "manifest.json")
     sizes = sorted((file.parent.name, file.name, file.stat().st_size) for file in folder.glob("*/*.tar"))
     return f"{manifest} ({len(sizes)} shards, {sum(size for *_, size in sizes)} bytes)"

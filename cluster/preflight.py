@@ -1,15 +1,15 @@
-"""The pre-flight: what would make a start fail, found before rank 0 builds anything, with a line that says what it is.
+"""The pre-flight: checks before each attempt that find in seconds what would make it fail, and say it in one line.
 
-    reach   each node                  names of all nodes resolve
-            each node ──▶ first node   over the port that torchrun will use
+    reach   each node                  the names of all nodes resolve
+            each node ──▶ first node   a connection to the port that torchrun will use
             each node ──▶ each node    a connection to any port, as NCCL and gloo will make
     check   first node                 the run directory has room
-            each node ──▶ first node   versions, code, config, datasets are the same
-            all GPUs                   `cluster.collective`: each answers, and an all-reduce is right
+            each node ──▶ first node   versions, code, recipe and datasets are the same
+            all GPUs                   `cluster.collective`: each computes, and an all-reduce is right
 
-A recipe's `setup` runs between the two: it may take minutes, and bring a dataset to the node.
+A recipe's `setup` runs between the two: it may take minutes, and may copy a dataset to the node.
 
-The nodes talk over plain sockets, one JSON object a line: where this fails, torch would wait for minutes.
+The nodes talk over plain sockets, one JSON object a line. Where this fails, torch would wait for minutes.
 """
 
 from __future__ import annotations
@@ -26,154 +26,161 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 
 from cluster import processes
-from cluster.allocation import Place
+from cluster.allocation import Allocation
 from cluster.launch import Training, elastic
 from cluster.node_facts import differences, facts_of
 from sharebert_common.errors import BadInput
 
 REACH_S = 30.0
-"""How long nodes may take to reach the first one: they do not start at the same moment."""
+"""How long nodes may take to reach the first node: they do not begin at the same moment."""
 SETUP_S = 3600.0
-"""How much longer than another one a node's setup may take."""
+"""How much longer the setup of one node may take than that of another."""
 CONNECT_S = 5.0
 """How long a connection between two nodes may take."""
 COLLECTIVE_S = 180.0
 """How long the all-reduce may take, with the import of PyTorch."""
 WRITTEN_BYTES = 16 << 20
-"""What the first node writes to the run directory: a quota does not show in the file system's free space."""
+"""How much the first node writes to the run directory as a test: free space does not show a quota."""
 
 
-def reach(place: Place) -> None:
+def reach(allocation: Allocation) -> None:
     """Check the network between the nodes. Every node calls this.
 
-    Raises BadInput, with the same line on every node that can be reached.
+    Raises BadInput, with the same message on every node that can be reached.
     """
     began = time.monotonic()
-    _names_resolve(place)
-    _exchange(place, {}, None, REACH_S)
-    if place.is_first:
-        print(f"pre-flight: {len(place.nodes)} nodes reach each other, {time.monotonic() - began:.1f} s", flush=True)
+    _names_resolve(allocation)
+    _exchange(allocation, {}, None, REACH_S)
+    if allocation.is_first:
+        print(
+            f"pre-flight: {len(allocation.nodes)} nodes reach each other, {time.monotonic() - began:.1f} s", flush=True
+        )
 
 
-def check(training: Training, place: Place, environment: dict[str, str]) -> None:
-    """Check what each node has, and its devices. Every node calls this, after `reach`.
+def check(training: Training, allocation: Allocation, environment: dict[str, str]) -> None:
+    """Check the files, versions and devices of each node. Every node calls this, after `reach`.
 
-    Raises BadInput, with the same line on every node.
+    Raises BadInput, with the same message on every node.
     """
-    _exchange(place, facts_of(training, environment), _no_room(training) if place.is_first else None, SETUP_S)
+    _exchange(allocation, facts_of(training, environment), _no_room(training) if allocation.is_first else None, SETUP_S)
     began = time.monotonic()
-    _collective(training, place, environment)
-    if place.is_first:
-        print(f"pre-flight: all devices answer, {time.monotonic() - began:.1f} s", flush=True)
+    _collective(training, allocation, environment)
+    if allocation.is_first:
+        print(f"pre-flight: all devices work, {time.monotonic() - began:.1f} s", flush=True)
 
 
-def _names_resolve(place: Place) -> None:
-    for name in place.nodes:
+def _names_resolve(allocation: Allocation) -> None:
+    for name in allocation.nodes:
         try:
             socket.getaddrinfo(name, None)
         except OSError as error:
             raise BadInput(
-                f"pre-flight: {place.name} does not know the address of node '{name}' ({error.strerror}); "
+                f"pre-flight: {allocation.name} does not know the address of node '{name}' ({error.strerror}); "
                 "its name must resolve on every node, through DNS or /etc/hosts"
             ) from error
 
 
-def _exchange(place: Place, facts: dict[str, Any], problem: str | None, patience_s: float) -> None:
-    """Compare facts with the first node, which may have a problem, then try a connection to every other one."""
+def _exchange(allocation: Allocation, facts: dict[str, Any], problem: str | None, patience_s: float) -> None:
+    """Compare `facts` with the first node's, then try a connection to every other node.
+
+    `problem` is what the first node found wrong before. Each node listens on a port of its own, its door.
+    """
     with _listening(0) as door:
-        facts = facts | {"node": place.node, "door": door.getsockname()[1]}
-        if place.is_first:
-            _collect(place, facts, problem, patience_s)
+        facts = facts | {"node": allocation.node, "door": door.getsockname()[1]}
+        if allocation.is_first:
+            _collect(allocation, facts, problem, patience_s)
         else:
-            _report(place, facts, patience_s)
+            _report(allocation, facts, patience_s)
 
 
-def _collect(place: Place, ours: dict[str, Any], problem: str | None, patience_s: float) -> None:
-    """The first node's part: hear all others, compare, tell them where the others are, and the verdict."""
-    others = range(1, len(place.nodes))
+def _collect(allocation: Allocation, ours: dict[str, Any], problem: str | None, patience_s: float) -> None:
+    """The first node's part: collect all facts, compare them, send every node the ports of all, and the result."""
+    others = range(1, len(allocation.nodes))
     with ExitStack() as stack:
         try:
-            hall = stack.enter_context(_listening(place.port))
+            server = stack.enter_context(_listening(allocation.port))
         except OSError as error:
             raise BadInput(
-                f"pre-flight: port {place.port} on {place.name} is taken ({error.strerror}); set `port` in the recipe"
+                f"pre-flight: port {allocation.port} on {allocation.name} is taken ({error.strerror}); "
+                "set `port` in the recipe"
             ) from error
         lines: dict[int, IO[str]] = {}
         theirs = {0: ours}
         deadline = time.monotonic() + patience_s
         while len(lines) < len(others) and (left := deadline - time.monotonic()) > 0:
-            hall.settimeout(left)
+            server.settimeout(left)
             try:
-                line = stack.enter_context(hall.accept()[0]).makefile("rw", encoding="utf-8")
+                line = stack.enter_context(server.accept()[0]).makefile("rw", encoding="utf-8")
                 facts = _read(line)
             except (OSError, ValueError):
                 continue
             lines[facts["node"]], theirs[facts["node"]] = line, facts
         problems = [problem]
-        silent = [place.nodes[number] for number in others if number not in lines]
+        silent = [allocation.nodes[number] for number in others if number not in lines]
         if silent:
             problems.append(
-                f"{', '.join(silent)} did not report to {place.nodes[0]} on port {place.port} within {patience_s:.0f} s"
+                f"{', '.join(silent)} did not report to {allocation.nodes[0]} on port {allocation.port} "
+                f"within {patience_s:.0f} s"
             )
-        problems += [differences(place, number, ours, theirs[number]) for number in sorted(lines)]
+        problems += [differences(allocation, number, ours, theirs[number]) for number in sorted(lines)]
         problem = next(filter(None, problems), None)
         doors = {} if problem else {number: facts["door"] for number, facts in theirs.items()}
         _tell(lines, {"problem": problem, "doors": doors})
         if problem is None:
-            found = [_unreachable(place, doors), *(_read(line)["problem"] for line in lines.values())]
+            found = [_unreachable(allocation, doors), *(_read(line)["problem"] for line in lines.values())]
             problem = next(filter(None, found), None)
             _tell(lines, {"problem": problem})
         if problem:
             raise BadInput(f"pre-flight: {problem}")
 
 
-def _report(place: Place, facts: dict[str, Any], patience_s: float) -> None:
-    """The other nodes' part."""
-    deadline, first = time.monotonic() + patience_s, place.nodes[0]
+def _report(allocation: Allocation, facts: dict[str, Any], patience_s: float) -> None:
+    """The part of every other node: report to the first one, and try the ports that it sends."""
+    deadline, first = time.monotonic() + patience_s, allocation.nodes[0]
     while True:
         try:
-            connection = socket.create_connection((first, place.port), timeout=CONNECT_S)
+            connection = socket.create_connection((first, allocation.port), timeout=CONNECT_S)
             break
         except OSError as error:
             if time.monotonic() > deadline:
                 raise BadInput(
-                    f"pre-flight: {place.name} cannot reach {first} on port {place.port} ({error}); "
+                    f"pre-flight: {allocation.name} cannot reach {first} on port {allocation.port} ({error}); "
                     "open the ports between the nodes, or set `port` in the recipe to one that is open"
                 ) from error
             time.sleep(0.2)
     with connection:
-        connection.settimeout(patience_s + len(place.nodes) * CONNECT_S)
+        connection.settimeout(patience_s + len(allocation.nodes) * CONNECT_S)
         line = connection.makefile("rw", encoding="utf-8")
         try:
             _write(line, facts)
             answer = _read(line)
             if answer["problem"] is None:
                 doors = {int(number): door for number, door in answer["doors"].items()}
-                _write(line, {"problem": _unreachable(place, doors)})
+                _write(line, {"problem": _unreachable(allocation, doors)})
                 answer = _read(line)
         except (OSError, ValueError) as error:
-            raise BadInput(f"pre-flight: {place.name} lost its connection to {first} ({error})") from error
+            raise BadInput(f"pre-flight: {allocation.name} lost its connection to {first} ({error})") from error
         if answer["problem"]:
             raise BadInput(f"pre-flight: {answer['problem']}")
 
 
-def _unreachable(place: Place, doors: dict[int, int]) -> str | None:
-    """Try every other node's door; what is wrong."""
+def _unreachable(allocation: Allocation, doors: dict[int, int]) -> str | None:
+    """Try a connection to the door of every other node; the problem, if there is one."""
     for number, port in doors.items():
-        if number == place.node:
+        if number == allocation.node:
             continue
         try:
-            socket.create_connection((place.nodes[number], port), timeout=CONNECT_S).close()
+            socket.create_connection((allocation.nodes[number], port), timeout=CONNECT_S).close()
         except OSError as error:
             return (
-                f"{place.name} cannot reach {place.nodes[number]} on port {port} ({error}); "
+                f"{allocation.name} cannot reach {allocation.nodes[number]} on port {port} ({error}); "
                 "workers use any port: open all of them between the nodes"
             )
     return None
 
 
 def _no_room(training: Training) -> str | None:
-    """What is wrong with the run directory."""
+    """The problem of a run directory that is full or cannot be written to, if there is one."""
     wanted = int(training.recipe.free_gb * 1e9)
     file = training.run / "cluster" / ".preflight"
     try:
@@ -194,34 +201,36 @@ def _no_room(training: Training) -> str | None:
     return None
 
 
-def _collective(training: Training, place: Place, environment: dict[str, str]) -> None:
-    """Let every process of every node use its device, and all of them make an all-reduce."""
-    port = place.port + 1
-    command = elastic(training.recipe, place, ["cluster.collective"], port=port, max_restarts=0)
+def _collective(training: Training, allocation: Allocation, environment: dict[str, str]) -> None:
+    """Run `cluster.collective` on all processes of all nodes."""
+    port = allocation.port + 1
+    command = elastic(training.recipe, allocation, ["cluster.collective"], port=port, max_restarts=0)
     running = processes.start(command, environment)
     try:
         code = running.wait(timeout=COLLECTIVE_S)
     except subprocess.TimeoutExpired as error:
         raise BadInput(
-            f"pre-flight: the all-reduce between {len(place.nodes)} nodes did not end within {COLLECTIVE_S:.0f} s; "
-            "look at NCCL_SOCKET_IFNAME and the fabric, NCCL_DEBUG=INFO says more"
+            f"pre-flight: the all-reduce between {len(allocation.nodes)} nodes did not end within "
+            f"{COLLECTIVE_S:.0f} s; check NCCL_SOCKET_IFNAME and the network fabric; NCCL_DEBUG=INFO tells more"
         ) from error
     finally:
         processes.end(running)
     if code:
-        raise BadInput(f"pre-flight: a device or the all-reduce failed on or beside {place.name}; see the lines above")
+        raise BadInput(
+            f"pre-flight: a device or the all-reduce failed (seen on {allocation.name}); see the lines above"
+        )
 
 
 @contextmanager
 def _listening(port: int) -> Iterator[socket.socket]:
-    """A socket that takes connections on a port of all addresses."""
+    """A socket that accepts connections on a port of all addresses; port 0 picks a free one."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
         yield server
 
 
 def _read(line: IO[str]) -> dict[str, Any]:
-    """The other side's next object. Raises ValueError where it is gone."""
+    """The next object from the other side. Raises ValueError where the connection is closed."""
     text = line.readline()
     if not text:
         raise ValueError("closed by the other side")
@@ -234,9 +243,9 @@ def _write(line: IO[str], value: dict[str, Any]) -> None:
 
 
 def _tell(lines: dict[int, IO[str]], value: dict[str, Any]) -> None:
-    """Tell all other nodes; one that is gone does not keep the others from hearing it."""
+    """Send `value` to all other nodes, also where one of them is gone."""
     for line in lines.values():
         try:
             _write(line, value)
         except OSError as error:
-            print(f"pre-flight: a node left ({error})", file=sys.stderr, flush=True)
+            print(f"pre-flight: a node closed its connection ({error})", file=sys.stderr, flush=True)

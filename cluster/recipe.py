@@ -1,4 +1,4 @@
-"""The recipe of a submission: what to ask SLURM for, and how a node is set up."""
+"""The cluster recipe: what to ask SLURM for, and how to set up a node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sharebert_common.recipe import STRICT, load
 
 
 def _text(value: Any) -> Any:
-    """YAML reads an unquoted 24:00:00 as the number 86,400, which SLURM would take for minutes."""
+    """Refuse a number: YAML reads an unquoted 24:00:00 as 86,400, which SLURM would read as minutes."""
     if isinstance(value, int | float):
         raise ValueError(f"{value!r} is a number; write the time in quotes, '24:00:00' or '90' (minutes)")
     return value
@@ -22,14 +22,14 @@ def _text(value: Any) -> Any:
 
 @dataclass(config=STRICT, kw_only=True)
 class ContainerRecipe:
-    """An image that holds Python and this project."""
+    """A container image that holds Python and this project."""
 
     image: str
-    """A .sif file for Apptainer; for Pyxis what `srun --container-image` takes."""
+    """Image: a .sif file for Apptainer; for Pyxis a value of `srun --container-image`."""
     kind: Literal["apptainer", "pyxis"] = "apptainer"
-    """Who runs it."""
+    """Program that runs the image."""
     options: list[str] = field(default_factory=list)
-    """Further options of `apptainer exec` or `srun`, as `--bind=/data`."""
+    """Further options of `apptainer exec` or `srun`, such as `--bind=/data`."""
     python: str = "python"
     """Python inside the image."""
 
@@ -41,63 +41,64 @@ class ClusterRecipe:
     SHORTHAND: ClassVar[dict[str, str]] = {"container": "image"}
 
     launcher: Literal["slurm", "local"] = "slurm"
-    """`local` runs the same path on this machine, without SLURM."""
+    """`slurm` submits a job; `local` runs the same code on this machine, without SLURM."""
     nodes: PositiveInt = 1
-    """Nodes of a training; of `prep`, tasks of the array."""
+    """Number of nodes of a training; for `prep`, number of tasks of the array."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    """GPUs of each node."""
+    """Number of GPUs of each node."""
     procs_per_node: PositiveInt | None = None
-    """Processes of each node; none: one a GPU, or one without GPUs."""
+    """Number of processes of each node; none: one for each GPU, or one where there is no GPU."""
     cpus_per_process: PositiveInt = 4
-    """CPU cores of each process."""
+    """Number of CPU cores of each process."""
     time: Annotated[str | None, BeforeValidator(_text)] = None
-    """Time limit of the job as SLURM writes it, in quotes: '24:00:00', '2-00:00:00'; none: the partition's. A run that
-    needs longer goes on by itself, as often as it takes."""
+    """Time limit of the job as SLURM writes it, in quotes: '24:00:00', '2-00:00:00'; none: the partition's limit. A run
+    that needs more time saves, requeues itself and resumes, as often as it takes."""
     signal_s: Annotated[int, Field(ge=1, le=65535)] = 120
-    """Seconds before the time limit at which the run is asked to save; SLURM may be a minute early."""
+    """How many seconds before the time limit the run is asked to save; SLURM may ask a minute earlier."""
     partition: str | None = None
-    """SLURM's partition."""
+    """Partition of SLURM to use; none: the default one."""
     account: str | None = None
-    """SLURM's account."""
+    """Account of SLURM that is charged."""
     qos: str | None = None
-    """SLURM's quality of service."""
+    """Quality of service of SLURM to ask for."""
     memory: str | None = None
-    """Memory of each node, as '64G'; '0' is all of it; none: the cluster's default."""
+    """Memory of each node, such as '64G'; '0' asks for all of it; none: the cluster's default."""
     constraint: str | None = None
-    """Features that nodes must have."""
+    """Features that the nodes must have."""
     exclude: str | None = None
-    """Nodes to leave out."""
+    """Nodes that the job must not use."""
     sbatch: dict[str, str | int | bool] = field(default_factory=dict)
-    """Any further option of sbatch, without its dashes: {reservation: x}; wins over all others."""
+    """Any further options of sbatch, without the dashes: {reservation: x}; they win over all other keys."""
     container: ContainerRecipe | None = None
-    """Image to run in; a plain value means container.image."""
+    """Container image that the job runs in; a plain value means container.image."""
     env: dict[str, str | int] = field(default_factory=dict)
-    """Environment variables of the workers: NCCL's, offline switches."""
+    """Environment variables of the workers, such as those of NCCL."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines that each node runs first, before every start; what they export the workers see."""
+    """Shell lines that each node runs before every attempt; the workers see the variables that they export."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """How often torchrun restarts crashed workers in place; after that the job is requeued."""
+    """How often torchrun restarts crashed workers in place; then the job is requeued."""
     port: Annotated[int | None, Field(ge=1024, le=65534)] = None
-    """Port of the rendezvous on the first node, and the one after it; none: from the job id, 20000 to 29999."""
+    """Port of the rendezvous on the first node; the pre-flight takes the port after it; none: from the job id, 20000 to
+    29999."""
     preflight: bool = True
-    """Check nodes, network, files and GPUs before each start."""
+    """Check nodes, network, files and GPUs before each attempt."""
     free_gb: Annotated[float, Field(ge=0)] = 10.0
-    """Room that the run directory must have at each start."""
+    """Free space in GB that the run directory must have at each attempt."""
 
     def __post_init__(self) -> None:
-        """Refuse what the launcher cannot do."""
+        """Refuse several nodes on one machine."""
         if self.launcher == "local" and self.nodes > 1:
             raise ValueError("nodes: this machine is one node; submit to SLURM, or set nodes to 1")
 
     @property
     def processes(self) -> int:
-        """Processes of a node."""
+        """Number of processes of a node."""
         return self.procs_per_node or max(1, self.gpus_per_node)
 
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterRecipe:
-    """The recipe of a path, or of a name among those under `configs/cluster`."""
-    is_path = Path(name).is_file() or "/" in name
+    """Read a cluster recipe, given by path or by its name in `configs/cluster`."""
+    is_path = Path(name).expanduser().is_file() or "/" in name
     return load(ClusterRecipe, name if is_path else f"cluster/{name}", overrides)
 
 
@@ -106,7 +107,7 @@ def minutes(time: str) -> int:
     days, dash, clock = time.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdigit() for part in [*parts, days if dash else "0"]) or len(parts) > 3:
-        raise BadInput(f"time: '{time}': written as SLURM does: '90' (minutes), '24:00:00' or '2-00:00:00'")
+        raise BadInput(f"time: '{time}': write it as SLURM does: '90' (minutes), '24:00:00' or '2-00:00:00'")
     numbers = [int(part) for part in parts]
     if dash:  # D-H, D-H:M, D-H:M:S
         hours, mins, seconds = numbers + [0] * (3 - len(numbers))

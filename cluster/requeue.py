@@ -1,13 +1,13 @@
-"""Whether a job that ended starts again.
+"""Whether a job that ended is requeued.
 
-The batch script decides, at its end, because everything else may be dead by then: a kill -9 of an agent, a node
-without Python. It goes by files in the job's folder. An agent that starts leaves `again` there, with the step it
-starts from; it removes it when the job needs no further start. The script requeues the job where it finds the file,
-and takes it away: a job whose agent never comes to life is not started again and again. Where the end was a failure
-the script adds the file to `crashes`, and the third crash of a start at the same step is the last. What SLURM ended
-(preemption, a node that failed, the time limit) is no failure, and is never counted.
+The batch script decides at its end, because everything else may be dead by then: an agent that was killed, a node
+without Python. It decides by files in the job's folder. An agent that begins an attempt writes the file `requeue`
+with the step that the attempt resumes from, and removes the file when the job needs no further attempt. The script
+requeues the job where it finds the file, and removes it: a job whose agent never runs is not requeued for ever. Where
+the attempt failed, the script appends the file to `crashes`; the third crash of an attempt from the same step is the
+last. What SLURM ends (preemption, a failed node, the time limit) is no failure, and is never counted.
 
-In plain shell, so that it works outside of the container that the agents may run in.
+The lines are plain shell, so that they work outside of the container that the agents may run in.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from sharebert_common.files import write_atomically
 
 CRASHES = 3
-"""So many in a row at the same step, and the run is given up."""
+"""After so many crashes in a row at the same step the run has failed."""
 
 BEFORE = r"""
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}
 facts() { scontrol show job -o "$job" | tr ' ' '\n' | grep -E "^($1)" | head -n 1; }
 limit=$(facts EndTime=); limit=$(date -d "${limit#EndTime=}" +%s 2> /dev/null || echo 9999999999)
-# A signal to the job must not end this script before its last lines; what it starts gets it all the same.
+# A signal to the job must not end this script before its last lines; what it starts gets the signal all the same.
 trap : TERM USR1 USR2
 """.strip().splitlines()
 """Lines of the batch script before srun."""
@@ -31,39 +31,39 @@ trap : TERM USR1 USR2
 AFTER = r"""
 code=$?
 cd FOLDER/"$job" || exit $code
-if [ -e again ]; then
+if [ -e requeue ]; then
     running=$(facts JobState=RUNNING)
-    [ $code -ne 0 ] && [ -n "$running" ] && cat again >> crashes
-    rm -f again
-    # A job that SLURM ends is completing by now. It wants to go on, unless a user cancelled it.
+    [ $code -ne 0 ] && [ -n "$running" ] && cat requeue >> crashes
+    rm -f requeue
+    # SLURM calls a job that it ends COMPLETING by now, and one that a user cancelled as well: that one stays ended.
     if [ -n "$running" ] || [ -n "$(facts PreemptTime=[0-9])" ] || [ "$(date +%s)" -ge "$limit" ]; then
-        echo "exit code $code: starting again"
+        echo "exit code $code: requeue"
         scontrol requeue "$job" && exit 0
     fi
 fi
 exit $code
 """.strip().splitlines()
-"""Lines after srun. FOLDER is the parent of the jobs' folders."""
+"""Lines of the batch script after srun. FOLDER stands for the parent of the jobs' folders."""
 
 
 class GivenUp(RuntimeError):
-    """The job crashed too often without getting further."""
+    """The run crashed too often at the same step, and is not tried again."""
 
 
-class Again:
-    """An agent's hand on the files. Only that of the first node uses it."""
+class RequeuePermit:
+    """The file that lets the batch script requeue the job. Only the agent of the first node uses it."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is the job's."""
-        self._again, self._crashes = folder / "again", folder / "crashes"
+        """`folder` is the job's folder."""
+        self._permit, self._crashes = folder / "requeue", folder / "crashes"
 
     def allow(self, step: int) -> None:
-        """Let the job start again after this start, which goes on from `step`. Raises GivenUp."""
+        """Allow a requeue after this attempt, which resumes from `step`. Raises GivenUp after too many crashes."""
         crashes = self._crashes.read_text().split() if self._crashes.exists() else []
         if crashes[-CRASHES:] == [str(step)] * CRASHES:
-            raise GivenUp(f"{CRASHES} starts in a row crashed without getting further than step {step}")
-        write_atomically(self._again, f"{step}\n")
+            raise GivenUp(f"{CRASHES} attempts in a row crashed without progress beyond step {step}")
+        write_atomically(self._permit, f"{step}\n")
 
     def forbid(self) -> None:
-        """This start is the last."""
-        self._again.unlink(missing_ok=True)
+        """Make this attempt the last one."""
+        self._permit.unlink(missing_ok=True)

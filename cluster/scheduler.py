@@ -1,7 +1,7 @@
-"""What SLURM knows of a job, with or without accounting.
+"""What SLURM knows about a job, with or without accounting.
 
-`scontrol` answers while the controller remembers the job (MinJobAge after its end, 300 s by default); later `sacct`
-does, where there is accounting. Neither may know: then the run's own files are all there is.
+`scontrol` answers while the controller remembers the job (until MinJobAge after its end, 300 s by default); after that
+`sacct` answers, where there is accounting. Where neither knows the job, the run's own files are all there is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALIVE = {
 
 
 def job_facts(job: str) -> dict[str, str]:
-    """The scheduler's facts of a job: JobState, NodeList and, from the controller, much more; empty where unknown."""
+    """JobState, NodeList and, from the controller, many more facts about a job; empty where it is unknown."""
     lines = _output("scontrol", "show", "job", "-o", job).splitlines()
     if lines:
         pairs = (word.partition("=") for word in lines[0].split())
@@ -36,7 +36,7 @@ def job_facts(job: str) -> dict[str, str]:
 
 
 def state_of(job: str, launcher: str) -> str:
-    """The job's state in SLURM's words; "GONE" where nobody knows it any more."""
+    """The job's state in SLURM's words; "GONE" where it is unknown."""
     if launcher == "local":
         return "RUNNING" if _is_controller(job) else "GONE"
     return job_facts(job).get("JobState", "GONE")
@@ -48,12 +48,12 @@ def is_over(job: str, launcher: str) -> bool:
 
 
 def cancel(job: str) -> None:
-    """Take a job out of the queue."""
+    """Cancel a job."""
     _output("scancel", job)
 
 
 def _is_controller(pid: str) -> bool:
-    """Whether a process is submitit's local executor, and not another one with the same number."""
+    """Whether a process is submitit's local executor, and not another process with the same id."""
     try:
         return b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -61,7 +61,7 @@ def _is_controller(pid: str) -> bool:
 
 
 def _output(*command: str) -> str:
-    """What a command of SLURM prints; nothing where it fails or is not there."""
+    """What a command of SLURM prints; nothing where it fails or is not installed."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""`sharebert status` and `sharebert stop`: how runs stand, from the scheduler and from what they wrote."""
+"""`sharebert status` and `sharebert stop`: how runs stand, from the scheduler and from their own files."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Status:
 
     run: Path
     job: str
-    """The newest job's id, and what the scheduler says of it."""
+    """Id of the newest job, and its state in the scheduler."""
     state: str
     """running, queued, stopped, finished or failed."""
     reason: str
     nodes: str
-    starts: int
+    attempts: int
     step: int
     steps: int
     loss: float | None
     tokens_per_s: float | None
     goodput: float | None
-    """Time of the steps that count, over all time since the first submission."""
+    """Time of the steps that count, divided by all time since the first submission."""
     left_s: float | None
-    """Seconds to the last step at the newest speed."""
+    """Seconds to the last step at the current speed."""
 
     def line(self) -> str:
         """One line, for a list of runs."""
@@ -41,13 +41,13 @@ class Status:
         return f"{self.state:9} {progress:>15}  job {self.job:28} {self._speed()}  {self.run}"
 
     def text(self) -> str:
-        """All of it."""
+        """All facts, one a line."""
         rows = {
             "run": self.run,
             "state": f"{self.state}{f' ({self.reason})' if self.reason else ''}",
             "job": self.job,
             "nodes": self.nodes or "none",
-            "starts": self.starts,
+            "attempts": self.attempts,
             "step": f"{self.step} of {self.steps or '?'}",
             "loss": "none yet" if self.loss is None else f"{self.loss:.4f}",
             "tokens/s": "none yet" if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f}",
@@ -63,26 +63,26 @@ class Status:
 
 
 def status(run: Path) -> Status:
-    """How a run stands. Raises BadInput where it is not a run of a cluster."""
+    """How a run stands. Raises BadInput where it was not submitted."""
     folder = ClusterFolder(run)
     submissions = folder.submissions
     if not submissions:
-        raise BadInput(f"{run}: was not submitted to a cluster ({folder.path} has no submissions)")
+        raise BadInput(f"{run}: was not submitted with `sharebert submit` ({folder.path} has no submissions)")
     newest, state = submissions[-1], folder.state
     lines = [line for line in folder.log if "loss" in line]
     last: dict[str, Any] = lines[-1] if lines else {}
     in_queue = scheduler.state_of(newest["job"], newest["launcher"])
-    how = _state(str(state.get("state", "")), in_queue, submitted=newest["time"], updated=state.get("updated", 0.0))
-    step = max(int(state.get("step", 0)), int(last.get("step", 0)))
-    steps = int(state.get("steps", 0))
+    how = _state(str(state["state"]), in_queue, submitted=newest["time"], updated=state["updated"])
+    step = max(int(state["step"]), int(last.get("step", 0)))
+    steps = int(state["steps"])
     nodes = scheduler.job_facts(newest["job"]).get("NodeList", "") if newest["launcher"] == "slurm" else "this machine"
     return Status(
         run=folder.run,
         job=f"{newest['job']} ({in_queue.lower()})",
         state=how,
-        reason=str(state.get("reason", "")) if how in ("stopped", "failed") else "",
+        reason=str(state["reason"]) if how in ("stopped", "failed") else "",
         nodes="" if nodes == "(null)" else nodes,
-        starts=len(folder.starts),
+        attempts=len(folder.attempts),
         step=step,
         steps=steps,
         loss=last.get("loss"),
@@ -93,10 +93,11 @@ def status(run: Path) -> Status:
 
 
 def goodput(lines: list[dict[str, Any]], began: float, ended: float) -> float | None:
-    """Time of the steps in a log, which holds each step that counts once, over the time from `began` to `ended`.
+    """Time of the steps in a log, divided by the time from `began` to `ended`.
 
-    Queueing, starting, saving, validating, and steps that were done twice all count against it. `lines` are those of
-    log.jsonl with a loss: `step_s` is the mean since the line before.
+    A log holds each step once, so time in the queue, at the start, in saves and validation, and in steps that were
+    made again lowers the result. `lines` are those of log.jsonl that have a loss; `step_s` is the mean since the line
+    before.
     """
     if not lines or ended <= began:
         return None
@@ -112,10 +113,12 @@ def all_runs() -> str:
 
 
 def stop(run: Path) -> str:
-    """Ask a run to save and end, for good; what will happen. Raises BadInput where there is nothing to stop."""
+    """Ask a run to save and end, without a requeue. Returns what will happen. Raises BadInput where no job is alive."""
     folder = ClusterFolder(run)
     if not folder.submissions:
-        raise BadInput(f"{run}: was not submitted to a cluster; a file named `stop` in it ends a training")
+        raise BadInput(
+            f"{run}: was not submitted with `sharebert submit`; a file named `stop` in its directory stops a run"
+        )
     newest = folder.submissions[-1]
     state = scheduler.state_of(newest["job"], newest["launcher"])
     if state not in scheduler.ALIVE:
@@ -128,7 +131,7 @@ def stop(run: Path) -> str:
 
 
 def _state(state: str, in_queue: str, *, submitted: float, updated: float) -> str:
-    """The run's state in one word: what it wrote itself, and where that is old, what its job does."""
+    """The run's state in one word: the one that it wrote, or, where that is older than the job, the job's."""
     if state in OVER and updated > submitted and in_queue not in ("PENDING", "RUNNING", "CONFIGURING"):
         return state
     if in_queue in ("PENDING", "CONFIGURING", "REQUEUED"):

@@ -1,82 +1,138 @@
-"""Make a job of a training, of several as an array, or of `sharebert prep` as an array with its merge."""
+"""Submit a training as a job, several as an array, or `sharebert prep` as arrays and a merge."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cluster import requeue, scheduler
 from cluster.agent import Agent
-from cluster.allocation import Place
+from cluster.allocation import Allocation
 from cluster.folder import ClusterFolder, remember
 from cluster.launch import Training, torchrun
 from cluster.prep import PrepTask
 from cluster.recipe import ClusterRecipe, minutes
 from sharebert_common.errors import BadInput
+from sharebert_common.import_path import ROOT
+from sharebert_common.recipe import to_yaml
 
 YEAR_MINUTES = 365 * 24 * 60
 """Time limit of a local job that has none."""
 
 
-def submit(trainings: Sequence[Training], configs: Sequence[str]) -> list[str]:
-    """Submit trainings: one as a job, several as an array of jobs that run independently. Returns the ids.
+class DatasetEntry(Protocol):
+    """One dataset of a train recipe."""
 
-    `configs` are their resolved recipes as YAML, which every start of the job will use.
-    Raises BadInput where one of them is running or queued already, or the job is refused.
+    path: str
+    """Folder or URL."""
+
+
+class DataPart(Protocol):
+    """The part `data` of a train recipe."""
+
+    @property
+    def dataset(self) -> Sequence[DatasetEntry]:
+        """The datasets."""
+
+
+class TrainRecipe(Protocol):
+    """What a submission needs to know of a train recipe, which is the training's own business otherwise."""
+
+    run: str
+    """Directory of the run."""
+
+    @property
+    def data(self) -> DataPart:
+        """What the run reads."""
+
+
+def submit(train_recipes: Sequence[TrainRecipe], recipe: ClusterRecipe) -> list[tuple[Path, str]]:
+    """Submit trainings: one as a job, several as an array of jobs that run independently.
+
+    Args:
+        train_recipes: resolved recipes; every attempt of a job uses its recipe as it is now.
+        recipe: where they run.
+
+    Returns: the directory of each run, and the id of its job.
+
+    Raises BadInput where one of them is running or queued already, or SLURM refuses the job.
     """
+    trainings = [training_of(train_recipe, recipe) for train_recipe in train_recipes]
     folders = [ClusterFolder(training.run) for training in trainings]
-    recipe = trainings[0].recipe
     if recipe.launcher == "local" and len(folders) > 1:
-        raise BadInput("several recipes: they would all run on this machine at once; submit them one by one")
+        raise BadInput("several recipes: they would all run on this machine at once; submit each by itself")
     for folder in folders:
         _refuse_second_job(folder)
-    if len({folder.run for folder in folders}) < len(folders):
+    if len({folder.run.resolve() for folder in folders}) < len(folders):
         raise BadInput("run: several recipes name the same directory; each needs one of its own")
-    for folder, config in zip(folders, configs, strict=True):
-        folder.prepare(config)
+    for folder, train_recipe in zip(folders, train_recipes, strict=True):
+        folder.prepare(to_yaml(train_recipe))
     agents = [Agent(training) for training in trainings]
     submitted = _submit(
         agents, recipe, folders[0].jobs, sbatch_parameters(recipe, folders[0].run.name, folders[0].jobs)
     )
     for folder, job in zip(folders, submitted, strict=True):
-        where = folders[0].jobs / job
-        folder.submitted(job=job, launcher=recipe.launcher, nodes=recipe.nodes, folder=str(where))
+        job_folder = folders[0].jobs / job
+        folder.add_submission(job=job, launcher=recipe.launcher, nodes=recipe.nodes, folder=str(job_folder))
         remember(folder.run)
-    return submitted
+    return [(folder.run, job) for folder, job in zip(folders, submitted, strict=True)]
 
 
-def submit_prep(command: Sequence[str], output: Path, rounds: int, recipe: ClusterRecipe) -> list[str]:
-    """Submit `command`, a `sharebert prep` without its task, as `rounds` arrays of one task a node, then the merge.
+def training_of(train_recipe: TrainRecipe, recipe: ClusterRecipe) -> Training:
+    """A training from its resolved recipe, whose paths become absolute: a job may run in another folder."""
+    train_recipe.run = str(Path(train_recipe.run).absolute())
+    on_disk = [entry for entry in train_recipe.data.dataset if "://" not in entry.path]
+    for entry in on_disk:
+        entry.path = str(Path(entry.path).absolute())
+    run = Path(train_recipe.run)
+    _refuse_pattern(run)
+    module = ("pretrain", str(ClusterFolder(run).recipe))
+    return Training(run=run, module=module, datasets=tuple(Path(entry.path) for entry in on_disk), recipe=recipe)
 
-    A task does its share of the stages whose predecessors are complete; so each round completes one stage at least,
-    unless a task of it fails. What failed, the next round makes up for, and the merge at the last.
-    Returns the ids: one a round, and the merge's.
+
+def submit_prep(arguments: Sequence[str], output: Path, stages: int, recipe: ClusterRecipe) -> list[str]:
+    """Submit `sharebert prep ARGUMENTS` as one array for each stage, with one task for each node, then the merge.
+
+    A task does its share of the stages whose predecessors are complete, so each array completes at least one stage
+    unless a task of it fails. The next array makes the parts that a failed task left out, and the merge those that
+    are still missing.
+
+    Args:
+        arguments: of the command, without its `--task`.
+        output: folder of the dataset.
+        stages: how many stages need all parts of the stage before.
+        recipe: where the tasks run.
+
+    Returns: the ids of the arrays, and that of the merge.
     """
+    command = (sys.executable, "-m", "sharebert_cli", "prep", *arguments)
     name, folder = f"prep-{output.name}", output.absolute().with_name(f"{output.name}.jobs")
+    _refuse_pattern(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.launcher == "local":
-        return _submit([PrepTask(tuple(command), recipe)], recipe, folder, {})  # one machine needs no shares
+        return _submit([PrepTask(command, recipe)], recipe, folder, {})  # one machine needs no shares
     tasks = [PrepTask((*command, f"--task={number}/{recipe.nodes}"), recipe) for number in range(recipe.nodes)]
     parameters = sbatch_parameters(recipe, name, folder) | {"nodes": 1}
     arrays: list[str] = []
-    for _ in range(rounds):
+    for _ in range(stages):
         arrays.append(_submit(tasks, recipe, folder, _after(parameters, arrays))[0].split("_")[0])
-    return [*arrays, *_submit([PrepTask(tuple(command), recipe)], recipe, folder, _after(parameters, arrays))]
+    return [*arrays, *_submit([PrepTask(command, recipe)], recipe, folder, _after(parameters, arrays))]
 
 
 def dry_run(training: Training) -> str:
-    """The batch script of a submission, and what the agent runs on the first node."""
+    """The batch script of a submission, and the commands of the agent on the first node."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     recipe, jobs_folder = training.recipe, ClusterFolder(training.run).jobs
     nodes = ("FIRST_NODE", *(f"NODE_{number}" for number in range(2, recipe.nodes + 1)))
-    place = Place("JOB_ID", 0, 0, nodes, jobs_folder / "JOB_ID", recipe.port or 0)
-    line = shlex.join(torchrun(training, place)).replace("FIRST_NODE:0", "FIRST_NODE:PORT")
+    allocation = Allocation("JOB_ID", 0, 0, nodes, jobs_folder / "JOB_ID", recipe.port or 0)
+    line = shlex.join(torchrun(training, allocation)).replace("FIRST_NODE:0", "FIRST_NODE:PORT")
     workers = [f"export {name}={shlex.quote(str(value))}" for name, value in recipe.env.items()]
     torchrun_lines = ["# on each node, by the agent:", *recipe.setup, *workers, line]
     if recipe.launcher == "local":
@@ -87,10 +143,10 @@ def dry_run(training: Training) -> str:
 
 
 def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[str, Any]:
-    """submitit's parameters of a job whose files lie in `folder`/ID."""
+    """submitit's parameters for a job whose files lie in `folder`/ID."""
     cpus = recipe.cpus_per_process * recipe.processes
     srun = ["--kill-on-bad-exit=1", "--open-mode=append"]
-    srun.append(f"--cpus-per-task={cpus}")  # since SLURM 22.05 srun no longer takes it from the job
+    srun.append(f"--cpus-per-task={cpus}")  # since SLURM 22.05 srun does not take it from the job
     box = recipe.container
     if box and box.kind == "pyxis":
         srun += [f"--container-image={box.image}", *box.options]
@@ -107,11 +163,11 @@ def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[st
         "qos": recipe.qos,
         "constraint": recipe.constraint,
         "exclude": recipe.exclude,
-        "time": None,  # as the recipe writes it, below; submitit's default is five minutes
+        "time": None,  # below, as the recipe writes it; submitit's default is five minutes
         "wckey": None,
         "signal_delay_s": recipe.signal_s,
         "stderr_to_stdout": True,
-        "setup": list(requeue.BEFORE),
+        "setup": [*_exports(recipe), *requeue.BEFORE],
         "teardown": after,
         "srun_args": srun,
         "additional_parameters": {key: value for key, value in options.items() if value is not None} | recipe.sbatch,
@@ -121,7 +177,7 @@ def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[st
 def _submit(
     calls: Sequence[Callable[[], object]], recipe: ClusterRecipe, folder: Path, parameters: dict[str, Any]
 ) -> list[str]:
-    """Hand calls to submitit: one as a job, several as an array. Returns the ids."""
+    """Submit calls through submitit: one as a job, several as an array. Returns the ids."""
     from submitit import LocalExecutor, SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -135,13 +191,13 @@ def _submit(
             gpus_per_node=recipe.gpus_per_node,
             stderr_to_stdout=True,
         )
-        with _without_terminal():
+        with _without_terminal(), _own_packages_first():
             return [local.submit(call).job_id for call in calls]
     try:
         executor = SlurmExecutor(files, python=_python(recipe))
     except RuntimeError as error:
         raise BadInput(
-            "no srun here: this machine is no login node of a SLURM cluster; `--cluster local` runs on this machine"
+            "no srun on this machine: submit on a login node of a SLURM cluster, or run here with `--cluster local`"
         ) from error
     executor.update_parameters(**parameters)
     try:
@@ -152,9 +208,42 @@ def _submit(
     return [job.job_id for job in submitted]
 
 
+# A job runs `python -m`, which would take a folder in the working directory for the package of that name. (Python 3.10
+# does not know PYTHONSAFEPATH: there a folder with an `__init__.py` still hides a package.)
+
+
+def _exports(recipe: ClusterRecipe) -> list[str]:
+    """Lines of the batch script that let Python find this project's own packages; an image has its own."""
+    if recipe.container is not None:
+        return []
+    lines = ["export PYTHONSAFEPATH=1"]
+    if _is_checkout():
+        lines.append(f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    return lines
+
+
+@contextmanager
+def _own_packages_first() -> Iterator[None]:
+    """Processes that start inside find this project's own packages."""
+    before = dict(os.environ)
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if _is_checkout():
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before.get("PYTHONPATH")]))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _is_checkout() -> bool:
+    """Whether the packages lie in a checkout; site-packages needs no help, and must not come before Python's own."""
+    return (ROOT / "pyproject.toml").is_file()
+
+
 @contextmanager
 def _without_terminal() -> Iterator[None]:
-    """What starts in here has no standard streams: a job must not hold a pipe open that reads what `submit` says."""
+    """Processes that start inside have no standard streams: a job must not keep the output of `submit` open."""
     kept = [os.dup(stream) for stream in (0, 1, 2)]
     nowhere = os.open(os.devnull, os.O_RDWR)
     try:
@@ -169,7 +258,7 @@ def _without_terminal() -> Iterator[None]:
 
 
 def _python(recipe: ClusterRecipe) -> str:
-    """The command that is Python on a node."""
+    """The shell command that runs Python on a node."""
     box = recipe.container
     if box is None:
         return shlex.quote(sys.executable)
@@ -180,8 +269,14 @@ def _python(recipe: ClusterRecipe) -> str:
 
 
 def _after(parameters: dict[str, Any], arrays: Sequence[str]) -> dict[str, Any]:
-    """Parameters of a job that waits for the end, however it ends, of the last array."""
+    """Parameters of a job that waits until the last array has ended, well or not."""
     return parameters | ({"dependency": f"afterany:{arrays[-1]}"} if arrays else {})
+
+
+def _refuse_pattern(path: Path) -> None:
+    """Raise BadInput where SLURM or submitit would put a job's number into a path."""
+    if found := re.search(r"%[0-9%A-Za-z]", str(path)):
+        raise BadInput(f"{path}: SLURM reads '{found[0]}' in a path as a pattern; use a path without '%'")
 
 
 def _refuse_second_job(folder: ClusterFolder) -> None:

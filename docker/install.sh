@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What both images install, on any Debian or Ubuntu with python3 and its venv:
-#   docker/install.sh SOURCE TARGET      the project in SOURCE, with what constraints.txt pins, into a venv at TARGET
+# Both images use this, on any Debian or Ubuntu with python3 and python3-venv:
+#   docker/install.sh SOURCE TARGET      install the project in SOURCE, with the versions of constraints.txt, into a
+#                                        virtual environment at TARGET
 set -euo pipefail
 source=$1 target=$2
 python3 -m venv "$target"

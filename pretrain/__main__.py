@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from pretrain.faults.stop import StopRequest, stop_with_the_launcher
 from sharebert_common.errors import BAD_INPUT, FAILED, FINISHED, STOPPED, BadInput
+from sharebert_common.import_path import leave_working_directory
+from sharebert_common.quiet import quiet_libraries
 from sharebert_common.recipe import load
 
 
@@ -22,6 +24,8 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
     stop = StopRequest()  # before the imports, which take seconds
     if under_torchrun:
         stop_with_the_launcher()
+    if not debug:
+        quiet_libraries()
     from pretrain import distributed
     from pretrain.recipe import TrainRecipe
     from pretrain.train import train
@@ -36,7 +40,7 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         rank = int(os.environ.get("RANK", 0))
-        if rank == 0:
+        if rank == 0 or not (joined or under_torchrun):  # RANK may be left over from elsewhere
             print(f"error: {error}", file=sys.stderr)
         elif joined and not isinstance(error, distributed.Refused):  # this rank alone knows of it
             print(f"error on rank {rank}: {error}", file=sys.stderr)
@@ -51,6 +55,7 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
 
 
 if __name__ == "__main__":
+    leave_working_directory()
     parser = argparse.ArgumentParser(
         prog="python -m pretrain", description="Train, or resume; `sharebert train --help` lists the keys of a recipe."
     )

@@ -17,6 +17,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from sharebert_common.errors import BadInput
 
+GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The environment variables that describe a process group; torchrun sets them all."""
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""The values in a process that is alone."""
+
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
@@ -45,7 +51,11 @@ def join(timeout_s: float) -> World:
     Collectives on CPU tensors go over gloo, those on CUDA tensors over NCCL. Where all ranks are on this
     machine both listen on its loopback interface, unless their variables say otherwise. A collective that a rank does
     not join within `timeout_s` ends the group.
+
+    Raises BadInput where the environment has only some of torchrun's variables: WORLD_SIZE alone, left over from
+    another program, would let this process train on a part of each batch.
     """
+    _refuse_partial_group()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
@@ -67,9 +77,20 @@ def join(timeout_s: float) -> World:
     elif "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed asks for them
+        os.environ.update(ALONE)  # DeepSpeed asks for them
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return World(rank, world_size, local_rank, device)
+
+
+def _refuse_partial_group() -> None:
+    names = (*GROUP_VARIABLES, "LOCAL_RANK")
+    given = [name for name in names if os.environ.get(name, ALONE.get(name)) != ALONE.get(name)]
+    missing = [name for name in GROUP_VARIABLES if name not in os.environ]
+    if given and missing:
+        raise BadInput(
+            f"the environment sets {', '.join(given)}, but not {', '.join(missing)}; start the processes of a group "
+            f"with torchrun, or, to train in one process, run `unset {' '.join(given)}` first"
+        )
 
 
 def leave() -> None:

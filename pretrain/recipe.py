@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -86,9 +86,7 @@ class TrainRecipe:
 
         Raises BadInput, naming the key.
         """
-        check_zero(self.zero)
-        if self.compile and self.zero.stage == 3:
-            raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")
+        self._check_engine()
         exists = any("://" in entry.path or Path(entry.path).exists() for entry in self.data.dataset)
         datasets = open_datasets(self.data) if needs_data or exists else []
         micro_batches, micro_rows = micro_shape(self.data, world_size)
@@ -99,3 +97,19 @@ class TrainRecipe:
         model = choose_model(self.model, datasets[0].vocab_size, datasets[0].seq_len)
         refuse_other_tokenizer(model, datasets[0])
         return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows)
+
+    def check(self, world_size: int) -> None:
+        """Find what is wrong, as `resolve` does, on a machine that does not train: no dataset is copied into a cache.
+
+        Raises BadInput, naming the key.
+        """
+        if any("://" in entry.path for entry in self.data.dataset):  # only a cache can open these
+            self._check_engine()
+            micro_shape(self.data, world_size)
+        else:
+            replace(self, data=replace(self.data, cache=None)).resolve(world_size)
+
+    def _check_engine(self) -> None:
+        check_zero(self.zero)
+        if self.compile and self.zero.stage == 3:
+            raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")

@@ -1,1 +1,11 @@
-"""The ground floor: errors, files, recipes and counter-based random numbers. It imports no other package."""
+"""The ground floor. It imports no other package of this project.
+
+errors       the base class of errors that end a command, and all exit codes
+files        files that are whole or absent, and checksums
+recipe       YAML recipes and `key=value` overrides become checked dataclasses
+run_files    state.json and log.jsonl of a run: read and written here alone
+processes    stop signals, and what happens to a process whose parent dies
+import_path  where Python finds the packages of this project
+quiet        hides messages of libraries
+counter_rng  random numbers as a pure function of a key and a counter
+"""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -21,6 +24,9 @@ from pydantic.fields import FieldInfo
 from sharebert_common.errors import BadInput, nearest
 
 T = TypeVar("T")
+
+_OVERRIDE = re.compile(r"([A-Za-z_]\w*)(\.[\w-]+|\[\d+\])*=")
+_IN_HOME = re.compile(r"~[\w.-]*/")
 
 STRICT = ConfigDict(extra="forbid", defer_build=True)
 """The pydantic config of every recipe dataclass: `@dataclass(config=STRICT, kw_only=True)`.
@@ -39,7 +45,7 @@ def find(recipe: str | Path) -> Path:
 
     Raises BadInput, naming the nearest shipped recipe, where there is none.
     """
-    path = Path(recipe)
+    path = Path(recipe).expanduser()
     if path.is_file():
         return path
     for candidate in (CONFIGS / path, CONFIGS / f"{path}.yaml"):
@@ -49,6 +55,21 @@ def find(recipe: str | Path) -> Path:
     raise BadInput(
         f"{recipe}: no such recipe{nearest(str(path.with_suffix('')), shipped)} (shipped: {', '.join(sorted(shipped))})"
     )
+
+
+def split_words(words: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
+    """Split the words of a command line into paths or names, and overrides.
+
+    An override begins with `key=`. A path may hold "=" as well: `/runs/lr=1e-3`, or the existing folder `lr=1e-3` where
+    `lr` is no key of `schema`.
+    """
+    paths: list[str] = []
+    overrides: list[str] = []
+    for word in words:
+        match = _OVERRIDE.match(word)
+        is_override = match is not None and (match[1] in _own_fields(schema) or not Path(word).exists())
+        (overrides if is_override else paths).append(word)
+    return paths, overrides
 
 
 def load(
@@ -66,8 +87,10 @@ def load(
     Args:
         schema: a pydantic dataclass declared with `STRICT`.
         recipe: path or shipped name of a YAML file; None for defaults alone.
-        overrides: `key.subkey=value`, the value in YAML.
+        overrides: `key.subkey=value`, the value in YAML, but without comments: "#" is part of a value.
         defaults: nested values of keys that the recipe and the overrides may leave out.
+
+    A value that begins with `~/` or `~user/` is below that home, whatever the key.
 
     Raises:
         BadInput: unreadable YAML, an unknown key (the nearest known one is named), a wrong value.
@@ -91,16 +114,35 @@ def load(
         if "=" not in override or override.startswith("="):
             raise BadInput(f"'{override}': an override is written key=value")
     try:
-        from_command_line = OmegaConf.from_dotlist(list(overrides))
+        from_command_line = OmegaConf.from_dotlist([_literal(override) for override in overrides])
         for key, inner in getattr(schema, "SHORTHAND", {}).items():
             for part in (merged, from_command_line):
                 raw = OmegaConf.to_container(part).get(key)  # type: ignore[union-attr]
                 if raw is not None and not isinstance(raw, dict):
                     part[key] = {inner: raw}
-        values = OmegaConf.to_container(OmegaConf.merge(defaults or {}, merged, from_command_line), resolve=True)
+        together = OmegaConf.merge(defaults or {}, merged, from_command_line)
+        values = _expand_home(OmegaConf.to_container(together, resolve=True))
     except (OmegaConfBaseException, YAMLError) as error:
         raise BadInput(f"{where}: {' '.join(str(error).split())}") from error
     return parse(schema, values, where)
+
+
+def _literal(override: str) -> str:
+    """An override whose plain text YAML would cut, at a comment or at spaces around it, with its value in quotes."""
+    key, _, value = override.partition("=")
+    if value.lstrip().startswith(("'", '"', "[", "{", "|", ">")):
+        return override
+    cut = re.search(r"(^|\s)#", value) or ("/" in value and value != value.strip())
+    return f"{key}={json.dumps(value, ensure_ascii=False)}" if cut else override
+
+
+def _expand_home(value: Any) -> Any:
+    """The values of a recipe, in which paths below a home are absolute."""
+    if isinstance(value, dict):
+        return {key: _expand_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and _IN_HOME.match(value) else value  # noqa: PTH111
 
 
 def parse(schema: type[T], values: Any, where: str) -> T:

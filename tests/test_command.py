@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 import sharebert_cli
+from sharebert_common.errors import BAD_INPUT, FAILED, BadInput, CommandError
 
 
 @pytest.mark.parametrize("words", [["demo", "stepz=3", "--gpus", "4"], ["demo", "--gpus", "4", "stepz=3"]])
 def test_keys_may_stand_behind_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert sharebert_cli.main(["plan", *words]) == sharebert_cli.BAD_INPUT
+    assert sharebert_cli.main(["plan", *words]) == BAD_INPUT
     assert "stepz: unknown key; did you mean 'steps'?" in capsys.readouterr().err
 
 
@@ -18,3 +19,27 @@ def test_what_no_verb_knows_is_refused(words: list[str], capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="2"):
         sharebert_cli.main(words)
     assert f"unrecognized arguments: {words[-1] if 'fill' in words else '--gpuz'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(BadInput("wrong"), BAD_INPUT), (CommandError("failed"), FAILED), (KeyError("x"), FAILED)]
+)
+def test_the_exit_code_is_that_of_the_error(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(given: object) -> int:
+        raise error
+
+    monkeypatch.setattr(sharebert_cli, "stop", stop)
+    assert sharebert_cli.main(["stop", "run"]) == code
+    assert ("Traceback" in capsys.readouterr().err) == (code == FAILED)
+
+
+def test_an_error_of_the_model_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sharebert
+
+    def fill(given: object) -> int:
+        raise sharebert.ShareBertError("no such size")
+
+    monkeypatch.setattr(sharebert_cli, "fill", fill)
+    assert sharebert_cli.main(["fill", "a [MASK]", "export"]) == BAD_INPUT

@@ -13,6 +13,7 @@ from typing import Any
 from pretrain.checkpoint import format as checkpoint
 from pretrain.checkpoint.format import Checkpoint
 from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
+from sharebert_common.run_files import read_log
 
 MANY_RUNS = Path(__file__).parent / "pretrain" / "many_runs.py"
 
@@ -75,7 +76,7 @@ def train_arguments(dataset: Path, run: Path, **overrides: Any) -> list[str]:
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return read_log(run)
 
 
 def losses(run: Path) -> list[float]:

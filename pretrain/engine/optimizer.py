@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import nn
 
+from sharebert import parameter_roles
 from sharebert_common.recipe import STRICT
 
 
@@ -23,7 +24,7 @@ class OptimizerRecipe:
     eps: Annotated[float, Field(gt=0)] = 1e-6
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled decay, on all but biases and the LayerNorms of layers and head."""
+    """Decoupled weight decay, on everything except biases and the LayerNorms of layers and head."""
     clip: Annotated[float, Field(ge=0)] = 0.5
     """Highest norm of the whole gradient; 0 does not clip."""
 
@@ -52,21 +53,13 @@ def learning_rate(step: int, steps: int, highest: float, recipe: ScheduleRecipe)
     return highest * (recipe.final + (1 - recipe.final) * shape)
 
 
-def is_decayed(name: str) -> bool:
-    """Whether weight decay acts on the parameter `name`.
-
-    As in the authors' recipe: not on biases, nor on the LayerNorms of the layers (with the final one
-    and the head's); their two factor norms are decayed.
+def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in two groups, decayed and not. The model's modules say which; the order is that of
+    `named_parameters`. Raises ShareBertError, naming it, for a parameter of which no module says it.
     """
-    if name.endswith("bias"):
-        return False
-    return not name.endswith("norm.weight") or "factor_norm" in name
-
-
-def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in two groups, decayed and not; the order is that of `named_parameters`."""
+    roles = parameter_roles(model)
     named = list(model.named_parameters())
     return [
-        {"params": [p for name, p in named if is_decayed(name)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not is_decayed(name)], "weight_decay": 0.0},
+        {"params": [p for name, p in named if roles[name].decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not roles[name].decayed], "weight_decay": 0.0},
     ]

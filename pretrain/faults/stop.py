@@ -1,63 +1,50 @@
-"""Stopping when asked: signals set a flag, and a file in the run does the same.
+"""A stop that was asked for: signals set a flag, and a file in the run directory does the same.
 
-A stop is carried out by all ranks together, after the step that they are in: the flag only rides along
-in the all-reduce that every step makes anyway. (A save is collective: called by one rank alone, from a
-signal handler, it would wait for ever.)
+All ranks stop together, after the step that they are in: the flag travels in the all-reduce that every step makes
+anyway. (A save is collective: one rank that saved alone, in a signal handler, would wait for the others for ever.)
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import os
 import signal
-import sys
-import threading
 from pathlib import Path
-from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-PR_SET_PDEATHSIG = 1
+from sharebert_common.processes import StopSignals, signal_on_parent_death
 
 
 class StopRequest:
-    """Whether this rank was asked to stop. Signals are taken from the moment that it is made."""
+    """Whether this rank was asked to stop. It notes signals from the moment that it is made."""
 
     def __init__(self) -> None:
         self._stop_file: Path | None = None
-        self._signal: int | None = None
-        self._handles_signals = threading.current_thread() is threading.main_thread()
-        if self._handles_signals:
-            for number in SIGNALS:
-                signal.signal(number, self._note)
+        self._signals = StopSignals()
+        self._signals.catch()
 
     def watch(self, stop_file: Path) -> None:
-        """Take a file of this name for a request. One rank looks, so that thousands do not ask the file system."""
+        """Treat the appearance of this file as a request. Only one rank looks: thousands would load the file system."""
         self._stop_file = stop_file
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
 
     @property
     def asked(self) -> bool:
-        """True from the first signal, or the appearance of the file, on."""
-        return self._signal is not None or (self._stop_file is not None and self._stop_file.exists())
+        """Whether a signal came, or the file is there."""
+        # `os.path.exists` is False where the file system does not answer; `Path.exists` raises (ESTALE, for instance).
+        return self._signals.received is not None or (
+            self._stop_file is not None and os.path.exists(self._stop_file)  # noqa: PTH110
+        )
 
     @property
     def reason(self) -> str:
         """What asked for the stop, for `state.json`."""
-        if self._signal is not None:
-            return f"signal {signal.Signals(self._signal).name}"
+        if self._signals.received is not None:
+            return f"signal {signal.Signals(self._signals.received).name}"
         return "file 'stop'" if self.asked else "asked on another rank"
 
     def close(self) -> None:
-        """The process is ending: a late signal does no harm to its exit code. (Ending, Python drops handlers.)"""
-        if self._handles_signals:
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+        """Ignore signals from now on: the process is ending."""
+        self._signals.ignore()
 
 
 def stop_with_the_launcher() -> None:
-    """Let the system send TERM to this process when its launcher dies: killed, torchrun leaves its workers running."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    """Get TERM when the launcher dies: a torchrun that is killed leaves its workers running."""
+    signal_on_parent_death(signal.SIGTERM)

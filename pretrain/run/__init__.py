@@ -2,7 +2,6 @@
 
 folder        what lies where in a run, who may write it, and its state
 metric_log    what a run logs, through:
-log_file      log.jsonl
 event_file    TensorBoard
 terminal      a progress bar, or lines
 meter         sums over the steps of a logging interval

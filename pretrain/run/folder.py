@@ -1,4 +1,4 @@
-"""The run directory: what lies where, who may use it, and `state.json`.
+"""The run directory: where its files are, who may use it, and the state that rank 0 writes.
 
 RUN/config.yaml  RUN/tokenizer.json  RUN/environment.json  RUN/state.json  RUN/log.jsonl
 RUN/tensorboard/  RUN/checkpoints/  RUN/heartbeats/  RUN/bad_rows.jsonl
@@ -19,19 +19,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from sharebert_common import run_files
 from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 
 ORPHAN_S = 300.0
-"""How long a launch waits for an earlier one whose launcher is dead: its ranks stop, and save, by themselves."""
-
+"""How long an attempt waits for an earlier one whose launcher is dead: its ranks save and stop by themselves."""
 
 PROGRESS_S = 10.0
-"""Between updates of `state.json` while a run makes steps."""
+"""Seconds between updates of `state.json` while a run makes steps."""
 
 
 class RunFolder:
-    """The files of one run. Every rank may read; only rank 0 calls what writes."""
+    """The files of one run. Every rank may read them; only rank 0 calls the functions that write."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -45,7 +45,7 @@ class RunFolder:
 
     @property
     def environment(self) -> Path:
-        """What each launch ran on."""
+        """What each attempt ran on."""
         return self.path / "environment.json"
 
     @property
@@ -65,17 +65,17 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """One JSON object a logging interval."""
-        return self.path / "log.jsonl"
+        """One JSON object for each logging interval."""
+        return self.path / run_files.LOG_FILE
 
     @property
     def bad_rows(self) -> Path:
-        """Rows that were given up; the run passes over them."""
+        """Rows that the run skips, since steps on them failed."""
         return self.path / "bad_rows.jsonl"
 
     @property
     def heartbeats(self) -> Path:
-        """Where each rank says how far it is."""
+        """Folder in which each rank notes its progress."""
         return self.path / "heartbeats"
 
     @property
@@ -84,10 +84,10 @@ class RunFolder:
         return self.path / "stop"
 
     def occupy(self) -> None:
-        """Make the folder and take its lock, which the operating system drops when this process dies.
+        """Make the folder and take its lock, which the operating system releases when this process dies.
 
-        Raises BadInput where the folder cannot be made, or another launch of the run is alive. One whose launcher
-        was killed is waited for.
+        Waits for an attempt whose launcher was killed. Raises BadInput where the folder cannot be made, or another
+        attempt of the run is alive.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class RunFolder:
             lock.seek(0)
             holder = lock.read().strip()
             if not _is_orphan(holder) or time.monotonic() > deadline:
-                raise BadInput(f"{self.path}: in use by another launch of this run ({holder})")
+                raise BadInput(f"{self.path}: in use by another attempt of this run ({holder})")
             time.sleep(0.2)
         lock.truncate(0)
         launcher = f", launcher {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
@@ -108,48 +108,40 @@ class RunFolder:
         self._lock = lock
 
     def _locked(self, lock: IO[str]) -> bool:
-        """Whether the lock is ours; so it is, with a warning, where the file system has none."""
+        """Whether this process has the lock; also, with a warning, where the file system has no locks."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
-            self.say(f"no locks on this file system ({error.strerror}): a second launch would not be noticed")
+            self.say(
+                f"no locks on this file system ({error.strerror}): a second attempt beside this one goes unnoticed"
+            )
         return True
 
     def release(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def say(self, text: str) -> None:
-        """A line for people in the terminal or the job's log, if that takes it."""
+        """Print a line to the terminal or the job's log; nothing where that is not possible."""
         with suppress(OSError):
             print(f"{self.path}: {text}", file=sys.stderr, flush=True)
 
     def read_state(self) -> dict[str, Any]:
-        """The content of `state.json`; empty before the first start. Raises BadInput where it is not JSON."""
-        path = self.path / "state.json"
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise BadInput(f"{path}: not JSON ({error})") from error
+        """The content of `state.json`, see `run_files.read_state`."""
+        return run_files.read_state(self.path)
 
-    def write_state(self, state: str, *, reason: str = "", step: int | None = None, **changes: Any) -> None:
-        """Say how the run stands; what is not given stays."""
-        now = {"step": 0, "restarts": 0, "crashes": {}, "job": None} | self.read_state() | changes
-        now |= {"state": state, "reason": reason, "updated": time.time()}
-        if step is not None:
-            now["step"] = step
+    def write_state(self, state: str, *, reason: str = "", **changes: Any) -> None:
+        """Say in `state.json` how the run stands; a key that is not given keeps its value."""
         self._noted = time.monotonic()
-        with self._or_say(self.path / "state.json"):
-            write_atomically(self.path / "state.json", json.dumps(now, indent=1) + "\n")
+        with self._or_say(self.path / run_files.STATE_FILE):
+            run_files.write_state(self.path, state, reason=reason, **changes)
 
     def start(self, *, step: int, steps: int, tokenizer: Path, recipe_yaml: str, environment: dict[str, Any]) -> None:
-        """Note a launch that goes on from `step`, and drop an old stop request. A full disk does not end it."""
+        """Record an attempt that resumes from `step`, and drop an old stop request. A full disk does not end it."""
         self.stop_file.unlink(missing_ok=True)
         with self._or_say(self.tokenizer):
             temporary = self.tokenizer.with_name(".tokenizer.json.partial")
@@ -158,81 +150,60 @@ class RunFolder:
         with self._or_say(self.config):
             write_atomically(self.config, recipe_yaml)
         with self._or_say(self.environment):
-            write_atomically(self.environment, json.dumps([*self._starts(), environment], indent=1) + "\n")
+            write_atomically(
+                self.environment, json.dumps([*self._earlier_environments(), environment], indent=1) + "\n"
+            )
         before = self.read_state()
-        crashes = before.get("crashes", {})
-        if before.get("state") == "running":  # that launch died without a word
+        crashes = before["crashes"]
+        if before["state"] == "running":  # that attempt died without a word
             crashes = self._counted(crashes)
         self.cut_log(step)
-        restarts = before["restarts"] + 1 if before else 0
+        restarts = before["restarts"] + 1 if before["state"] else 0
         job = os.environ.get("SLURM_JOB_ID")
         about = {"steps": steps, "resumed_from": step, "restarts": restarts, "crashes": crashes, "job": job}
         self.write_state("running", step=step, **about)
 
     @contextmanager
     def _or_say(self, path: Path) -> Iterator[None]:
-        """Say that `path` could not be written, instead of raising."""
+        """Print that `path` could not be written, instead of raising."""
         try:
             yield
         except OSError as error:
             self.say(f"{path.name} could not be written ({error.strerror})")
 
-    def _starts(self) -> list[dict[str, Any]]:
-        """What `environment.json` says of earlier launches."""
+    def _earlier_environments(self) -> list[dict[str, Any]]:
+        """The entries of earlier attempts in `environment.json`."""
         try:
             return list(json.loads(self.environment.read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError):
             return []
 
     def note_progress(self, step: int) -> None:
-        """Let `state.json` say `step`, unless it was written a moment ago."""
+        """Write `step` to `state.json`, unless that was written less than PROGRESS_S ago."""
         if time.monotonic() - self._noted > PROGRESS_S:
             self.write_state("running", step=step)
 
     def fail(self, reason: str, *, crash: bool) -> None:
-        """Note that this launch ended, and whether it crashed or was given something wrong. Without the lock, nothing:
-        the run is another launch's."""
+        """Record that this attempt failed: in a crash, or because something given is wrong.
+
+        Without the lock this does nothing: the run belongs to another attempt.
+        """
         if self._lock is not None:
-            crashes = self.read_state().get("crashes", {})
+            crashes = self.read_state()["crashes"]
             self.write_state("failed", reason=reason, crashes=self._counted(crashes) if crash else crashes)
 
     def _counted(self, crashes: dict[str, int]) -> dict[str, int]:
-        """One more crash at the last step that was logged: a run that comes no further crashes at the same one."""
-        step = str(self._last_logged_step())
+        """One more crash at the last logged step: a run that makes no progress crashes at the same step again."""
+        step = str(run_files.last_logged_step(self.path))
         return crashes | {step: crashes.get(step, 0) + 1}
 
-    def _last_logged_step(self) -> int:
-        try:
-            lines = self.log.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return 0
-        for line in reversed(lines):
-            try:
-                return int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a killed run may be half a line
-        return 0
-
     def cut_log(self, step: int) -> None:
-        """Drop the lines of `log.jsonl` after `step`: a run that goes on from there will write them again.
-
-        One that starts from nothing also writes that of step 0, its first validation.
-        """
-        kept, last = 0, step or -1
-        try:
-            for line in self.log.read_bytes().splitlines(keepends=True):
-                if not json.loads(line)["step"] <= last or not line.endswith(b"\n"):
-                    break
-                kept += len(line)
-        except FileNotFoundError:
-            return
-        except (ValueError, KeyError, TypeError):
-            pass  # the last line of a killed run may be half a line
-        os.truncate(self.log, kept)
+        """Drop the lines of `log.jsonl` after `step`, see `run_files.cut_log`."""
+        run_files.cut_log(self.path, step)
 
 
 def _is_orphan(holder: str) -> bool:
-    """Whether the process that wrote `holder` into the lock is on this machine and its launcher is dead."""
+    """Whether the process that wrote `holder` into the lock runs on this machine and its launcher is dead."""
     who, _, launcher = holder.partition(", launcher ")
     if not launcher.isdigit() or not who.endswith(f" on {platform.node()}"):
         return False
@@ -243,4 +214,4 @@ def _is_orphan(holder: str) -> bool:
         return True
     except OSError:
         return False
-    return stat.rpartition(")")[2].split()[0] == "Z"  # killed, and waited for by nobody yet
+    return stat.rpartition(")")[2].split()[0] == "Z"  # a zombie: killed, and its parent has not noticed yet

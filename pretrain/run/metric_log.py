@@ -13,9 +13,9 @@ from pydantic.dataclasses import dataclass
 
 from pretrain.run.event_file import EventFile
 from pretrain.run.folder import RunFolder
-from pretrain.run.log_file import LogFile
 from pretrain.run.terminal import Terminal
 from sharebert_common.recipe import STRICT
+from sharebert_common.run_files import LogWriter
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -34,13 +34,13 @@ class MetricLog:
     def __init__(self, run: RunFolder, *, enabled: bool, steps: int) -> None:
         """`steps` is where the run ends."""
         self._run, self._enabled, self._steps = run, enabled, steps
-        self._outputs: list[LogFile | EventFile] = []
+        self._outputs: list[LogWriter | EventFile] = []
         self._terminal: Terminal | None = None
 
     def open(self, step: int, config_yaml: str) -> None:
         """Log from `step` on, that of the loaded checkpoint. Later points of an earlier attempt are dropped."""
         if self._enabled:
-            self._outputs = [LogFile(self._run.log), EventFile(self._run.tensorboard, step, config_yaml)]
+            self._outputs = [LogWriter(self._run.log), EventFile(self._run.tensorboard, step, config_yaml)]
             self._terminal = self._terminal or Terminal(self._steps, step)
 
     def return_to(self, step: int) -> None:
@@ -64,7 +64,7 @@ class MetricLog:
     def sync(self) -> None:
         """Make the lines of `log.jsonl` durable, so that a checkpoint never has a step that the log lacks."""
         for output in self._outputs:
-            if isinstance(output, LogFile):
+            if isinstance(output, LogWriter):
                 try:
                     output.sync()
                 except OSError as error:
@@ -83,7 +83,7 @@ class MetricLog:
             output.close()
         self._outputs, self._terminal = [], None
 
-    def _write(self, output: LogFile | EventFile) -> None:
+    def _write(self, output: LogWriter | EventFile) -> None:
         try:
             output.write()
         except OSError as error:

@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 def test_stop_and_go_on(dataset: Path, tmp_path: Path) -> None:
     """Stopped from outside; submitted again, the run goes on where it was. Status and logs on the way."""
     run, recipe = tmp_path / "run", tmp_path / "tiny.yaml"
-    recipe.write_text("faults:\n  dry_run: false\n")
+    recipe.write_text("faults:\n  memory_probe: false\n")
     marks = tmp_path / "marks"
     flags = ["--cluster=local", "--procs-per-node=2", f"--set=setup=['echo $MARK >> {marks}']", "--set=env.MARK=seen"]
     arguments = train_arguments(dataset, run, steps=100_000, schedule__warmup=10, schedule__decay="constant")
@@ -63,7 +63,7 @@ def test_stop_and_go_on(dataset: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in log_of(run)] == list(range(1, steps + 1))
     said = sharebert(tmp_path, "status", str(run)).stdout
     assert "state     finished" in said
-    assert "starts    2" in said
+    assert "attempts  2" in said
     assert f"step {steps}/{steps}" in sharebert(tmp_path, "logs", str(run)).stdout
     assert marks.read_text() == "seen\nseen\n"
     assert str(run) in sharebert(tmp_path, "status").stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster import preflight
-from cluster.allocation import Place
+from cluster.allocation import Allocation
 from cluster.launch import Training
 from cluster.node_facts import facts_of
 from cluster.recipe import ClusterRecipe
@@ -25,17 +25,17 @@ def port() -> int:
         return int(server.getsockname()[1])
 
 
-def place_of(node: int, port: int, nodes: tuple[str, ...] = NODES) -> Place:
-    return Place("1", 0, node, nodes, Path("/nowhere"), port)
+def allocation_of(node: int, port: int, nodes: tuple[str, ...] = NODES) -> Allocation:
+    return Allocation("1", 0, node, nodes, Path("/nowhere"), port)
 
 
-def refusals(port: int, on_node: Callable[[Place], None], nodes: tuple[str, ...] = NODES) -> list[str]:
+def refusals(port: int, on_node: Callable[[Allocation], None], nodes: tuple[str, ...] = NODES) -> list[str]:
     """What each node says that does not go well."""
     said = [""] * len(nodes)
 
     def run(node: int) -> None:
         try:
-            on_node(place_of(node, port, nodes))
+            on_node(allocation_of(node, port, nodes))
         except BadInput as error:
             said[node] = str(error)
 
@@ -58,13 +58,13 @@ def test_a_name_that_does_not_resolve(port: int) -> None:
 
 def test_a_node_that_is_silent_is_named(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "REACH_S", 1.0)
-    said = refusals(port, lambda place: preflight.reach(place) if place.node != 1 else None)
+    said = refusals(port, lambda allocation: preflight.reach(allocation) if allocation.node != 1 else None)
     assert said[0] == said[2] == f"pre-flight: 127.0.0.2 did not report to 127.0.0.1 on port {port} within 1 s"
 
 
 def test_a_port_that_is_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "REACH_S", 1.0)
-    said = refusals(port, lambda place: preflight.reach(place) if place.node else None)
+    said = refusals(port, lambda allocation: preflight.reach(allocation) if allocation.node else None)
     assert f"127.0.0.3 cannot reach 127.0.0.1 on port {port}" in said[2]
 
 
@@ -87,14 +87,14 @@ def test_what_differs_is_named_on_all_nodes(port: int, tmp_path: Path, dataset: 
     other.mkdir()
     (other / "manifest.json").write_text("{}")
 
-    def exchange(place: Place) -> None:
+    def exchange(allocation: Allocation) -> None:
         training = Training(tmp_path, ("pretrain",), (dataset,), ClusterRecipe())
         facts = facts_of(training, {})
-        if place.node == 2:
+        if allocation.node == 2:
             facts[f"dataset {dataset}"] = facts_of(Training(tmp_path, (), (other,), ClusterRecipe()), {})[
                 f"dataset {other}"
             ]
-        preflight._exchange(place, facts, None, 10)
+        preflight._exchange(allocation, facts, None, 10)
 
     said = refusals(port, exchange)
     assert len(set(said)) == 1

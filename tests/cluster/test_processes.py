@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster import processes
+from sharebert_common.processes import STOP_SIGNALS
 
 WORKER = """
 import pathlib, signal, sys, time
@@ -36,7 +37,7 @@ def start(file: Path) -> subprocess.Popen[bytes]:
 
 def test_signals_reach_the_workers_and_not_what_started_them(tmp_path: Path) -> None:
     command = start(tmp_path / "file")
-    for number in processes.SIGNALS:
+    for number in STOP_SIGNALS:
         command.send_signal(number)
     time.sleep(0.2)
     assert command.poll() is None, "torchrun must survive what its workers handle"

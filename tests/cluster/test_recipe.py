@@ -44,7 +44,7 @@ def test_times_as_slurm_writes_them(time: str, expected: int) -> None:
 
 @pytest.mark.parametrize("time", ["soon", "1:2:3:4", "-5", "1h"])
 def test_other_times_are_refused(time: str) -> None:
-    with pytest.raises(BadInput, match="written as SLURM does"):
+    with pytest.raises(BadInput, match="write it as SLURM does"):
         minutes(time)
 
 

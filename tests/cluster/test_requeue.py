@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.requeue import AFTER, BEFORE, Again, GivenUp
+from cluster.requeue import AFTER, BEFORE, GivenUp, RequeuePermit
 
 
 class Job:
@@ -46,12 +46,12 @@ def job(tmp_path: Path) -> Job:
 
 
 def test_a_job_whose_agent_said_that_it_is_over_ends(job: Job) -> None:
-    again = Again(job.files)
-    again.allow(step=10)
-    again.forbid()
+    permit = RequeuePermit(job.files)
+    permit.allow(step=10)
+    permit.forbid()
     assert job.end(0) == (0, False)
-    again.allow(step=10)
-    again.forbid()
+    permit.allow(step=10)
+    permit.forbid()
     assert job.end(1) == (1, False)
 
 
@@ -59,46 +59,46 @@ def test_a_job_whose_agent_never_came_to_life_ends(job: Job) -> None:
     assert job.end(127) == (127, False)
 
 
-def test_a_job_that_stopped_or_crashed_starts_again(job: Job) -> None:
-    again = Again(job.files)
-    again.allow(step=10)
+def test_a_job_that_stopped_or_crashed_is_requeued(job: Job) -> None:
+    permit = RequeuePermit(job.files)
+    permit.allow(step=10)
     assert job.end(0) == (0, True)
-    assert job.end(0) == (0, False), "the leave to start again is used up"
-    again.allow(step=10)
+    assert job.end(0) == (0, False), "the permit is used up"
+    permit.allow(step=10)
     assert job.end(137) == (0, True)
 
 
 def test_what_a_user_cancelled_stays_cancelled(job: Job) -> None:
     """SLURM calls it completing, as it calls all jobs whose processes are still ending."""
     for state in ("COMPLETING", "CANCELLED"):
-        Again(job.files).allow(step=10)
+        RequeuePermit(job.files).allow(step=10)
         assert job.end(143, state) == (143, False)
 
 
-def test_what_the_time_limit_or_a_preemption_ended_starts_again(job: Job) -> None:
-    Again(job.files).allow(step=10)
+def test_what_the_time_limit_or_a_preemption_ended_is_requeued(job: Job) -> None:
+    RequeuePermit(job.files).allow(step=10)
     assert job.end(143, "COMPLETING", limit="2020-01-01T00:00:00") == (0, True)
-    Again(job.files).allow(step=10)
+    RequeuePermit(job.files).allow(step=10)
     assert job.end(143, "COMPLETING", preempted="2026-01-01T00:00:00") == (0, True)
-    Again(job.files).allow(step=10)
+    RequeuePermit(job.files).allow(step=10)
     assert job.end(0, limit="Unknown") == (0, True)
 
 
 def test_the_third_crash_at_a_step_is_the_last(job: Job) -> None:
-    again = Again(job.files)
+    permit = RequeuePermit(job.files)
     for _ in range(3):
-        again.allow(step=10)
+        permit.allow(step=10)
         job.end(1)
-    with pytest.raises(GivenUp, match="3 starts in a row crashed without getting further than step 10"):
-        again.allow(step=10)
-    again.allow(step=20)  # it got further
+    with pytest.raises(GivenUp, match="3 attempts in a row crashed without progress beyond step 10"):
+        permit.allow(step=10)
+    permit.allow(step=20)  # it made progress
 
 
 def test_what_slurm_ends_is_never_counted(job: Job) -> None:
-    again = Again(job.files)
+    permit = RequeuePermit(job.files)
     for _ in range(6):
-        again.allow(step=10)
+        permit.allow(step=10)
         job.end(143, "COMPLETING", limit="2020-01-01T00:00:00")
     for _ in range(6):
-        again.allow(step=10)
+        permit.allow(step=10)
         assert job.end(0) == (0, True)

@@ -24,7 +24,7 @@ def test_goodput_counts_each_step_once() -> None:
 def folder(tmp_path: Path) -> ClusterFolder:
     folder = ClusterFolder(tmp_path / "run")
     folder.prepare("steps: 1\n")
-    folder.submitted(job="999999", launcher="local", nodes=1, folder=str(folder.jobs / "999999"))
+    folder.add_submission(job="999999", launcher="local", nodes=1, folder=str(folder.jobs / "999999"))
     return folder
 
 
@@ -57,7 +57,7 @@ def test_the_first_rank_that_failed_is_shown(folder: ClusterFolder) -> None:
         file.write_text(f"a warning\nTraceback (most recent call last):\n  of {node}\n")
         os.utime(file, (1000 + order, 1000 + order))
     assert newest_failure(folder.run) == (
-        "start 1.0, node n2, local rank 1, attempt 2:\nTraceback (most recent call last):\n  of n2"
+        "attempt 1.0, node n2, local rank 1, restart in place 2:\nTraceback (most recent call last):\n  of n2"
     )
 
 

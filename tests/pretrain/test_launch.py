@@ -105,7 +105,7 @@ def test_under_torchrun_a_stop_is_no_failure(dataset: Path, recipe: Path, tmp_pa
         wait_for(lambda: (run / "log.jsonl").exists() and len(log_of_so_far(run)) > 3)
         second = pretrain(recipe, arguments)
         assert second.returncode == 2
-        assert "in use by another launch of this run (pid" in second.stderr
+        assert "in use by another attempt of this run (pid" in second.stderr
         (run / "stop").touch()
         process.communicate(timeout=60)
     assert process.returncode == 0

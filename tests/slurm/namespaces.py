@@ -7,13 +7,14 @@ behind: when its processes are gone, so are its network and its mounts.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sharebert_common.processes import signal_on_parent_death
 
 SUBNET = "10.77.0"
 
@@ -130,7 +131,7 @@ class Network:
 
 def _die_with_parent() -> None:
     """Called in a new process: it ends when the tests end, however they end."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal_on_parent_death(signal.SIGKILL)
 
 
 def _command_line(pid: int) -> str:

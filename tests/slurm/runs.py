@@ -23,7 +23,7 @@ class Run:
         self.folder = ClusterFolder(self.path)
         folder.mkdir(exist_ok=True)
         self.recipe, self.cluster = folder / "tiny.yaml", folder / "cluster.yaml"
-        self.recipe.write_text("precision: fp32\nfaults:\n  dry_run: false\n")
+        self.recipe.write_text("precision: fp32\nfaults:\n  memory_probe: false\n")
         self.cluster.write_text(RECIPE)
         self.home = folder / "home"
 
@@ -57,9 +57,9 @@ class Run:
         """Wait until a step is logged."""
         self.slurm.wait_for(lambda: self.step >= step, f"step {step}", 240, self.tail)
 
-    def wait_for_starts(self, starts: int) -> None:
+    def wait_for_attempts(self, starts: int) -> None:
         """Wait until the job was started so often."""
-        self.slurm.wait_for(lambda: len(self.folder.starts) >= starts, f"start {starts}", 240, self.tail)
+        self.slurm.wait_for(lambda: len(self.folder.attempts) >= starts, f"start {starts}", 240, self.tail)
 
     def finish(self, job: str) -> None:
         """Wait until the job has ended well, and the run is finished."""

@@ -25,7 +25,7 @@ def lines_of_the_docs() -> list[str]:
 def test_two_hosts_train_together(possible: None, dataset: Path, tmp_path: Path) -> None:
     first, second = lines_of_the_docs()
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text("faults:\n  dry_run: false\n")
+    recipe.write_text("faults:\n  memory_probe: false\n")
     arguments = " ".join(train_arguments(dataset, tmp_path / "run", steps=20))
     network = Network(["node1", "node2"], tmp_path)
     try:

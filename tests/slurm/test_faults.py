@@ -36,16 +36,16 @@ def test_processes_are_killed(run: Run, slurm: SlurmCluster, baseline: list[floa
     """A worker: torchrun starts the group in place. An agent: the job is requeued. slurmctld: nothing stops."""
     job = run.submit(checkpoint__every=EVERY)
     run.wait_for_step(2 * EVERY)
-    first, second = run.folder.starts[0]["nodes"]
+    first, second = run.folder.attempts[0]["nodes"]
     kill(workers(slurm, second)[0])
     slurm.wait_for(lambda: len(run.steps_of_each_launch()) == 2, "workers started in place", 240, run.tail)
-    assert len(run.folder.starts) == 1, "the job was not requeued"
+    assert len(run.folder.attempts) == 1, "the job was not requeued"
 
     run.wait_for_step(run.step + EVERY + 5)
     slurm.kill_controller()
     kill(min(slurm.host(first).processes("submitit.core._submit", but="srun")))
     slurm.start_controller()
-    run.wait_for_starts(2)
+    run.wait_for_attempts(2)
     run.finish(job)
     lost_at_most_a_checkpoint(run, baseline)
 
@@ -54,10 +54,10 @@ def test_a_node_dies(run: Run, slurm: SlurmCluster, baseline: list[float]) -> No
     """The power of a node fails; the run goes on on a spare one, and the node comes back."""
     job = run.submit(checkpoint__every=EVERY)
     run.wait_for_step(2 * EVERY + 5)
-    dead = run.folder.starts[0]["nodes"][1]
+    dead = run.folder.attempts[0]["nodes"][1]
     slurm.host(dead).power_cut()
-    run.wait_for_starts(2)
-    assert dead not in run.folder.starts[1]["nodes"]
+    run.wait_for_attempts(2)
+    assert dead not in run.folder.attempts[1]["nodes"]
     slurm.replace_node(dead)
     run.finish(job)
     lost_at_most_a_checkpoint(run, baseline)
@@ -67,10 +67,10 @@ def test_a_network_is_cut(run: Run, slurm: SlurmCluster, baseline: list[float]) 
     """The node goes on running its workers, cut off; the new start has the run all the same."""
     job = run.submit(checkpoint__every=EVERY)
     run.wait_for_step(2 * EVERY + 5)
-    lonely = run.folder.starts[0]["nodes"][0]
+    lonely = run.folder.attempts[0]["nodes"][0]
     slurm.host(lonely).cut_off()
-    run.wait_for_starts(2)
-    assert lonely not in run.folder.starts[1]["nodes"]
+    run.wait_for_attempts(2)
+    assert lonely not in run.folder.attempts[1]["nodes"]
     slurm.wait_for(lambda: not workers(slurm, lonely), "workers cut off have ended", 60, run.tail)
     slurm.host(lonely).plug_in()
     run.finish(job)
@@ -83,6 +83,6 @@ def test_a_run_that_crashes_at_the_same_step_is_given_up(run: Run, slurm: SlurmC
     job = run.submit(*flags, nodes=1, optimizer__lr=1e38, faults__max_skipped=2)
     slurm.wait_for_state(job, "FAILED", "COMPLETED", timeout_s=300, explain=run.tail)
     assert run.folder.state["state"] == "failed"
-    assert 3 <= len(run.folder.starts) <= 4
+    assert 3 <= len(run.folder.attempts) <= 4
     assert "TooManyFaults" in run.sharebert("logs", str(run.path), "--failed")
     assert "failed" in run.sharebert("status", str(run.path))

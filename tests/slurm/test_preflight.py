@@ -16,7 +16,7 @@ def refusal(run: Run, job: str) -> str:
     """Why a job failed, as `sharebert status` says it."""
     run.slurm.wait_for_state(job, "FAILED", "COMPLETED", timeout_s=120, explain=run.tail)
     assert run.slurm.job(job)["JobState"] == "FAILED"
-    assert len(run.folder.starts) == 1
+    assert len(run.folder.attempts) == 1
     assert not run.folder.log, "nothing was trained"
     said = run.sharebert("status", str(run.path))
     assert "failed (" in said

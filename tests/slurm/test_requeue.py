@@ -21,7 +21,7 @@ def test_three_preemptions(
         run.wait_for_step(run.step + 25)
         high_priority()
         slurm.wait_for_state(job, "PENDING")
-        run.wait_for_starts(number + 1)
+        run.wait_for_attempts(number + 1)
     run.finish(job)
     run.same_as(baseline)
     launches = run.steps_of_each_launch()
@@ -34,11 +34,11 @@ def test_requeue_by_hand_and_a_signal(run: Run, slurm: SlurmCluster, baseline: l
     job = run.submit(checkpoint__every=40)
     run.wait_for_step(50)
     slurm.run("scontrol", "requeue", job)
-    run.wait_for_starts(2)
+    run.wait_for_attempts(2)
     first = run.steps_of_each_launch()[0][-1]
     run.wait_for_step(first + 20)
     slurm.run("scancel", "--signal=USR1", job)
-    run.wait_for_starts(3)
+    run.wait_for_attempts(3)
     run.finish(job)
     run.same_as(baseline)
     launches = run.steps_of_each_launch()
@@ -49,7 +49,7 @@ def test_requeue_by_hand_and_a_signal(run: Run, slurm: SlurmCluster, baseline: l
 def test_the_time_limit_twice(run: Run, slurm: SlurmCluster, baseline: list[float]) -> None:
     """SLURM's shortest limit is a minute. The run has no end, and is stopped after the second one."""
     job = run.submit("--time=1", steps=1_000_000)
-    run.wait_for_starts(3)
+    run.wait_for_attempts(3)
     run.wait_for_step(run.step + 5)
     assert "will save and end" in run.sharebert("stop", str(run.path))
     slurm.wait_for_state(job, "COMPLETED")

@@ -21,7 +21,7 @@ def test_two_nodes_train_to_the_end(undisturbed: Run, baseline: list[float]) -> 
     assert undisturbed.folder.checkpoint == BASELINE_STEPS
     (start,) = json.loads((undisturbed.path / "environment.json").read_text())
     assert start["ranks"] == 4
-    (entry,) = undisturbed.folder.starts
+    (entry,) = undisturbed.folder.attempts
     assert len(set(entry["nodes"])) == 2
 
 
@@ -38,7 +38,7 @@ def test_status_of_a_finished_run(undisturbed: Run) -> None:
     facts = {key: value.strip() for key, _, value in (line.partition(" ") for line in lines)}
     assert facts["state"] == "finished"
     assert facts["step"] == f"{BASELINE_STEPS} of {BASELINE_STEPS}"
-    assert facts["starts"] == "1"
+    assert facts["attempts"] == "1"
     assert 0 < float(facts["goodput"].rstrip("%")) < 100
     assert str(undisturbed.path) in undisturbed.sharebert("status"), "the list of all runs"
 
@@ -76,7 +76,7 @@ def test_several_recipes_are_an_array(run: Run, tmp_path: Path, dataset: Path) -
     recipes = []
     for name, rate in (("fast", 3e-3), ("slow", 1e-4)):
         file = tmp_path / f"{name}.yaml"
-        file.write_text(f"run: {tmp_path}/{name}\noptimizer:\n  lr: {rate}\nfaults:\n  dry_run: false\n")
+        file.write_text(f"run: {tmp_path}/{name}\noptimizer:\n  lr: {rate}\nfaults:\n  memory_probe: false\n")
         recipes.append(str(file))
     given = [
         word for word in train_arguments(dataset, run.path, steps=10) if not word.startswith(("run=", "optimizer"))

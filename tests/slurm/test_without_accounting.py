@@ -31,14 +31,14 @@ def test_submit_preempt_status_stop(plain: SlurmCluster, dataset: Path, tmp_path
     assert f"step      {run.step} of 100000" in said or "of 100000" in said
 
     plain.sbatch("sleep 1", "--partition=high", "--nodes=2", "--exclusive")
-    run.wait_for_starts(2)
+    run.wait_for_attempts(2)
     before = run.step
     run.wait_for_step(before + 10)
     assert "will save and end" in run.sharebert("stop", str(run.path))
     plain.wait_for_state(job, "COMPLETED", explain=run.tail)
     said = run.sharebert("status", str(run.path))
     assert "state     stopped" in said
-    assert "starts    2" in said
+    assert "attempts  2" in said
     assert run.folder.checkpoint == run.step
     launches = run.steps_of_each_launch()
     assert launches[0][-1] + 1 == launches[1][0]

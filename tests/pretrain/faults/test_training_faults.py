@@ -50,7 +50,7 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("stage", "precision"), CASES)
-def test_a_dry_run_changes_nothing(runs: Path, stage: int, precision: str) -> None:
+def test_a_memory_probe_changes_nothing(runs: Path, stage: int, precision: str) -> None:
     clean = losses(runs / f"clean-{stage}-{precision}")
     assert len(clean) == STEPS
     assert losses(runs / f"dry-{stage}-{precision}") == clean

@@ -15,6 +15,7 @@ import pytest
 
 from pretrain.run import folder as run_folder
 from pretrain.run.folder import RunFolder
+from sharebert_common import run_files
 from sharebert_common.errors import BadInput
 
 
@@ -107,7 +108,7 @@ def test_ranks_whose_launcher_was_killed_are_waited_for(tmp_path: Path) -> None:
     with holder(tmp_path, {"TORCHELASTIC_RUN_ID": "x"}) as launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "held\n"
-        with pytest.raises(BadInput, match=f"in use by another launch of this run .pid .* on {platform.node()}"):
+        with pytest.raises(BadInput, match=f"in use by another attempt of this run .pid .* on {platform.node()}"):
             RunFolder(tmp_path).occupy()
         launcher.kill()
         os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # dead, and still listed: a zombie
@@ -143,7 +144,8 @@ def test_a_full_disk_does_not_end_a_start(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "write_atomically", full)
+    for module in (run_folder, run_files):
+        monkeypatch.setattr(module, "write_atomically", full)
     start(run, step=1)
     said = capsys.readouterr().err
     for name in ("config.yaml", "environment.json", "state.json"):

@@ -44,7 +44,7 @@ def lines(run: RunFolder) -> list[tuple[int, float]]:
 def test_lines_that_wait_are_written_at_the_end(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = metric_log(run)
     with monkeypatch.context() as full:
-        full.setattr("pretrain.run.log_file.LogFile.write", refuse)
+        full.setattr("sharebert_common.run_files.LogWriter.write", refuse)
         full.setattr("pretrain.run.event_file.EventFile.write", refuse)
         shown.line(valid(1, 7.0))
         shown.line(valid(2, 6.0))

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 def submit(slurm: SlurmCluster, folder: Path, *options: str) -> str:
     """A job that takes no notice of any warning; its agent left it to start again."""
     after = [line.replace("FOLDER", str(folder)) for line in AFTER]
-    agent = [f"mkdir -p {folder}/$job", f"echo 0 > {folder}/$job/again", f"echo start >> {folder}/$job/starts"]
+    agent = [f"mkdir -p {folder}/$job", f"echo 0 > {folder}/$job/requeue", f"echo start >> {folder}/$job/starts"]
     script = folder / "script.sh"
     script.write_text("\n".join(["#!/bin/bash", *BEFORE, *agent, "srun sleep 300", *after]) + "\n")
     return slurm.run("sbatch", "--parsable", "--requeue", f"--output={folder}/log", *options, str(script)).strip()

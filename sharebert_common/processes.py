@@ -1,0 +1,56 @@
+"""Signals that ask for a stop, and what Linux does with a process whose parent dies."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""The signals that SLURM and people announce an end with."""
+
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+class StopSignals:
+    """Notes the stop signals that this process gets, from `catch` on, in place of what they did before."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        """The newest signal; None before the first."""
+
+    def catch(self) -> None:
+        """Note signals from now on. Outside of the main thread, where Python allows no handlers, this does nothing."""
+        self._handle(self._note)
+
+    def ignore(self) -> None:
+        """Ignore signals from now on: a late one does no harm to the exit code. (As it ends, Python drops handlers.)"""
+        self._handle(signal.SIG_IGN)
+
+    def _handle(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+
+def signal_on_parent_death(number: int) -> None:
+    """Let Linux send this signal to this process when its parent dies; elsewhere this does nothing."""
+    _prctl(_SET_PDEATHSIG, number)
+
+
+def adopt_orphans() -> None:
+    """Make this process the new parent of orphans among its descendants, in place of process 1."""
+    _prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

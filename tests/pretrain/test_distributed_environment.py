@@ -1,0 +1,65 @@
+"""The environment variables of a process group: all of them, or none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain import distributed
+from sharebert_common.errors import BadInput
+
+GROUP = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "left", [("WORLD_SIZE",), ("RANK",), ("MASTER_ADDR",), ("RANK", "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")]
+)
+def test_variables_left_in_the_environment_are_refused(left: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*GROUP, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in left:
+        monkeypatch.setenv(name, GROUP[name])
+    with pytest.raises(BadInput, match=f"unset {' '.join(left)}"):
+        distributed.join(1.0)
+
+
+def test_what_says_that_a_process_is_alone_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in GROUP:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in distributed.ALONE.items():
+        monkeypatch.setenv(name, value)
+    try:
+        assert distributed.join(1.0).world_size == 1
+    finally:
+        distributed.leave()
+
+
+def test_the_refusal_reaches_the_user_whatever_the_rank(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run: {tmp_path}/run\ndata: {{dataset: {tmp_path}, global_batch: 1, micro_batch: 1}}\n")
+    command = [sys.executable, "-m", "pretrain", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"RANK": "3"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the environment sets RANK, but not WORLD_SIZE")
+
+
+@pytest.mark.parametrize("name", ["sharebert", "data_prep", "scoring", "exports"])
+def test_a_folder_in_the_working_directory_hides_no_package(name: str, tmp_path: Path) -> None:
+    """Such as the clone, seen from its parent."""
+    (tmp_path / name).mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stepz: 3\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", str(recipe)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "stepz: unknown key" in done.stderr
