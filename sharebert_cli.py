@@ -129,8 +129,8 @@ def submit(given: argparse.Namespace) -> int:
     if not configs:
         raise BadInput("CONFIG: name a recipe; key=value alone is none")
     recipes = [load(TrainRecipe, config, overrides) for config in configs]
-    for recipe in recipes:
-        recipe.check(on.nodes * on.processes)
+    for training in recipes:
+        training.check(on.nodes * on.processes)
     if given.dry_run:
         print("\n\n".join(dry_run(training_of(recipe, on)) for recipe in recipes))
         return FINISHED

@@ -45,38 +45,32 @@ def worker(rounds: int, precision: Any, folder: Path) -> None:
     import torch.distributed as dist
 
     from pretrain import distributed
-    from pretrain.checkpoint.rng_state import generators
+    from pretrain.checkpoint.rng_state import rng_state
     from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
-    from pretrain.engine import fragments as slices
-    from pretrain.engine.engine import (
-        OptimizerRecipe,
-        build_engine,
-        deepspeed_config,
-        optimizer_step,
-        set_learning_rate,
-    )
-    from pretrain.model import build_model, choose_model
+    from pretrain.engine.config import ZeroRecipe, deepspeed_config
+    from pretrain.engine.engine import open_engine
+    from pretrain.engine.optimizer import OptimizerRecipe
+    from pretrain.model import ModelRecipe, build_model, choose_model
 
     world = distributed.join(600)
     torch.set_num_threads(1)
-    choice = choose_model({"size": "sharebert-base"}, 30_522, ROW_TOKENS)
+    choice = choose_model(ModelRecipe(size="sharebert-base"), 30_522, ROW_TOKENS)
     model = build_model(choice, seed=0)
     parameters = sum(p.numel() for p in model.parameters())
     config = deepspeed_config(
-        zero={"stage": 1}, precision=precision, clip=0.5, micro_batch=1, micro_batches=1, parameters=parameters
+        zero=ZeroRecipe(stage=1), precision=precision, clip=0.5, micro_batch=1, micro_batches=1, parameters=parameters
     )
-    engine = build_engine(model, config, OptimizerRecipe())
-    set_learning_rate(engine, 1e-4)
+    engine = open_engine(model, config, OptimizerRecipe())
+    engine.learning_rate = 1e-4
     tokens = torch.randint(5, 30_522, (1, ROW_TOKENS), generator=torch.Generator().manual_seed(world.rank))
     positions = torch.tensor([3, 7])
-    saver = CheckpointWriter(
-        folder / "ours", CheckpointRecipe(keep=2), world.rank, world.world_size, token="benchmark", report=print
-    )
+    writer = CheckpointWriter(folder / "ours", CheckpointRecipe(keep=2), world.rank, world.world_size, print)
+    writer.open("benchmark")
 
     def real_step() -> None:
         output = engine(tokens, positions=positions, labels=tokens[0, positions], loss_weights=torch.ones(2))
-        engine.backward(output.loss_sum, scale_wrt_gas=False)
-        optimizer_step(engine, 0.5)
+        engine.backward(output.loss_sum)
+        engine.step()
 
     a, b = torch.randn(2, PRODUCT, PRODUCT).unbind()
     out, reduced = torch.empty_like(a), torch.ones(1)
@@ -88,15 +82,15 @@ def worker(rounds: int, precision: Any, folder: Path) -> None:
 
     def save_and_steps(number: int) -> None:
         started = time.perf_counter()
-        saver.save(number, slices.owned(engine, world), slices.shapes(engine), generators(), {})
+        writer.save(number, engine.fragments(world), engine.shapes(), rng_state(), {})
         copied.append(time.perf_counter() - started)
         steps()
         stepped = time.perf_counter()
-        saver.finish()
+        writer.finish()
         left.append(time.perf_counter() - stepped)
 
     def save_deepspeed() -> None:
-        engine.save_checkpoint(str(folder / "deepspeed"), tag="benchmark")
+        engine._deepspeed.save_checkpoint(str(folder / "deepspeed"), tag="benchmark")
         dist.barrier()
         files = sorted(file for file in (folder / "deepspeed").rglob("*") if file.is_file())
         for file in files[world.rank :: world.world_size]:
@@ -112,7 +106,7 @@ def worker(rounds: int, precision: Any, folder: Path) -> None:
 
     for _ in range(2):
         real_step()
-    saver.prepare(slices.owned(engine, world), generators())  # as training does before its first step
+    writer.allocate(engine.fragments(world), rng_state())  # as training does before its first step
     plain, ours, theirs = [], [], []
     copied: list[float] = []
     left: list[float] = []

@@ -57,8 +57,9 @@ def save(times: int) -> None:
 
     from pretrain import distributed
     from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
-    from pretrain.engine import fragments as slices
-    from pretrain.engine.engine import OptimizerRecipe, build_engine, deepspeed_config
+    from pretrain.engine.config import ZeroRecipe, deepspeed_config
+    from pretrain.engine.engine import open_engine
+    from pretrain.engine.optimizer import OptimizerRecipe
     from sharebert import ShareBertForMaskedLM
 
     world = distributed.join(timeout_s=600)
@@ -70,12 +71,13 @@ def save(times: int) -> None:
         for parameter in model.parameters():
             parameter.uniform_(-0.05, 0.05)
     settings = {"precision": "bf16", "clip": 0.5, "micro_batch": 1, "micro_batches": 1, "parameters": 1_000_000}
-    engine = build_engine(model, deepspeed_config(zero={"stage": 2}, **settings), OptimizerRecipe())
-    slices.create_moments(engine)
+    engine = open_engine(model, deepspeed_config(zero=ZeroRecipe(stage=2), **settings), OptimizerRecipe())
+    engine.fragments(world)  # makes the moments
     folder = OUT / f"{times}x"
-    engine.save_checkpoint(str(folder / "theirs"))
+    engine._deepspeed.save_checkpoint(str(folder / "theirs"))
     run = folder / "run"
-    saver = CheckpointWriter(run / "checkpoints", CheckpointRecipe(), world.rank, world.world_size, "token", print)
+    writer = CheckpointWriter(run / "checkpoints", CheckpointRecipe(), world.rank, world.world_size, print)
+    writer.open("benchmark")
     torch.distributed.barrier()  # rank 0 clears the folder first
     if world.is_main:
         (folder / "config.json").write_text(json.dumps(model_config(times).to_dict()))
@@ -86,8 +88,8 @@ def save(times: int) -> None:
         "tokenizer_sha256": hashlib.sha256((run / "tokenizer.json").read_bytes()).hexdigest(),
         "loader": {"fingerprint": "made up", "rows_consumed": 0},
     }
-    saver.save(1, slices.owned(engine, world), slices.shapes(engine), {}, training)
-    saver.finish()
+    writer.save(1, engine.fragments(world), engine.shapes(), {}, training)
+    writer.finish()
     torch.distributed.barrier()
     distributed.leave()
 

@@ -153,8 +153,8 @@ def documents(rows: int, device: str, repeats: int) -> None:
 
 
 def step(size: str, rows: int, device: str, steps: int, compiled: bool) -> None:
-    from pretrain.engine.engine import OptimizerRecipe, optimizer_groups
-    from pretrain.plan import PEAK_FLOPS, flops_per_token
+    from pretrain.engine.optimizer import OptimizerRecipe, optimizer_groups
+    from pretrain.flops import PEAK_FLOPS, flops_per_token
     from sharebert import SIZES, ShareBertConfig, ShareBertForMaskedLM, initialize
 
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ same seconds; every number is a median over the steps:
     overhead  ours and a bare loop over the same model, in turn: the time that the engine adds
 
 All run in float32 on the CPU, on the same tokens, each in its own process, so that the peak memory is its own. The
-model FLOPs are those of `pretrain.plan.flops_per_token`; a product of 2048 x 2048 matrices counts 2 · 2048³. BERT does
+model FLOPs are those of `pretrain.flops.flops_per_token`; a product of 2048 x 2048 matrices counts 2 · 2048³. BERT does
 more FLOPs for each token: its head computes logits at every position.
 """
 
@@ -88,31 +88,27 @@ def sharebert() -> Any:
 def engine_step(rows: int, stage: int) -> Step:
     """A step as `pretrain.train` makes it."""
     from pretrain import distributed
-    from pretrain.engine.engine import (
-        OptimizerRecipe,
-        build_engine,
-        deepspeed_config,
-        optimizer_step,
-        set_learning_rate,
-    )
+    from pretrain.engine.config import ZeroRecipe, deepspeed_config
+    from pretrain.engine.engine import open_engine
+    from pretrain.engine.optimizer import OptimizerRecipe
 
     distributed.join(timeout_s=60)
     model, recipe, batch = sharebert(), OptimizerRecipe(), batch_of(rows)
     config = deepspeed_config(
-        zero={"stage": stage},
+        zero=ZeroRecipe(stage=stage),
         precision="fp32",
         clip=recipe.clip,
         micro_batch=rows,
         micro_batches=1,
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    engine = build_engine(model, config, recipe)
+    engine = open_engine(model, config, recipe)
 
     def step() -> None:
-        set_learning_rate(engine, LEARNING_RATE)
+        engine.learning_rate = LEARNING_RATE
         loss_sum, _ = engine(**batch)
-        engine.backward(loss_sum / len(batch["labels"]), scale_wrt_gas=False)
-        optimizer_step(engine, recipe.clip)
+        engine.backward(loss_sum / len(batch["labels"]))
+        engine.step()
 
     return step
 
@@ -121,7 +117,7 @@ def bare_step(rows: int) -> Step:
     """The same without DeepSpeed."""
     import torch
 
-    from pretrain.engine.engine import OptimizerRecipe, optimizer_groups
+    from pretrain.engine.optimizer import OptimizerRecipe, optimizer_groups
 
     model, recipe, batch = sharebert(), OptimizerRecipe(), batch_of(rows)
     groups = optimizer_groups(model, recipe.weight_decay)
@@ -191,7 +187,7 @@ def in_own_process(what: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(given: argparse.Namespace) -> None:
-    from pretrain.plan import flops_per_token
+    from pretrain.flops import flops_per_token
     from sharebert import SIZES as NAMED
     from sharebert import ShareBertConfig
 

@@ -20,7 +20,7 @@ from exports.forms import write_export
 from exports.kinds import Classifier, HeadlessEncoder, MaskedLM
 from exports.read import load_model, read_config, read_export
 from scoring.encoders import open_encoder
-from scoring.recipe import FineTuneConfig
+from scoring.recipe import FineTuneRecipe
 from sharebert_cli import main
 from sharebert_common.errors import BadInput
 
@@ -93,7 +93,7 @@ def test_every_class_is_read_and_written_again(
     torch.testing.assert_close(again.sharebert(ids).hidden, expected)
     assert main(["consolidate", str(folder), str(tmp_path / "dense"), "--form", "dense", "--no-head"]) == 0
 
-    encoder = open_encoder(str(folder), FineTuneConfig())
+    encoder = open_encoder(str(folder), FineTuneRecipe())
     assert len(encoder.encode([("w1 w2",)], "rows")) == 1
 
 
