@@ -154,15 +154,16 @@ def parse(schema: type[T], values: Any, where: str) -> T:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A config as nested dicts, lists and scalars, ready for YAML or JSON. Keys without a value are left out."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json", exclude_none=True)
+    """A config as nested dicts, lists and scalars, ready for YAML or JSON."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def to_yaml(config: Any) -> str:
-    """A resolved config as YAML text."""
+    """A resolved config as YAML text, without the keys that have no value."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    given = TypeAdapter(type(config)).dump_python(config, mode="json", exclude_none=True)
+    return OmegaConf.to_yaml(OmegaConf.create(given))
 
 
 def describe(schema: type) -> str:
