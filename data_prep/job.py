@@ -66,7 +66,7 @@ def plan(recipe: PrepRecipe) -> Job:
             f"output: {recipe.output}: a dataset is made on a local or shared disk; give a folder there, and copy it "
             "to the URL when it is complete"
         )
-    inputs = find_inputs(recipe.source)
+    inputs = find_inputs(recipe.source, recipe.output)
     parts = plan_parts(inputs, recipe.source)
     given = given_vocabulary(recipe)
     grams = evaluation_ngrams(recipe.clean.evaluation) if recipe.clean.evaluation.paths else np.zeros(0, np.uint64)

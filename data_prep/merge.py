@@ -22,6 +22,8 @@ from data_prep.stages import layout, shards_of, stage_names
 from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 
+_MANY_UNKNOWN = 0.1  # share of the tokens; in text that a vocabulary fits, it is under 0.01
+
 
 def merge(job: Job, output: Path) -> None:
     """Make a dataset of the finished parts. It can be run again after a kill, because the manifest is written last."""
@@ -59,6 +61,11 @@ def merge(job: Job, output: Path) -> None:
     for stage in [name for name in stage_names(job.recipe.clean) if name in ("scan", "encode")]:
         for number in range(len(job.parts)):
             counts.update(part_stats(job.work, stage, number))
+    if counts["unknown"] > _MANY_UNKNOWN * counts["tokens"]:
+        say(
+            f"warning: {counts['unknown'] / counts['tokens']:.0%} of the tokens are unknown: the text has "
+            "another encoding (source.encoding), or the vocabulary is of another language"
+        )
     report = Report(counts, splits, padding, job.recipe.seq_len)
     texts = {TOKENIZER: job.vocab.json, MARKDOWN: report.markdown(), PAGE: report.page()}
     with ThreadPoolExecutor() as threads:  # so that they wait for the disk together
@@ -75,7 +82,7 @@ def merge(job: Job, output: Path) -> None:
 def check_same(recipe: PrepRecipe, output: Path) -> None:
     """Raise BadInput if the dataset at `output` was made from another config, input or tokenizer."""
     manifest = open_dataset(output).manifest
-    ours = {"config": content_config(recipe), "sources": _sources(find_inputs(recipe.source))}
+    ours = {"config": content_config(recipe), "sources": _sources(find_inputs(recipe.source, recipe.output))}
     given = given_vocabulary(recipe)
     if given is not None:
         ours["tokenizer_sha256"] = hashlib.sha256(given.encode()).hexdigest()
