@@ -20,7 +20,7 @@ from data_prep.progress import say
 from data_prep.read import tables
 from data_prep.read.compression import COMPRESSION_SUFFIXES, Compression, compression_of
 from data_prep.read.encodings import check_encoding, is_utf8
-from data_prep.read.find import FoundFile, LeftOut, find
+from data_prep.read.find import FoundFile, LeftOut, find, state_of
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 from sharebert_common.remote_files import is_url
@@ -152,6 +152,21 @@ def find_inputs(config: SourceConfig, output: str | None = None) -> list[Input]:
     if not sum(i.bytes for i in inputs):
         raise BadInput(f"source.paths: {config.paths}: {len(inputs)} files, all empty")
     return inputs
+
+
+def check_unchanged(item: Input) -> None:
+    """Raise BadInput where a file is no longer as it was when it was found."""
+    if item.kind == "hub":
+        return
+    try:
+        size, changed = state_of(item.location)
+    except FileNotFoundError as error:
+        raise BadInput(f"{item.name}: it was deleted while prep read it; run again when it is complete") from error
+    if (size, changed) != (item.bytes, item.changed):
+        raise BadInput(
+            f"{item.name}: it was changed while prep read it ({item.bytes} bytes then, {size} now); run again when "
+            "nothing writes to it any more"
+        )
 
 
 def plan_parts(inputs: Sequence[Input], config: SourceConfig) -> list[Part]:
