@@ -12,5 +12,6 @@ parts     run the parts of a stage on all cores
 merge     the last step: from finished parts to a dataset
 report    what was read, left out and made, for people
 progress  the bar or the lines of progress
-arrays    write NumPy arrays to disk
+disk      write arrays, and make files survive a power cut
+lock      one prep at a time in an output folder
 """

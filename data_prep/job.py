@@ -14,18 +14,16 @@ from uuid import uuid4
 
 import numpy as np
 
-from data_prep.arrays import save_array
+from data_prep.disk import save_array
 from data_prep.filter.clean import Cleaner, normalise
 from data_prep.filter.decontaminate import evaluation_ngrams
 from data_prep.progress import say
 from data_prep.read.documents import Batch, read_part
-from data_prep.read.sources import Input, Part, find_inputs, plan_parts
+from data_prep.read.sources import Input, Part, check_unchanged, find_inputs, plan_parts
 from data_prep.recipe import PrepRecipe
 from data_prep.tokens.tokenizer import UNTRAINED, Vocabulary, load, train
-from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 from sharebert_common.recipe import plain
-from sharebert_common.remote_files import is_url
 
 WORK = ".work"
 """Folder inside the output; it is deleted when the dataset is complete."""
@@ -54,19 +52,19 @@ class Job:
             yield cleaner(batch, counts)
 
     def normalised(self, number: int, counts: Counter[str]) -> Iterator[Batch]:
-        """All documents of a part, with their Unicode normalised, before any rule."""
+        """All documents of a part, with their Unicode normalised, before any rule.
+
+        Raises BadInput where an input was changed since the plan was made.
+        """
         for batch in read_part(self.parts[number], self.inputs, self.recipe.source, counts):
             yield normalise(batch, self.recipe.clean)
+        for item in sorted({piece.input for piece in self.parts[number]}):
+            check_unchanged(self.inputs[item])
 
 
 def plan(recipe: PrepRecipe) -> Job:
     """Find the inputs, divide them into parts, get the vocabulary. Raises BadInput."""
-    if is_url(recipe.output):
-        raise BadInput(
-            f"output: {recipe.output}: a dataset is made on a local or shared disk; give a folder there, and copy it "
-            "to the URL when it is complete"
-        )
-    inputs = find_inputs(recipe.source)
+    inputs = find_inputs(recipe.source, recipe.output)
     parts = plan_parts(inputs, recipe.source)
     given = given_vocabulary(recipe)
     grams = evaluation_ngrams(recipe.clean.evaluation) if recipe.clean.evaluation.paths else np.zeros(0, np.uint64)
@@ -74,10 +72,7 @@ def plan(recipe: PrepRecipe) -> Job:
     identity.append(hashlib.sha256(grams.tobytes()).hexdigest())
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     work = Path(recipe.output) / WORK / name
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"output: {recipe.output}: {error.strerror}") from error
+    work.mkdir(parents=True, exist_ok=True)
     # Machines that begin at the same time all do this and get the same result, so it does not matter which is last.
     if len(grams):
         temporary = work / f".{EVALUATION}.{uuid4().hex}"
@@ -88,7 +83,7 @@ def plan(recipe: PrepRecipe) -> Job:
         if given is None:
             say(f"learning a vocabulary of {recipe.tokenizer.train.vocab_size} words")
         text = given or train(lambda: _sample(Job(recipe, work, inputs, parts)), recipe.tokenizer)
-        write_atomically(file, text, durable=given is None)
+        write_atomically(file, text)
     return Job(recipe, work, inputs, parts, Vocabulary.parse(file.read_text(encoding="utf-8")))
 
 

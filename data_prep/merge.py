@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data_prep.disk import flush
 from data_prep.job import WORK, Job, content_config, given_vocabulary
 from data_prep.parts import part_folder, part_stats
 from data_prep.progress import say
@@ -21,6 +22,8 @@ from data_prep.shards.reader import open_dataset
 from data_prep.stages import layout, shards_of, stage_names
 from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
+
+_MANY_UNKNOWN = 0.1  # share of the tokens; in text that a vocabulary fits, it is under 0.01
 
 
 def merge(job: Job, output: Path) -> None:
@@ -36,7 +39,7 @@ def merge(job: Job, output: Path) -> None:
         split["tokens"] += stats["tokens"]
         split["documents"] += stats["documents"]
         split["shards"].append(shard)
-        _move(part_folder(job.work, "pack", number) / shard["name"], output / shard["name"])
+        _place(part_folder(job.work, "pack", number) / shard["name"], output / shard["name"])
     for name, split in splits.items():  # an earlier recipe that was killed in its merge may have left some
         for path in (output / name).glob("*"):
             if f"{name}/{path.name}" not in {shard["name"] for shard in split["shards"]}:
@@ -59,6 +62,11 @@ def merge(job: Job, output: Path) -> None:
     for stage in [name for name in stage_names(job.recipe.clean) if name in ("scan", "encode")]:
         for number in range(len(job.parts)):
             counts.update(part_stats(job.work, stage, number))
+    if counts["unknown"] > _MANY_UNKNOWN * counts["tokens"]:
+        say(
+            f"warning: {counts['unknown'] / counts['tokens']:.0%} of the tokens are unknown: the text has "
+            "another encoding (source.encoding), or the vocabulary is of another language"
+        )
     report = Report(counts, splits, padding, job.recipe.seq_len)
     texts = {TOKENIZER: job.vocab.json, MARKDOWN: report.markdown(), PAGE: report.page()}
     with ThreadPoolExecutor() as threads:  # so that they wait for the disk together
@@ -66,8 +74,12 @@ def merge(job: Job, output: Path) -> None:
         writes.append(threads.submit(write_manifest, staged, manifest))
     for write in writes:
         write.result()
+    for folder in (*map(output.joinpath, splits), output):
+        if folder.is_dir():
+            flush(folder)
     for name in (*texts, MANIFEST):
-        _move(staged / name, output / name)
+        (staged / name).replace(output / name)
+    flush(output)
     shutil.rmtree(output / WORK, ignore_errors=True)
     say(f"done\n{report.text()}\n\n  with histograms: {output / PAGE}")
 
@@ -75,7 +87,8 @@ def merge(job: Job, output: Path) -> None:
 def check_same(recipe: PrepRecipe, output: Path) -> None:
     """Raise BadInput if the dataset at `output` was made from another config, input or tokenizer."""
     manifest = open_dataset(output).manifest
-    ours = {"config": content_config(recipe), "sources": _sources(find_inputs(recipe.source))}
+    manifest["config"]["source"].setdefault("encoding", "auto")  # for datasets that were made before this key
+    ours = {"config": content_config(recipe), "sources": _sources(find_inputs(recipe.source, recipe.output))}
     given = given_vocabulary(recipe)
     if given is not None:
         ours["tokenizer_sha256"] = hashlib.sha256(given.encode()).hexdigest()
@@ -91,10 +104,17 @@ def _sources(inputs: list[Input]) -> list[dict[str, Any]]:
     return [{"name": item.name, "bytes": item.bytes} for item in inputs]
 
 
-def _move(source: Path, target: Path) -> None:
+def _place(source: Path, target: Path) -> None:
+    """Give a shard its place in the dataset. Its part keeps it too, so a merge that was killed packs nothing again."""
     target.parent.mkdir(exist_ok=True)
-    if source.exists():  # otherwise an earlier merge of this job has moved it
+    link = source.with_name(f".{source.name}")
+    try:
+        link.unlink(missing_ok=True)
+        link.hardlink_to(source)
+        link.replace(target)
+    except OSError:  # a file system without hard links
         source.replace(target)
+    link.unlink(missing_ok=True)  # `rename` of two links to one file does nothing
 
 
 def _difference(theirs: Any, ours: Any, where: str = "") -> str:

@@ -1,7 +1,7 @@
 """Run the parts of a stage on all local cores. Each part is complete or absent, and runs once.
 
-A part's result is a folder that appears under its name only when it is complete. A rerun, on this machine or
-another, does the parts whose folders are missing.
+A part's result is a folder that appears under its name only when it is complete and on the disk, so it survives a kill
+and a power cut. A rerun, on this machine or another, does the parts that are missing or damaged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
-from data_prep.progress import StageProgress
+from data_prep.disk import flush, flush_below
+from data_prep.progress import StageProgress, say
 from sharebert_common.errors import BadInput
 
 _STATS = "stats.json"
@@ -42,9 +43,6 @@ class Stage:
     name: str
     parts: int
     work: Callable[[Any, int, Path], dict[str, Any]]
-    durable: bool = False
-    """Its files become the dataset's: they are on the disk when a part counts as done, and survive a power cut. Those
-    of the other stages survive no more than a kill of the process."""
 
 
 def part_folder(work: Path, stage: str, number: int) -> Path:
@@ -54,13 +52,40 @@ def part_folder(work: Path, stage: str, number: int) -> Path:
 
 def part_stats(work: Path, stage: str, number: int) -> dict[str, Any]:
     """What a finished part returned."""
-    return json.loads((part_folder(work, stage, number) / _STATS).read_bytes())  # type: ignore[no-any-return]
+    return json.loads((part_folder(work, stage, number) / _STATS).read_bytes())["stats"]  # type: ignore[no-any-return]
 
 
 def missing_parts(work: Path, stage: Stage) -> list[int]:
-    """The parts that are not finished."""
+    """The parts that are not finished. Damaged ones are removed, and missing then."""
     present = {path.name for path in (work / stage.name).glob("part-*")}
-    return [n for n in range(stage.parts) if part_folder(work, stage.name, n).name not in present]
+    folders = [part_folder(work, stage.name, number) for number in range(stage.parts)]
+    return [n for n, folder in enumerate(folders) if folder.name not in present or not _is_whole_or_removed(folder)]
+
+
+def _is_whole_or_removed(folder: Path) -> bool:
+    """Whether a part has all its files in their sizes; else it is removed."""
+    if _is_whole(folder):
+        return True
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        folder.rename(aside / folder.name)
+        if _is_whole(aside / folder.name):  # another process has made it again just now
+            (aside / folder.name).rename(folder)
+            return True
+        say(f"{folder.parent.name}: {folder.name} is damaged, and is made again")
+    except FileNotFoundError:  # another process has removed it
+        pass
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return False
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _STATS).read_bytes())["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class LocalCores:
@@ -204,17 +229,16 @@ class _Computed:
     folder: Path
     target: Path
     stats: dict[str, Any]
-    durable: bool
 
     def complete(self) -> dict[str, Any]:
         """Give the folder its name. If another process was first, its result stays."""
         try:
-            if self.durable:
-                for path in filter(Path.is_file, self.folder.rglob("*")):
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            (self.folder / _STATS).write_text(json.dumps(self.stats))
+            files = [path for path in self.folder.rglob("*") if path.is_file()]
+            sizes = {str(path.relative_to(self.folder)): path.stat().st_size for path in files}
+            (self.folder / _STATS).write_text(json.dumps({"stats": self.stats, "files": sizes}))
+            flush_below(self.folder)
             self.folder.rename(self.target)
+            flush(self.target.parent)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -227,7 +251,7 @@ def _compute(stage: Stage, job: Any, work: Path, number: int) -> _Computed:
     target = part_folder(work, stage.name, number)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        return _Computed(folder, target, stage.work(job, number, folder), stage.durable)
+        return _Computed(folder, target, stage.work(job, number, folder))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

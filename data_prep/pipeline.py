@@ -17,12 +17,14 @@ import shutil
 from pathlib import Path
 
 from data_prep.job import WORK, plan
+from data_prep.lock import locked
 from data_prep.merge import check_same, merge
 from data_prep.parts import LocalCores, missing_parts
 from data_prep.recipe import PrepRecipe
 from data_prep.shards.format import MANIFEST
 from data_prep.stages import stages
 from sharebert_common.errors import BadInput
+from sharebert_common.remote_files import is_url
 
 __all__ = ["PrepRecipe", "prepare"]
 
@@ -36,6 +38,8 @@ def prepare(recipe: PrepRecipe, task: tuple[int, int] | None = None) -> Path:
             without `task` runs all parts that are left, and merges.
 
     Returns: the folder of the dataset.
+
+    While another prep works in the folder, this one waits, except that tasks work together.
 
     Raises BadInput for anything wrong with the input or the recipe. Finished parts are kept.
     """
@@ -52,11 +56,27 @@ def prepare(recipe: PrepRecipe, task: tuple[int, int] | None = None) -> Path:
 def _prepare(recipe: PrepRecipe, task: tuple[int, int] | None) -> Path:
     if task and not 0 <= task[0] < task[1]:
         raise BadInput(f"task: {task[0]}/{task[1]}: tasks are numbered from 0 to {task[1] - 1}")
+    if is_url(recipe.output):
+        raise BadInput(
+            f"output: {recipe.output}: a dataset is made on a local or shared disk; give a folder there, and copy it "
+            "to the URL when it is complete"
+        )
     output = Path(recipe.output)
     if (output / MANIFEST).exists():
-        check_same(recipe, output)
-        shutil.rmtree(output / WORK, ignore_errors=True)  # a merge may have been killed just before this step
-        return output
+        return _made_before(recipe, output)
+    with locked(output / WORK, shared=task is not None):
+        if (output / MANIFEST).exists():  # by the prep that this one waited for
+            return _made_before(recipe, output)
+        return _make(recipe, output, task)
+
+
+def _made_before(recipe: PrepRecipe, output: Path) -> Path:
+    check_same(recipe, output)
+    shutil.rmtree(output / WORK, ignore_errors=True)  # a merge may have been killed just before this step
+    return output
+
+
+def _make(recipe: PrepRecipe, output: Path, task: tuple[int, int] | None) -> Path:
     with LocalCores(recipe.workers or len(os.sched_getaffinity(0))) as cores:
         job = plan(recipe)
         for stage in stages(job):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.arrays import save_array
+from data_prep.disk import save_array
 from data_prep.filter import dedup
 from data_prep.filter.clean import CleanConfig, drop
 from data_prep.job import Job
@@ -43,7 +43,7 @@ def stages(job: Job) -> Iterator[Stage]:
             case "encode":
                 yield Stage(name, len(job.parts), encode)
             case "pack":
-                yield Stage(name, len(shards_of(layout(job))), pack_shard, durable=True)
+                yield Stage(name, len(shards_of(layout(job))), pack_shard)
 
 
 def scan(job: Job, number: int, folder: Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def layout(job: Job) -> shuffle.Layout:
         plan = shuffle.plan_shards(
             _runs(job), recipe.validation, recipe.seq_len, token_bytes, recipe.shards.bytes_per_shard
         )
-        write_atomically(file, json.dumps(asdict(plan)), durable=False)
+        write_atomically(file, json.dumps(asdict(plan)))
     return _read_layout(file)
 
 

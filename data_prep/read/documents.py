@@ -17,6 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from data_prep.read import tables
+from data_prep.read.encodings import Suspicion
 from data_prep.read.sources import Input, Part, Piece, SourceConfig
 from data_prep.read.streams import Stream
 from sharebert_common.errors import BadInput
@@ -26,6 +27,15 @@ READ_BYTES = 4 << 20
 _BLANK_LINES = re.compile(rb"\n[ \t\r]*\n")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BOM = b"\xef\xbb\xbf"
+_JSON_TYPES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    str: "a string",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,11 @@ class _Reader:
 
     def __init__(self, item: Input, config: SourceConfig, counts: Counter[str]) -> None:
         self.item, self.config, self.counts = item, config, counts
+        self._suspicion = Suspicion() if item.encoding == "auto" else None
         self._separators = (b"\n\n", b"\n\r\n") if self._is_text and config.document == "paragraph" else (b"\n",)
+
+    def _opened(self) -> Stream:
+        return Stream(self.item, self.config.encoding_errors)
 
     @property
     def _is_text(self) -> bool:
@@ -75,9 +89,11 @@ class _Reader:
             yield from self._columns(piece)
         elif self._is_text and self.config.document == "file":
             for offset, data in self._whole(piece):
+                self._refuse_other_encodings(offset, data)
                 yield [self._decode(data.removeprefix(_BOM) if not offset else data, offset)]
         else:
             for offset, block in self._blocks(piece):
+                self._refuse_other_encodings(offset, block)
                 if not offset and block.startswith(_BOM):
                     offset, block = len(_BOM), block[len(_BOM) :]
                 texts = self._text_records(offset, block) if self._is_text else self._json_lines(offset, block)
@@ -91,11 +107,11 @@ class _Reader:
         else:
             table = tables.hub_table(self.item.location, source.hub_config, source.hub_split)
             batches = tables.table_texts(self.item.name, table, key, piece.start, piece.stop)
-        for batch in batches:
+        for first, batch in batches:
             texts = []
-            for value in batch:
+            for row, value in enumerate(batch, first + 1):
                 if value is None:
-                    self._bad(f"a row whose '{key}' is null")
+                    self._bad(f"'{key}' is null, not text", place=f"row {row}")
                 elif not self._too_long(len(value)):
                     texts.append(self._decode(value))
             yield texts
@@ -104,7 +120,7 @@ class _Reader:
         """A text file that is one document: (offset, bytes), cut at whitespace near each multiple of the stride."""
         stride, window = self.config.stride_bytes, self.config.cut_window
         nominal, ahead, carry = piece.start, b"", b""
-        with Stream(self.item) as stream:
+        with self._opened() as stream:
             if nominal:
                 stream.seek(nominal - window)
                 before = stream.read(window)
@@ -121,16 +137,16 @@ class _Reader:
                 self.counts["splits"] += 1
                 carry, data = data[cut:], data[:cut]
                 yield offset, data
-                if nominal >= piece.stop and not self.item.compression:
+                if nominal >= piece.stop and self.item.seekable:
                     return
                 offset += cut
 
     def _blocks(self, piece: Piece) -> Iterator[tuple[int, bytes]]:
         """Whole lines or paragraphs, a few megabytes at a time: (offset, bytes)."""
         limit = self.config.max_document_bytes
-        with Stream(self.item) as stream:
+        with self._opened() as stream:
             offset, stop = 0, None
-            if not self.item.compression:
+            if self.item.seekable:
                 offset, stop = self._boundary(stream, piece.start), self._boundary(stream, piece.stop)
                 stream.seek(offset)
             position, carry, skipping = offset, b"", False
@@ -220,11 +236,17 @@ class _Reader:
         except (ValueError, RecursionError) as error:
             self._bad(f"not JSON ({error})", offset)
             return None
-        if not isinstance(value, dict) or not isinstance(value.get(self.config.text_key), str):
-            found = f"its keys: {', '.join(value)}" if isinstance(value, dict) else "it is not an object"
-            self._bad(f"no text under '{self.config.text_key}' ({found})", offset)
+        key = self.config.text_key
+        text = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            if not isinstance(value, dict):
+                what = f"no text under '{key}' (it is {_JSON_TYPES[type(value)]}, not an object)"
+            elif key not in value:
+                what = f"no text under '{key}' (its keys: {', '.join(value)})"
+            else:
+                what = f"'{key}' is {_JSON_TYPES[type(text)]}, not text"
+            self._bad(what, offset)
             return None
-        text: str = value[self.config.text_key]
         repaired = _SURROGATES.sub("\ufffd", text)
         if repaired != text:
             self._invalid_utf8("lone surrogate in a JSON string", offset)
@@ -236,16 +258,30 @@ class _Reader:
         except UnicodeDecodeError as error:
             place = None if offset is None else offset + error.start
             self._invalid_utf8(f"byte 0x{data[error.start]:02x} is not UTF-8", place)
-            return data.decode(errors="replace")
+            text = data.decode(errors="replace")
+            if self._suspicion and (sign := self._suspicion.replaced(text, data)):
+                self._refuse_encoding(sign)
+            return text
 
     def _invalid_utf8(self, what: str, offset: int | None) -> None:
         if self.config.encoding_errors == "refuse":
             raise BadInput(f"{self._place(offset)}: {what}; repair it or set source.encoding_errors: replace")
         self.counts["invalid_utf8"] += 1
 
-    def _bad(self, what: str, offset: int | None = None) -> None:
+    def _refuse_other_encodings(self, offset: int, data: bytes) -> None:
+        if self._suspicion and (sign := self._suspicion.look_at(offset, data)):
+            self._refuse_encoding(sign)
+
+    def _refuse_encoding(self, sign: str) -> None:
+        raise BadInput(
+            f"{self.item.name}: {sign}; convert it to UTF-8, name its encoding in source.encoding, or set "
+            "source.encoding: utf-8 to read it as it is"
+        )
+
+    def _bad(self, what: str, offset: int | None = None, place: str | None = None) -> None:
         if self.config.bad_documents == "refuse":
-            raise BadInput(f"{self._place(offset)}: {what}; repair it or set source.bad_documents: skip")
+            where = f"{self.item.name}, {place}" if place else self._place(offset)
+            raise BadInput(f"{where}: {what}; repair it or set source.bad_documents: skip")
         self.counts["bad_documents"] += 1
 
     def _too_long(self, size: int, offset: int | None = None) -> bool:
@@ -263,7 +299,7 @@ class _Reader:
     def _place(self, offset: int | None) -> str:
         if offset is None:
             return self.item.name
-        with Stream(self.item) as stream:
+        with self._opened() as stream:
             line = 1
             while offset > 0 and (data := stream.read(min(READ_BYTES, offset))):
                 line += data.count(b"\n")

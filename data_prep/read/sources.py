@@ -6,19 +6,24 @@ byte for byte, on any number of machines.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as config_dataclass
 
+from data_prep.progress import say
 from data_prep.read import tables
-from data_prep.read.find import find
+from data_prep.read.compression import COMPRESSION_SUFFIXES, Compression, compression_of
+from data_prep.read.encodings import check_encoding, is_utf8
+from data_prep.read.find import FoundFile, LeftOut, find, state_of
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
+from sharebert_common.remote_files import is_url
 
 Kind = Literal["text", "jsonl", "parquet", "hub"]
 
@@ -29,7 +34,6 @@ _KINDS: dict[str, Kind] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _PARTS = 64  # enough for the cores of one machine with a small corpus …
 _PART_BYTES = (4 << 20, 256 << 20)  # … and for a large corpus: to lose a part costs minutes, not hours
 
@@ -39,7 +43,7 @@ class SourceConfig:
     """Where documents come from, and what happens to those that cannot be read."""
 
     paths: str | list[str] = Field(default_factory=list)
-    """Files, folders, globs or fsspec URLs: .txt, .jsonl (each also .gz and .zst) and .parquet."""
+    """Files, folders, globs or fsspec URLs: .txt, .jsonl (each also compressed: .gz, .zst, .xz, .bz2) and .parquet."""
     hub: str | None = None
     """Name of a dataset on the Hugging Face hub, or a folder that `datasets` can load; use it instead of paths."""
     hub_config: str | None = None
@@ -52,8 +56,10 @@ class SourceConfig:
     """Format of the files; auto takes it from their names."""
     document: Literal["file", "line", "paragraph"] = "file"
     """What one document of a text file is: the whole file, a line, or a block between blank lines."""
+    encoding: str = "auto"
+    """Encoding of text and jsonl files: auto is UTF-8, but refuses files that look like another; utf-8 takes them."""
     encoding_errors: Literal["replace", "refuse"] = "replace"
-    """What happens to invalid UTF-8: replace puts U+FFFD and counts the document, refuse stops."""
+    """What happens to bytes that are invalid in the encoding: replace puts U+FFFD and counts them, refuse stops."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
     """What happens to a line that is not JSON and to a document without text: refuse stops, skip counts it."""
     max_document_bytes: int = Field(default=64 << 20, ge=1 << 10)
@@ -64,6 +70,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if bool(self.paths) == bool(self.hub):
             raise ValueError("give either paths or hub")
+        if self.encoding != "auto":
+            check_encoding(self.encoding)
 
     @property
     def cut_window(self) -> int:
@@ -85,10 +93,17 @@ class Input:
     location: str
     """Path or URL to open."""
     kind: Kind
-    compression: str | None
+    compression: Compression | None
+    encoding: str
+    """The encoding of a text or jsonl file; "auto": UTF-8, if it looks like that."""
     bytes: int
     changed: str
     """Time of change or ETag, where the file system has one: a changed input gives another plan."""
+
+    @property
+    def seekable(self) -> bool:
+        """Whether it can be read from any offset; else only from its start, as UTF-8."""
+        return self.compression is None and is_utf8(self.encoding)
 
 
 @dataclass(frozen=True)
@@ -103,26 +118,55 @@ class Piece:
 Part = list[Piece]
 
 
-def find_inputs(config: SourceConfig) -> list[Input]:
-    """All inputs in the order of the recipe; those of one folder or glob are sorted by name.
+def find_inputs(config: SourceConfig, output: str | None = None) -> list[Input]:
+    """All inputs in the order of the recipe, each once; those of one folder or glob are sorted by name.
+
+    A line on stderr names what is found and left out: see `find`, and files named twice, and those in the folder
+    `output`.
 
     Raises BadInput: nothing found, an unknown format, empty files only.
     """
     if config.hub:
         name = f"{PurePosixPath(config.hub).name}/{config.hub_config or 'default'}/{config.hub_split}"
         table = tables.hub_table(config.hub, config.hub_config, config.hub_split)
-        return [Input(name, config.hub, "hub", None, table.nbytes, "")]
-    inputs = []
+        return [Input(name, config.hub, "hub", None, "utf-8", table.nbytes, "")]
+    inputs: list[Input] = []
+    taken: set[str] = set()
+    left_out = LeftOut()
     for pattern in [config.paths] if isinstance(config.paths, str) else config.paths:
-        found = find(pattern)
+        found = find(pattern, left_out)
         if not found:
-            raise BadInput(f"source.paths: {pattern}: no such file")
+            said = "; ".join(left_out.lines())
+            raise BadInput(f"source.paths: {pattern}: no such file" + (f" ({said})" if said else ""))
         for file in found:
-            kind, compression = _kind(file.name, config.format)
-            inputs.append(Input(file.name, file.location, kind, compression, file.bytes, file.changed))
+            real = file.location if is_url(file.location) else os.path.realpath(file.location)
+            if output is not None and Path(real).is_relative_to(os.path.realpath(output)):
+                left_out.add("in the output folder", file.location)
+            elif real in taken:
+                left_out.add("found twice", file.location)
+            else:
+                taken.add(real)
+                inputs.append(_input(file, config))
+    for line in left_out.lines():
+        say(line)
     if not sum(i.bytes for i in inputs):
         raise BadInput(f"source.paths: {config.paths}: {len(inputs)} files, all empty")
     return inputs
+
+
+def check_unchanged(item: Input) -> None:
+    """Raise BadInput where a file is no longer as it was when it was found."""
+    if item.kind == "hub":
+        return
+    try:
+        size, changed = state_of(item.location)
+    except FileNotFoundError as error:
+        raise BadInput(f"{item.name}: it was deleted while prep read it; run again when it is complete") from error
+    if (size, changed) != (item.bytes, item.changed):
+        raise BadInput(
+            f"{item.name}: it was changed while prep read it ({item.bytes} bytes then, {size} now); run again when "
+            "nothing writes to it any more"
+        )
 
 
 def plan_parts(inputs: Sequence[Input], config: SourceConfig) -> list[Part]:
@@ -140,21 +184,31 @@ def plan_parts(inputs: Sequence[Input], config: SourceConfig) -> list[Part]:
     return parts
 
 
-def _kind(name: str, forced: str) -> tuple[Kind, str | None]:
-    path = PurePosixPath(name)
-    compression = _COMPRESSIONS.get(path.suffix)
-    suffix = path.with_suffix("").suffix if compression else path.suffix
-    kind = _KINDS.get(suffix) if forced == "auto" else forced
+def _input(file: FoundFile, config: SourceConfig) -> Input:
+    kind = _kind(file.name, config.format)
+    compression = compression_of(file.location, file.name)
+    if kind == "parquet" and compression:
+        raise BadInput(f"{file.name}: parquet compresses by itself; unpack the {compression} first")
+    encoding = "utf-8" if kind == "parquet" else config.encoding
+    return Input(file.name, file.location, kind, compression, encoding, file.bytes, file.changed)
+
+
+def kind_of(name: str) -> Kind | None:
+    """The format that a file's name tells, without the ending of its compression."""
+    path = PurePosixPath(name.lower())
+    return _KINDS.get(path.with_suffix("").suffix if path.suffix in COMPRESSION_SUFFIXES else path.suffix)
+
+
+def _kind(name: str, forced: str) -> Kind:
+    kind = kind_of(name) if forced == "auto" else forced
     if kind is None:
         raise BadInput(f"{name}: format unknown from its name; known are {', '.join(_KINDS)}; or set source.format")
-    if kind == "parquet" and compression:
-        raise BadInput(f"{name}: parquet compresses by itself; unpack {path.suffix} first")
-    return kind, compression  # type: ignore[return-value]
+    return kind  # type: ignore[return-value]
 
 
 def _ranges(item: Input, config: SourceConfig, part_bytes: int) -> list[tuple[int, int, int]]:
     """(start, stop, bytes) of the pieces of one input."""
-    if item.compression:  # a compressed stream can be read from its start only
+    if not item.seekable:
         return [(0, item.bytes, item.bytes)]
     if item.kind == "parquet":
         return [(group, group + 1, size) for group, size in enumerate(tables.row_group_bytes(item.location))]

@@ -1,33 +1,44 @@
-"""The decompressed bytes of a file. Every failure to read becomes one clear line."""
+"""The bytes of a file, decompressed and as UTF-8. Every failure to read becomes one clear line."""
 
 from __future__ import annotations
 
-import gzip
+import lzma
 import zlib
 from types import TracebackType
-from typing import Any
+from typing import Literal
 
 import zstandard
 
+from data_prep.read.compression import MAGIC_BYTES, decompressed, recognised
+from data_prep.read.encodings import Utf8Reader, is_utf8
 from data_prep.read.sources import Input
 from sharebert_common.errors import BadInput
-from sharebert_common.remote_files import open_binary
-
-_ZSTD_INPUT_BYTES = 16 << 10  # a small input may unpack to much, and all of it is held in memory
-_ZSTD_WINDOW_BYTES = 1 << 31  # as `zstd --long=31` needs
+from sharebert_common.remote_files import is_url, open_binary
 
 
 class Stream:
-    """Reads an input from start to end, or an uncompressed one from any offset. It is a context manager."""
+    """Reads an input from start to end, or a seekable one from any offset. It is a context manager.
 
-    def __init__(self, item: Input) -> None:
+    Raises BadInput where a file at a URL is compressed in another way than its name says.
+    """
+
+    def __init__(self, item: Input, encoding_errors: Literal["replace", "refuse"] = "replace") -> None:
         self._item = item
         self._raw = open_binary(item.location)
-        self._read: Any = self._raw
-        if item.compression == "gzip":
-            self._read = gzip.GzipFile(fileobj=self._raw)
-        elif item.compression == "zstd":
-            self._read = _ZstdReader(self._raw)
+        if is_url(item.location):
+            self._compare_compression()
+        self._read = decompressed(self._raw, item.compression)
+        if not is_utf8(item.encoding):
+            self._read = Utf8Reader(self._read, item.encoding, encoding_errors)
+
+    def _compare_compression(self) -> None:
+        found = recognised(self._raw.read(MAGIC_BYTES))
+        self._raw.seek(0)
+        if found != self._item.compression:
+            raise BadInput(
+                f"{self._item.name}: its data is {found or 'not compressed'}, and its name says "
+                f"{self._item.compression or 'not compressed'}; name it for what it is, or download it first"
+            )
 
     def __enter__(self) -> Stream:
         return self
@@ -38,7 +49,7 @@ class Stream:
         self._raw.close()
 
     def seek(self, offset: int) -> None:
-        """Go to an offset of an uncompressed input."""
+        """Go to an offset of a seekable input."""
         self._raw.seek(offset)
 
     def read(self, size: int) -> bytes:
@@ -51,35 +62,12 @@ class Stream:
             while size > 0 and (piece := self._read.read(size)):
                 pieces.append(piece)
                 size -= len(piece)
-        except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+        except UnicodeDecodeError as error:
+            raise BadInput(
+                f"{self._item.name}: {error.reason} (not {self._item.encoding}); repair it or set "
+                "source.encoding_errors: replace"
+            ) from error
+        except (EOFError, OSError, zlib.error, zstandard.ZstdError, lzma.LZMAError) as error:
             state = "truncated" if isinstance(error, EOFError) else "damaged"
             raise BadInput(f"{self._item.name}: {state} ({' '.join(str(error).split())}); get it again") from error
         return b"".join(pieces)
-
-
-class _ZstdReader:
-    """Reads Zstandard frames one after the other. Unlike for the library's own reader, a cut frame is an error."""
-
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-        self._decompressor: Any = None
-        self._input = b""
-        self._buffer = b""
-
-    def read(self, size: int) -> bytes:
-        while not self._buffer:
-            if not self._input:
-                self._input = self._raw.read(_ZSTD_INPUT_BYTES)
-                if not self._input:
-                    if self._decompressor is not None:
-                        raise EOFError("a Zstandard frame without its end")
-                    return b""
-            if self._decompressor is None:
-                self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
-            self._buffer = self._decompressor.decompress(self._input)
-            self._input = b""
-            if self._decompressor.eof:
-                self._input = self._decompressor.unused_data
-                self._decompressor = None
-        piece, self._buffer = self._buffer[:size], self._buffer[size:]
-        return piece

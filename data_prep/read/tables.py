@@ -24,17 +24,23 @@ def text_columns(location: str) -> list[str]:
     return [field.name for field in _parquet(location).schema_arrow if _is_text(field.type)]
 
 
-def parquet_texts(location: str, key: str, start: int = 0, stop: int | None = None) -> Iterator[list[bytes | None]]:
-    """The column `key` of row groups `start` to `stop`, in batches of bytes. Raises BadInput."""
+Texts = Iterator[tuple[int, list[bytes | None]]]
+"""Batches of a column as bytes, each with the number of its first row (from 0)."""
+
+
+def parquet_texts(location: str, key: str, start: int = 0, stop: int | None = None) -> Texts:
+    """The column `key` of row groups `start` to `stop`. Raises BadInput."""
     import pyarrow as pa
 
     file = _parquet(location)
     _check_column(location, key, file.schema_arrow.names)
     try:
         groups = list(range(start, file.num_row_groups if stop is None else stop))
+        row = sum(file.metadata.row_group(group).num_rows for group in range(start))
         batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[key], use_threads=False)
         for batch in batches:
-            yield _as_bytes(location, key, batch.column(0))
+            yield row, _as_bytes(location, key, batch.column(0))
+            row += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{location}: damaged parquet ({' '.join(str(error).split())})") from error
 
@@ -43,22 +49,27 @@ def parquet_texts(location: str, key: str, start: int = 0, stop: int | None = No
 def hub_table(hub: str, config: str | None, split: str) -> Any:
     """The Arrow table of a hub dataset (or of a folder that `datasets` reads), memory-mapped. Raises BadInput."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         if (Path(hub) / "state.json").is_file():
             return datasets.Dataset.load_from_disk(hub).data.table
         return datasets.load_dataset(hub, config, split=split).data.table
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"source.hub: {hub}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        said = " ".join(str(error.__cause__ or error).split())[:400]
+        hint = "; it is a folder: give it to source.paths, which reads one key" if Path(hub).is_dir() else ""
+        raise BadInput(f"source.hub: {hub}: {said}{hint}") from error
 
 
-def table_texts(name: str, table: Any, key: str, start: int, stop: int) -> Iterator[list[bytes | None]]:
-    """The column `key` of rows `start` to `stop`, in batches of bytes. Raises BadInput."""
+def table_texts(name: str, table: Any, key: str, start: int, stop: int) -> Texts:
+    """The column `key` of rows `start` to `stop`. Raises BadInput."""
     _check_column(name, key, table.column_names)
     column = table.column(key)
     for first in range(start, stop, _BATCH_ROWS):
+        row = first
         for chunk in column.slice(first, min(_BATCH_ROWS, stop - first)).chunks:
-            yield _as_bytes(name, key, chunk)
+            yield row, _as_bytes(name, key, chunk)
+            row += len(chunk)
 
 
 def _parquet(location: str) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_prep.arrays import save_array
+from data_prep.disk import save_array
 from sharebert_common.counter_rng import GOLDEN, splitmix64
 from sharebert_common.errors import BadInput
 

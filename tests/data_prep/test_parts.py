@@ -34,9 +34,8 @@ def die_in_a_worker(job: Any, number: int, folder: Path) -> dict[str, Any]:
     return write(job, number, folder)
 
 
-@pytest.mark.parametrize("durable", [False, True])
-def test_every_part_once_by_all_processes(tmp_path: Path, durable: bool) -> None:
-    stage = Stage("stage", 300, write, durable)
+def test_every_part_once_by_all_processes(tmp_path: Path) -> None:
+    stage = Stage("stage", 300, write)
     with LocalCores(2) as cores:
         cores.run(stage, "job", tmp_path, range(0, 300, 3))
         assert missing_parts(tmp_path, stage) == [n for n in range(300) if n % 3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -192,6 +193,14 @@ def test_nothing_to_do_anything_with(tmp_path: Path) -> None:
         prepare(recipe(Path("x"), tmp_path / "one.txt", output="s3://b/d"))
     with pytest.raises(BadInput, match="source: give either paths or hub"):
         load(PrepRecipe, None, ["output=x", "source.text_key=y"])
+
+
+def test_many_unknown_tokens_are_said(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vocabulary = prepare(recipe(tmp_path / "v", corpus)) / "tokenizer.json"
+    assert "warning" not in capsys.readouterr().err
+    other = write_jsonl(tmp_path / "other.jsonl", [f"Здравствуй мир номер {n}" for n in range(50)])
+    prepare(recipe(tmp_path / "d", other, tokenizer=vocabulary))
+    assert re.search(r"prep: warning: \d\d% of the tokens are unknown: .*source\.encoding", capsys.readouterr().err)
 
 
 def in_a_fork(action: Callable[[], object]) -> int:

@@ -20,8 +20,10 @@ from data_prep.filter import ngrams
 from data_prep.filter.clean import CleanConfig, Cleaner, normalise, repetition_shares, symbol_shares
 from data_prep.filter.decontaminate import DecontaminateConfig, evaluation_ngrams
 from data_prep.filter.ngrams import ngram_hashes
+from data_prep.pipeline import PrepRecipe
 from data_prep.read.documents import Batch
 from sharebert_common.errors import BadInput
+from sharebert_common.recipe import load
 
 TEXTS = made_texts(50, seed=4)
 
@@ -84,6 +86,21 @@ def test_languages() -> None:
     assert kept == [english, french]
     assert counts["dropped.language"] == 2
     assert counts["language.de"] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[no]", r"clean\.languages: YAML reads no as true or false; quote it: clean\.languages=\['no'\]"),
+        ("[en,no]", r"YAML reads no as true or false"),
+        ("[en,1]", r"YAML reads 1 as a number; quote it: clean\.languages=\['1'\]"),
+    ],
+)
+def test_norwegian_is_not_false(value: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        load(PrepRecipe, None, ["output=x", "source=y", f"clean.languages={value}"])
+    recipe = load(PrepRecipe, None, ["output=x", "source=y", "clean.languages=['no', en]"])
+    assert recipe.clean.languages == ["no", "en"]
 
 
 EXAMPLE = "the heir of the house came back to the old town after many long and lonely years abroad"

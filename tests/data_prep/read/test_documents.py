@@ -121,6 +121,22 @@ def test_tables_in_any_parts(tmp_path: Path, kind: str, monkeypatch: pytest.Monk
     assert read(**config)[0] == TEXTS
 
 
+def test_a_hub_folder_of_files_with_other_columns_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 3)
+    (tmp_path / "b.jsonl").write_text('{"text": "two", "url": "u"}\n' * 3)
+    with pytest.raises(BadInput, match=r"source\.hub: .*column names don't match; .*give it to source\.paths") as error:
+        read(hub=tmp_path)
+    assert "\n" not in str(error.value)
+    assert sorted(read(paths=tmp_path)[0]) == ["one"] * 3 + ["two"] * 3
+
+
+@pytest.mark.parametrize("key", ["text", "meta.text", "text.raw"])
+def test_columns_with_a_dot_in_their_name(tmp_path: Path, key: str) -> None:
+    columns = {"text": ["a"], "meta.text": ["b"], "meta": [{"text": "c"}], "text.raw": ["d"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert read(paths=tmp_path / "a.parquet", text_key=key)[0] == columns[key]
+
+
 def test_many_small_files_share_parts(tmp_path: Path) -> None:
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number:04d}.txt").write_text(text, "utf-8")
@@ -147,8 +163,11 @@ def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
 BAD_LINES = {
     "not JSON": b'{"text": "cut',
     "no text under 'text' (its keys: body)": b'{"body": "x"}',
-    "no text under 'text' (its keys: text)": b'{"text": 3}',
-    "no text under 'text' (it is not an object)": b"[1]",
+    "'text' is a number, not text": b'{"text": 3}',
+    "'text' is null, not text": b'{"text": null}',
+    "'text' is a list, not text": b'{"text": ["a"]}',
+    "'text' is true or false, not text": b'{"text": true}',
+    "no text under 'text' (it is a list, not an object)": b"[1]",
 }
 
 
@@ -196,9 +215,17 @@ def test_long_documents_in_jsonl_and_parquet(tmp_path: Path, small_steps: random
 
 def test_null_text_in_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
-    with pytest.raises(BadInput, match=r"a\.parquet: a row whose 'text' is null"):
+    with pytest.raises(BadInput, match=r"a\.parquet, row 2: 'text' is null, not text"):
         read(paths=tmp_path / "a.parquet")
     assert read(paths=tmp_path / "a.parquet", bad_documents="skip")[0] == ["a", "b"]
+
+
+def test_the_row_of_a_null_is_that_of_the_file(tmp_path: Path) -> None:
+    texts: list[str | None] = [str(n) for n in range(4000)]
+    texts[3211] = None
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1500)
+    with pytest.raises(BadInput, match=r"a\.parquet, row 3212: 'text' is null"):
+        read(paths=tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -1,0 +1,65 @@
+"""One prep at a time in an output folder; the tasks of an array share it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from data_prep.progress import say
+from sharebert_common.errors import BadInput
+
+LOCK = "lock"
+
+
+@contextmanager
+def locked(work: Path, shared: bool) -> Iterator[None]:
+    """Hold the lock of a folder for work in progress, which is made where it is missing.
+
+    A process that finds the lock held waits for it. The lock ends with the process that holds it, however that ends.
+
+    Args:
+        work: the folder; whoever holds the lock may delete it.
+        shared: whether others may hold the lock at the same time, if they share it too.
+    """
+    file = _acquired(work, shared)
+    try:
+        yield
+    finally:
+        file.close()
+
+
+def _acquired(work: Path, shared: bool) -> IO[bytes]:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    said = False
+    while True:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            file = (work / LOCK).open("ab")
+        except FileNotFoundError:  # the holder has deleted the folder just now
+            continue
+        except OSError as error:
+            raise BadInput(f"output: {work.parent}: {error.strerror}") from error
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not said:
+                say(f"another prep works in {work.parent}; waiting until it ends")
+                said = True
+            fcntl.flock(file, kind)
+        except OSError as error:
+            say(f"no locks in {work.parent} ({error.strerror}): take care that no other prep works there")
+            return file
+        if _is_current(file, work / LOCK):
+            return file
+        file.close()  # the folder was deleted while this process waited
+
+
+def _is_current(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
