@@ -33,7 +33,10 @@ AUTO_MAP = {
     "AutoConfig": "hub.ShareBertHubConfig",
     "AutoModel": "hub.ShareBertModel",
     "AutoModelForMaskedLM": "hub.ShareBertForMaskedLM",
+    "AutoModelForMultipleChoice": "hub.ShareBertForMultipleChoice",
+    "AutoModelForQuestionAnswering": "hub.ShareBertForQuestionAnswering",
     "AutoModelForSequenceClassification": "hub.ShareBertForSequenceClassification",
+    "AutoModelForTokenClassification": "hub.ShareBertForTokenClassification",
 }
 """Where Hugging Face's Auto classes find the code, in the export's own files."""
 
