@@ -28,7 +28,10 @@ AUTO_MAP = {
     "AutoConfig": "hub.ShareBertHubConfig",
     "AutoModel": "hub.ShareBertModel",
     "AutoModelForMaskedLM": "hub.ShareBertForMaskedLM",
+    "AutoModelForMultipleChoice": "hub.ShareBertForMultipleChoice",
+    "AutoModelForQuestionAnswering": "hub.ShareBertForQuestionAnswering",
     "AutoModelForSequenceClassification": "hub.ShareBertForSequenceClassification",
+    "AutoModelForTokenClassification": "hub.ShareBertForTokenClassification",
 }
 """Where the Auto classes of transformers find the code, in the export's own files."""
 

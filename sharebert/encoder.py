@@ -23,7 +23,9 @@ class Encoded(NamedTuple):
     hidden: Tensor
     """[B, T, H], after the final LayerNorm."""
     pooled: Tensor | None
-    """[B, H], from the first position, without activation; None if it was not asked for."""
+    """[B, H], from the first position that is not padding, without activation; None if it was not asked for."""
+    states: tuple[Tensor, ...] | None = None
+    """The residual stream [B, T, H] before each layer, and `hidden`; None if they were not asked for."""
 
 
 class AddDropoutNorm(nn.LayerNorm):
@@ -63,8 +65,13 @@ class Layer(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(hidden))
         set_roles(self, **{name: LAYER_BIAS for name, _ in self.named_parameters(recurse=False)})
 
-    def forward(self, stream: Tensor, branch: Tensor | None, weights: Weights, mask: Any) -> tuple[Tensor, Tensor]:
-        """Stream and branch [B, T, H] → the same two after this layer; `mask` as in `kernels.attention`."""
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, weights: Weights, mask: Any, head_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Stream and branch [B, T, H] → the same two after this layer.
+
+        `mask` is as in `kernels.attention`; `head_mask` [heads] is a factor on each head's probabilities.
+        """
         stream, x = self.attention_norm(stream, branch)
         attended = attention(
             self._heads(linear(x, weights.query, self.query_bias)),
@@ -74,6 +81,8 @@ class Layer(nn.Module):
             self.scale,
             self.attention_dropout if self.training else 0.0,
         )
+        if head_mask is not None:
+            attended = attended * head_mask.to(attended.dtype)[:, None, None]
         branch = linear(attended.transpose(1, 2).flatten(2), weights.attention_output, self.attention_output_bias)
         stream, x = self.ffn_norm(stream, branch)
         inner = linear_gelu(x, weights.intermediate, self.intermediate_bias)
@@ -86,6 +95,8 @@ class Layer(nn.Module):
 
 class ShareBert(nn.Module):
     """The encoder of Hu et al. (AAAI 2024), with VEPS or EPS; equations in `virtual`."""
+
+    layer_class: type[Layer] = Layer
 
     def __init__(self, config: ShareBertConfig) -> None:
         super().__init__()
@@ -104,7 +115,7 @@ class ShareBert(nn.Module):
         self.pos_factor_norm = _factor_norm(hidden, config)
         self.position_embeddings = set_roles(nn.Embedding(config.max_position_embeddings, hidden), weight=weight)
         self.token_type_embeddings = set_roles(nn.Embedding(config.type_vocab_size, hidden), weight=weight)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
         self.final_norm = AddDropoutNorm(config)
         self.pooler_bias = nn.Parameter(torch.zeros(hidden))
         set_roles(self, pooler_bias=LAYER_BIAS)
@@ -113,37 +124,59 @@ class ShareBert(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         *,
         document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        factors: Tensor | None = None,
+        head_mask: Tensor | None = None,
         pool: bool = True,
+        keep_states: bool = False,
     ) -> Encoded:
         """Encode a batch of rows.
 
         Args:
             tokens: [B, T], int32 or int64 ids, T at most `max_position_embeddings`.
-            attention_mask: [B, T], 0 at padding; None if there is no padding.
+            attention_mask: [B, T], 0 at padding; or a mask of pairs, as in `visible`; None if there is no padding.
             token_type_ids: [B, T], int32 or int64; None for type 0 everywhere.
             document_ids: [B, T], the number of each position's document. With it, a position sees only its own
                 document.
+            position_ids: [B, T], [1, T] or [T]; None for 0 to T - 1.
+            factors: [B, T, F], in place of `tokens` (then None): rows of E, or others like them.
+            head_mask: [heads] or [L, heads], a factor on each head's attention probabilities.
             pool: make the pooled output too (it costs one more generated matrix).
+            keep_states: return the residual stream before each layer too.
 
-        Raises ShareBertError if rows are longer than the model's positions.
+        Raises ShareBertError if rows have no tokens, or are longer than the model's positions.
         """
+        given = tokens if factors is None else factors
+        if given is None:
+            raise ShareBertError("no tokens were given")
+        self._check_length(given.shape[1], position_ids)
         weights = self.layer_weights(pool)
-        stream, branch = self._embed(tokens, token_type_ids), None
+        factors = self.word_embeddings(tokens) if factors is None else factors
+        stream, branch = self._embed(factors, token_type_ids, position_ids), None
         mask = visible(attention_mask, document_ids)
+        states: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            given = stream, branch, weights.of_layer(index), mask
+            if keep_states:
+                if branch is not None:  # add it here, so that the state is part of the graph
+                    dropout = self.config.hidden_dropout_prob
+                    stream, branch = stream + F.dropout(branch, dropout, self.training), None
+                states.append(stream)
+            scale = head_mask if head_mask is None or head_mask.dim() == 1 else head_mask[index]
+            inputs = stream, branch, weights.of_layer(index), mask, scale
             if self.recompute and torch.is_grad_enabled():
-                stream, branch = checkpoint(layer, *given, use_reentrant=False)
+                stream, branch = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                stream, branch = layer(*given)
+                stream, branch = layer(*inputs)
         _, hidden = self.final_norm(stream, branch)
-        pooled = None if weights.pooler is None else linear(hidden[:, 0], weights.pooler, self.pooler_bias)
-        return Encoded(hidden, pooled)
+        pooled = None
+        if weights.pooler is not None:
+            pooled = linear(_first(hidden, attention_mask), weights.pooler, self.pooler_bias)
+        return Encoded(hidden, pooled, (*states, hidden) if keep_states else None)
 
     def layer_weights(self, pooler: bool = True) -> LayerWeights:
         """The matrices of all layers, and the pooler's if `pooler` is true."""
@@ -155,17 +188,23 @@ class ShareBert(nn.Module):
             factors = self.factor_linear(self.pre_factor_norm(factors))
         return self.pos_factor_norm(factors)  # type: ignore[no-any-return]
 
-    def _embed(self, tokens: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        """The start of the residual stream, [B, T, H]."""
-        length = tokens.shape[1]
-        if length > self.config.max_position_embeddings:
+    def _check_length(self, length: int, position_ids: Tensor | None) -> None:
+        if length == 0:
+            raise ShareBertError("rows of 0 tokens: a row must hold one token at least")
+        if position_ids is None and length > self.config.max_position_embeddings:
             raise ShareBertError(
                 f"rows of {length} tokens, but the model has {self.config.max_position_embeddings} positions "
                 "(max_position_embeddings): cut the text or split it"
             )
-        words = self.embed_words(self.word_embeddings(tokens))
-        positions = self.position_embeddings(torch.arange(length, device=tokens.device))
-        types = self.token_type_embeddings(tokens.new_zeros(1) if token_type_ids is None else token_type_ids)
+
+    def _embed(self, factors: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """The start of the residual stream, [B, T, H], from rows of E [B, T, F]."""
+        words = self.embed_words(factors)
+        if position_ids is None:
+            position_ids = torch.arange(factors.shape[1], device=factors.device)
+        if token_type_ids is None:
+            token_type_ids = position_ids.new_zeros(1)
+        positions, types = self.position_embeddings(position_ids), self.token_type_embeddings(token_type_ids)
         return F.dropout(words + positions + types, self.config.hidden_dropout_prob, self.training)
 
 
@@ -174,8 +213,19 @@ def _factor_norm(width: int, config: ShareBertConfig) -> nn.LayerNorm:
     return set_roles(nn.LayerNorm(width, eps=config.layer_norm_eps), weight=FACTOR_NORM_WEIGHT, bias=ZERO_BIAS)
 
 
+def _first(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The hidden state [B, H] of each row's first position; where a row starts with padding, the first after it."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return hidden[:, 0]
+    first = (attention_mask != 0).int().argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), first]
+
+
 def visible(attention_mask: Tensor | None, document_ids: Tensor | None) -> Any:
     """The mask for `kernels.attention`; None if all positions see all positions.
+
+    `attention_mask` is [B, T], 0 at padding; or [B, T, T] or [B, 1 or heads, T, T], 0 where a query (row) does not
+    see a key (column). Floating numbers in four dimensions are added to the scores, as transformers does.
 
     A position that would see nothing (in a row that is all padding) sees everything instead: nobody uses its
     output, but NaN there would spoil the gradients.
@@ -186,5 +236,10 @@ def visible(attention_mask: Tensor | None, document_ids: Tensor | None) -> Any:
         return document_mask(document_ids)
     if attention_mask is None:
         return None
-    mask = attention_mask.bool()[:, None, None, :]
+    if attention_mask.dim() == 4 and attention_mask.is_floating_point():
+        return attention_mask
+    if attention_mask.dim() not in (2, 3, 4):
+        raise ShareBertError(f"attention_mask: [B, T], [B, T, T] or [B, 1, T, T] (got {list(attention_mask.shape)})")
+    mask = attention_mask.bool()
+    mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
     return mask | ~mask.any(-1, keepdim=True)

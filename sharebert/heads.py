@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import ShareBertConfig, ShareBertError
 from .encoder import ShareBert
 from .kernels import add_dropout_norm, linear_cross_entropy, linear_gelu
+from .plain_modules import embedding_matrix, is_plain
 from .roles import NORM_WEIGHT, ZERO_BIAS, Role, Start, Uniform, set_roles, weight_role
 
 
@@ -49,6 +50,9 @@ class MlmHead(nn.Module):
 
         `embedding` is E [V, F] for a tied head, and None for an untied one.
         """
+        if labels is None and not (is_plain(self.dense) and (self.tied or is_plain(self.decoder))):
+            x = self.norm(nn.functional.gelu(self.dense(hidden)))
+            return nn.functional.linear(x, embedding, self.bias) if embedding is not None else self.decoder(x)
         x = linear_gelu(hidden, self.dense.weight.t(), self.dense.bias)
         _, x = add_dropout_norm(x, None, self.norm.weight, self.norm.bias, self.norm.eps, 0.0)
         matrix = embedding if self.tied else self.decoder.weight
@@ -133,5 +137,6 @@ class ShareBertForMaskedLM(nn.Module):
     ) -> Tensor | MlmOutput:
         if self.mlm_head is None:
             raise ShareBertError("this model has no MLM head (mlm_head: none), so it has no loss and no logits")
-        embedding = self.sharebert.word_embeddings.weight if self.mlm_head.tied else None
+        words = self.sharebert.word_embeddings
+        embedding = embedding_matrix(words, self.config.vocab_size) if self.mlm_head.tied else None
         return self.mlm_head(rows, embedding, labels, loss_weights)  # type: ignore[no-any-return]

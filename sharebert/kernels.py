@@ -1,7 +1,7 @@
 """The operations of a layer and of the loss that are worth fusing: one interface, and its reference in PyTorch.
 
 The model calls these functions alone. On CUDA with Triton installed, the kernels in `kernels_triton_*.py` do the
-work. Everywhere else, and while torch.compile traces (it fuses by itself), the reference does. Reductions, LayerNorm
+work. Everywhere else, and while the model is traced, the reference does. Reductions, LayerNorm
 statistics, softmax and the loss are in float32, and in float64 for float64 input.
 """
 
@@ -19,6 +19,7 @@ from .config import ShareBertError
 from .kernels_cpu import Dropout, DropoutAttention
 from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype
 from .shared_linear import linear
+from .tracing import is_traced
 
 CHUNK_LOGITS = 2**24
 """How many logits `linear_cross_entropy` holds at a time: 64 MiB in float32, 549 rows of a 30,528-word vocabulary."""
@@ -46,12 +47,12 @@ def load_triton() -> TritonKernels | None:
 
 def triton_for(x: Tensor) -> TritonKernels | None:
     """The Triton kernels if they can run on `x`, else None: the reference runs."""
-    return load_triton() if x.is_cuda and not torch.compiler.is_compiling() else None
+    return load_triton() if x.is_cuda and not is_traced() else None
 
 
 def cpu_kernels_for(x: Tensor) -> bool:
     """Whether the functions of `kernels_cpu` can run on `x`."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not is_traced()
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -113,8 +114,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float
     """softmax(query·keyᵀ·scale)·value with dropout on the probabilities; all [B, heads, T, d].
 
     Args:
-        mask: booleans that broadcast to [B, heads, T, T], true where a query (row) sees a key (column);
-            None if every query sees every key; or the result of `document_mask`.
+        mask: booleans that broadcast to [B, heads, T, T], true where a query (row) sees a key (column); or numbers of
+            that shape that are added to the scores; None if every query sees every key; or the result of
+            `document_mask`.
         scale: the factor on scores.
         dropout: probability with which an attention probability is dropped; 0 outside training.
 
@@ -129,7 +131,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float
         from .kernels_flex import attention_within
 
         return attention_within(query, key, value, mask, scale)
-    if dropout and cpu_kernels_for(query):  # SDPA has no fused kernel with dropout for CPUs
+    if mask is not None and mask.is_floating_point():  # SDPA takes it in the dtype of the query alone
+        mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+    elif dropout and cpu_kernels_for(query):  # SDPA has no fused kernel with dropout for CPUs
         sums = accumulation_dtype(query.dtype)
         return DropoutAttention.apply(query, key, value, mask, scale, dropout, sums)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)

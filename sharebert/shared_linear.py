@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .precision import column_sums, compute_dtype
+from .tracing import is_traced
 
 
 class SharedGradients:
@@ -58,9 +59,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     dtype = compute_dtype(x)
     flat, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
-    multiply = torch.addmm if torch.compiler.is_compiling() else _Linear.apply
-    y = multiply(bias, flat, weight)
-    return y.view(*x.shape[:-1], weight.shape[1])  # type: ignore[no-any-return]
+    if is_traced() or not torch.is_grad_enabled():
+        y = torch.addmm(bias.to(dtype), flat, weight)
+    else:
+        y = _Linear.apply(bias, flat, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
 
 
 class _Linear(torch.autograd.Function):

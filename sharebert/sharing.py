@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from .config import ShareBertConfig
+from .plain_modules import embedding_matrix, is_plain
 from .virtual import blocks, generate
 
 
@@ -78,16 +79,18 @@ class OneGeneratedSet:
 
     def __init__(self, config: ShareBertConfig) -> None:
         self.virtual = config.sharing == "veps"
+        self.words = config.vocab_size
         self.blocks = blocks(config)
 
     def __call__(self, encoder: Encoder, pooler: bool) -> SameForAll:
         """Each matrix is one product (EPS: one copy), made here."""
         wanted = self.blocks if pooler else self.blocks[:-1]
-        embedding = encoder.word_embeddings.weight
-        if self.virtual:
-            projection = encoder.factor_linear_all
-            matrices = generate(wanted, embedding, projection.weight, projection.bias)
-        else:
+        embedding = embedding_matrix(encoder.word_embeddings, self.words)
+        if not self.virtual:
             matrices = generate(wanted, embedding, None, None)
+        elif is_plain(encoder.factor_linear_all):
+            matrices = generate(wanted, embedding, encoder.factor_linear_all.weight, encoder.factor_linear_all.bias)
+        else:  # an adapter or a quantiser has changed it: make the whole virtual matrix with it, and cut that
+            matrices = generate(wanted, encoder.factor_linear_all(embedding), None, None)
         count = len(Weights._fields)
         return SameForAll(Weights(*matrices[:count]), matrices[count] if pooler else None)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from .config import ShareBertConfig
 from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype
 from .shared_linear import SharedGradients
+from .tracing import is_traced
 
 
 class Block(NamedTuple):
@@ -79,9 +80,34 @@ def generate(
         Contiguous views, each of its own product (EPS: of its own copy).
     """
     dtype = compute_dtype(embedding)
-    if projection is None:
+    plain = is_traced() or not torch.is_grad_enabled()
+    if projection is None or bias is None:
+        if plain:
+            return columns_of(embedding, cut, dtype)
         return _Columns.apply(embedding, tuple(cut), dtype)  # type: ignore[no-any-return]
+    if plain:
+        return products_of(embedding, projection, bias, cut, dtype)
     return _Products.apply(embedding, projection, bias, tuple(cut), dtype)  # type: ignore[no-any-return]
+
+
+def products_of(
+    embedding: Tensor, projection: Tensor, bias: Tensor, cut: Sequence[Block], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """VEPS: a product for each block, in plain operations."""
+    e, w, b = embedding.to(dtype), projection.to(dtype), bias.to(dtype)
+    return tuple(
+        _matrix(torch.addmm(b[block.first : block.last], e, w[block.first : block.last].t()), block) for block in cut
+    )
+
+
+def columns_of(matrix: Tensor, cut: Sequence[Block], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Blocks of a matrix [V, H] that is there: a contiguous copy for each, in plain operations."""
+    return tuple(_matrix(matrix[:, block.first : block.last].to(dtype, copy=True).contiguous(), block) for block in cut)
+
+
+def _matrix(columns: Tensor, block: Block) -> Tensor:
+    """The matrix [in, out] in the contiguous columns of its block, a view."""
+    return columns.view(-1)[: block.rows * block.columns].view(block.rows, block.columns)
 
 
 class _Products(torch.autograd.Function):
@@ -99,13 +125,7 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(embedding, projection)
         ctx.cut, ctx.dtype, ctx.bias_dtype = cut, dtype, bias.dtype
         ctx.shared_gradients = SharedGradients(len(cut))
-        e, w, b = embedding.to(dtype), projection.to(dtype), bias.to(dtype)
-        weights = []
-        for block in cut:
-            columns = slice(block.first, block.last)
-            product = torch.addmm(b[columns], e, w[columns].t())
-            weights.append(product.view(-1)[: block.rows * block.columns].view(block.rows, block.columns))
-        return tuple(weights)
+        return products_of(embedding, projection, bias, cut, dtype)
 
     @staticmethod
     @once_differentiable
@@ -141,11 +161,7 @@ class _Columns(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.cut, ctx.shape, ctx.embedding_dtype = cut, embedding.shape, embedding.dtype
         ctx.shared_gradients = SharedGradients(len(cut))
-        weights = []
-        for block in cut:
-            columns = embedding.detach()[:, block.first : block.last].to(dtype, copy=True).contiguous()
-            weights.append(columns.view(-1)[: block.rows * block.columns].view(block.rows, block.columns))
-        return tuple(weights)
+        return columns_of(embedding, cut, dtype)
 
     @staticmethod
     @once_differentiable
