@@ -54,6 +54,7 @@ def consolidate(given: argparse.Namespace) -> int:
         dtype=given.dtype,
         average=given.average,
         config=given.config,
+        opset=given.opset,
     )
     print(done)
     return FINISHED
@@ -270,6 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="for a checkpoint that DeepSpeed itself saved: an export, a run or a config.json of the same model",
     )
+    sub.add_argument("--opset", type=int, metavar="N", help="for --form onnx: version of ONNX's operators (default 20)")
     sub = verb("import-authors", import_authors, "Turn a checkpoint folder of ShareBERT's authors into an export.")
     sub.add_argument("folder", type=_path, help="folder with config.json and pytorch_model.bin or one .safetensors")
     sub.add_argument("out", type=_path, help="directory of the export")

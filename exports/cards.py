@@ -93,8 +93,9 @@ output here is the tanh of the compact form's.
 """
 
 _ONNX_LOADING = (
-    "`model.onnx` has a dynamic batch and length. Inputs, int64 [batch, length]: `input_ids`, `attention_mask`,\n"
-    "`token_type_ids`. Outputs: `last_hidden_state`, `pooler_output` and, with a masked-language-model head, `logits`."
+    "`model.onnx` has a dynamic batch and length. Inputs, int64 [batch, length]: `input_ids`, `attention_mask`, and\n"
+    "`token_type_ids`, which may be left away (all 0 then; ONNX Runtime lists it among the overridable initializers).\n"
+    "Outputs: `last_hidden_state`, `pooler_output` and, with a masked-language-model head, `logits`."
 )
 _ONNX_ABOUT = "\nThis is its dense form as ONNX: every generated matrix is written out, in every layer.\n"
 _ONNX_END = "\nThe pooled output is the tanh of the compact form's, as in `megatron_bert`.\n"

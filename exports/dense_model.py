@@ -77,6 +77,9 @@ class DenseBert(Parts):
     ) -> DenseOutput:
         """Encode [B, T] ids; `attention_mask` [B, T] is 0 at padding."""
         embeddings, encoder = self.bert.embeddings, self.bert.encoder
+        longest = embeddings.position_embeddings.num_embeddings
+        if tokens.shape[1] > longest:
+            raise BadInput(f"rows of {tokens.shape[1]} tokens, but the model has {longest} positions")
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         types = torch.zeros_like(tokens) if token_type_ids is None else token_type_ids
         x = embeddings.word_embeddings(tokens) + embeddings.token_type_embeddings(types)

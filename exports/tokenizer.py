@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from exports.files import TOKENIZER, TOKENIZER_CONFIG, write_json
+from exports.inference_tokenizer import SPECIAL_TOKENS, for_inference, wrong_masks
 from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
+from sharebert_common.files import file_sha256
 
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+TRAINED_WITH = "training_tokenizer_sha256"
+"""Key of `tokenizer_config.json`: SHA-256 of the `tokenizer.json` of the training, where the export has another one."""
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -44,8 +43,17 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def require_special_tokens(tokenizer: Any, path: Path) -> None:
+    """Raise BadInput, naming `path`, where the vocabulary lacks one of the special tokens."""
+    missing = [token for token in SPECIAL_TOKENS.values() if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise BadInput(f"{path}: lacks the special tokens {', '.join(missing)}")
+
+
 def write_tokenizer(folder: Path, tokenizer: Path, config: ShareBertConfig) -> int:
     """Write the two files of `tokenizer` (a `tokenizer.json`) for a model; returns the id of [PAD].
+
+    The file is copied as it is, unless it gives for a text something else than a training row holds.
 
     Raises BadInput, naming the file: unreadable, another model's, or without the special tokens.
     """
@@ -56,16 +64,33 @@ def write_tokenizer(folder: Path, tokenizer: Path, config: ShareBertConfig) -> i
             f"{tokenizer}: {words} words, but the model has {config.vocab_size} (a multiple of "
             f"{config.vocab_pad_multiple}): this is another model's tokenizer"
         )
-    lacking = [token for token in SPECIAL_TOKENS.values() if loaded.token_to_id(token) is None]
-    if lacking:
-        raise BadInput(f"{tokenizer}: lacks the special tokens {', '.join(lacking)}")
-    shutil.copyfile(tokenizer, folder / TOKENIZER)
-    settings = {
+    require_special_tokens(loaded, tokenizer)
+    ready = for_inference(loaded, pair_type=min(1, config.type_vocab_size - 1))
+    given = json.loads(tokenizer.read_text(encoding="utf-8"))
+    if ready is loaded and not given.get("truncation") and not given.get("padding"):
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+    else:
+        ready.save(str(folder / TOKENIZER))
+    if wrong_masks(ready):
+        print(f"{tokenizer}: beside some words, [MASK] gives other ids than in training", file=sys.stderr)
+    settings: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         **SPECIAL_TOKENS,
     }
+    trained_with = training_tokenizer_sha256(tokenizer)
+    if trained_with != file_sha256(folder / TOKENIZER):
+        settings[TRAINED_WITH] = trained_with
     write_json(folder / TOKENIZER_CONFIG, settings)
-    return int(loaded.token_to_id("[PAD]"))
+    return int(ready.token_to_id("[PAD]"))
+
+
+def training_tokenizer_sha256(tokenizer: Path) -> str:
+    """SHA-256 of the `tokenizer.json` of the training, for the `tokenizer` of a run or of an export."""
+    try:
+        kept = json.loads(tokenizer.with_name(TOKENIZER_CONFIG).read_text(encoding="utf-8"))[TRAINED_WITH]
+    except (OSError, ValueError, KeyError, TypeError):
+        return file_sha256(tokenizer)
+    return str(kept)

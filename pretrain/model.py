@@ -10,9 +10,9 @@ import torch
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
+from exports.tokenizer import training_tokenizer_sha256
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert_common.errors import BadInput, nearest
-from sharebert_common.files import file_sha256
 from sharebert_common.recipe import STRICT
 
 
@@ -118,7 +118,7 @@ def refuse_other_tokenizer(choice: ModelChoice, dataset: Dataset) -> None:
     """Raise BadInput where the export to start from was trained with another tokenizer than the dataset's."""
     theirs = choice.init_from / "tokenizer.json" if choice.init_from else None
     if theirs is not None and theirs.is_file():  # an export need not have one
-        found, ours = file_sha256(theirs), dataset.manifest["tokenizer_sha256"]
+        found, ours = training_tokenizer_sha256(theirs), dataset.manifest["tokenizer_sha256"]
         if found != ours:
             raise BadInput(
                 f"model.init_from: {theirs} has sha256 {found}, the tokenizer of {dataset.path} has {ours}: "

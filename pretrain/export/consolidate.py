@@ -44,6 +44,7 @@ def consolidate(
     dtype: str = "fp32",
     average: int = 1,
     config: Path | None = None,
+    opset: int | None = None,
 ) -> Path:
     """Write the newest whole checkpoint of a training as an export.
 
@@ -55,6 +56,7 @@ def consolidate(
         dtype: fp32 (compact: the fp32 master weights bit for bit), bf16 or fp16 (rounded).
         average: the number of a run's newest whole checkpoints whose mean is taken.
         config: for a folder that DeepSpeed saved: an export, a run or a config.json of the same model.
+        opset: version of ONNX's operators; None for the usual one.
 
     Returns `out`. Raises BadInput, naming the file.
     """
@@ -62,17 +64,19 @@ def consolidate(
         raise BadInput(f"form: one of {', '.join(FORMS)}; dtype: one of {', '.join(DTYPES)}; average: from 1")
     if form == "onnx" and dtype != "fp32":
         raise BadInput("--form onnx is written in fp32; leave --dtype away")
+    if form != "onnx" and opset is not None:
+        raise BadInput(f"--opset is for --form onnx, not for {form}")
     out = Path(out)
     if out.resolve() == Path(source).resolve():
         raise BadInput(f"{out}: the export would replace its own source; choose another folder")
     export = _open(Path(source), average, config)
-    write_export(export if head else export.without_head(), out, _form(form, DTYPES[dtype]))
+    write_export(export if head else export.without_head(), out, _form(form, DTYPES[dtype], opset))
     return out
 
 
-def _form(name: str, dtype: torch.dtype) -> Form:
+def _form(name: str, dtype: torch.dtype, opset: int | None) -> Form:
     if name == "onnx":
-        return Onnx()
+        return Onnx() if opset is None else Onnx(opset)
     return Dense(dtype) if name == "dense" else Compact(dtype)
 
 
