@@ -1,4 +1,4 @@
-"""Fine-tuning and scoring of encoders on GLUE-style tasks: `sharebert evaluate`.
+"""Fine-tuning and scoring of encoders on GLUE-style tasks, and zero-shot scores on BLiMP: `sharebert evaluate`.
 
 recipe      the keys of `evaluate`
 tasks       the nine tasks of GLUE, and tasks that a recipe describes
@@ -12,6 +12,7 @@ finetune    one fine-tuning, and predictions of the fine-tuned classifier
 trial       an encoder on a task: the learning-rate sweep, then all seeds
 baselines   models without an encoder: the majority class, and TF-IDF
 metrics     GLUE's metrics
+blimp       BLiMP: pseudo-log-likelihoods of pairs of sentences
 report      results as JSON, a table in Markdown, curves in TensorBoard
 score       the whole command: models one after the other, on the same rows
 """
