@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exports.export import CONFIG, TOKENIZER, check_tensors, load_tokenizer, read_config, words_of, write_export
+from exports.export import TOKENIZER, check_tensors, load_tokenizer, read_config, words_of, write_export
 from exports.weights import read_weights
-from scoring.architecture import Inputs, inputs_of, set_dropout
+from scoring.architecture import Inputs, inputs_of, read_model_type, set_dropout
 from scoring.data import Texts
 from scoring.recipe import FineTuneRecipe
 from scoring.tasks import Task
@@ -115,13 +114,7 @@ def open_encoder(spec: str, settings: FineTuneRecipe) -> Encoder:
     transformers.utils.logging.set_verbosity_error()  # of weights that start new, which is meant
     transformers.utils.logging.disable_progress_bar()
     folder = Path(spec.removeprefix(RANDOM))
-    path = folder / CONFIG
-    if not path.is_file():
-        raise BadInput(f"{path}: missing; is {folder} an export or the folder of a Hugging Face encoder?")
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: not readable as a model's config ({error})") from error
+    kind = read_model_type(folder)
     return ShareBertExport(spec, settings) if kind == MODEL_TYPE else HuggingFaceEncoder(spec, settings)
 
 

@@ -42,13 +42,13 @@ class TaskDataRecipe:
     """Where the rows of a task come from, and which columns are used. GLUE's tasks know their columns."""
 
     path: str | None = None
-    """A folder with {train,dev,test}.{tsv,csv,parquet,jsonl}, or one labelled file; none: nyu-mll/glue on the hub."""
+    """A folder with {train,dev,test}.{tsv,csv,parquet,jsonl} (blimp: its .jsonl files), or one file; none: the hub."""
     text: Annotated[list[Word], BeforeValidator(_as_list), Field(max_length=2)] = field(default_factory=list)
     """The column of the text, or the two columns of a pair of texts."""
     label: Annotated[str | None, BeforeValidator(_optional_word)] = None
     """The column of the label."""
     labels: list[Word] = field(default_factory=list)
-    """All labels in their order; by default the labels of the train rows, sorted."""
+    """All labels in their order; by default the labels that occur in train, sorted."""
     regression: bool = False
     """The labels of your own task are numbers to predict, not classes."""
     header: list[Word] = field(default_factory=list)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exports.export import CONFIG, read_config, read_export
-from scoring.architecture import Inputs
+from exports.export import read_config, read_export
+from scoring.architecture import Inputs, read_model_type
 from scoring.encoders import naming_folder
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
@@ -66,14 +66,7 @@ def open_masked_lm(spec: str, device: torch.device) -> MaskedLM:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = Path(spec)
-    path = folder / CONFIG
-    if not path.is_file():
-        raise BadInput(f"{path}: missing; blimp takes exports and folders of Hugging Face masked language models")
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: not readable as a model's config ({error})") from error
-    lm: MaskedLM = ShareBertLM(folder) if kind == MODEL_TYPE else HuggingFaceLM(folder)
+    lm: MaskedLM = ShareBertLM(folder) if read_model_type(folder) == MODEL_TYPE else HuggingFaceLM(folder)
     if lm.tokenizer.mask_token_id is None:
         raise BadInput(f"{folder}: its tokenizer has no mask token, which blimp needs")
     lm.model.eval().requires_grad_(False).to(device)

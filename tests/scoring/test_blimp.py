@@ -270,7 +270,7 @@ def test_models_that_cannot_be_scored(
     transformers.PreTrainedTokenizerFast.from_pretrained(models["bert"]).save_pretrained(encoder)
     assert f"{encoder}: has no MLM head, which blimp needs" in refusal(capsys, str(models["bert"]), str(encoder), *more)
     assert not (tmp_path / "out").exists()
-    assert "missing; blimp takes exports and folders" in refusal(capsys, str(tmp_path / "nowhere"), *more)
+    assert "nowhere/config.json: missing; is" in refusal(capsys, str(tmp_path / "nowhere"), *more)
     for spec in ("tfidf", "majority", f"random:{models['bert']}"):
         assert "blimp scores masked language models as they are" in refusal(capsys, spec, *more)
     weights = (models["bert"] / "model.safetensors").read_bytes()
