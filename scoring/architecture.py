@@ -1,14 +1,17 @@
-"""What a Hugging Face architecture takes as input, and its dropout, whatever its config calls them."""
+"""What kind of model a folder holds; what a Hugging Face architecture takes as input; its dropout rates."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from exports.export import CONFIG
 from sharebert_common.errors import BadInput
 
 
@@ -57,6 +60,17 @@ class Inputs:
                     "this is another model's tokenizer"
                 )
         return found
+
+
+def read_model_type(folder: Path) -> str:
+    """The `model_type` in a folder's config. Raises BadInput: there is no config, or it is not a model's."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise BadInput(f"{path}: missing; is {folder} an export or the folder of a Hugging Face model?")
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not readable as a model's config ({error})") from error
 
 
 def inputs_of(config: Any) -> Inputs:

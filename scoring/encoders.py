@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from exports.export import Export
-from exports.files import CARD, CONFIG, TOKENIZER
+from exports.files import CARD, TOKENIZER
 from exports.forms import write_export
 from exports.kinds import Classifier
 from exports.read import load_model, read_config
 from exports.tokenizer import load_tokenizer, vocabulary_size
 from exports.weight_source import TensorWeights
-from scoring.architecture import Inputs, inputs_of, set_dropout
+from scoring.architecture import Inputs, inputs_of, read_model_type, set_dropout
 from scoring.data import Texts
 from scoring.recipe import FineTuneRecipe
 from scoring.tasks import Task
@@ -124,14 +123,13 @@ def open_encoder(spec: str, settings: FineTuneRecipe) -> Encoder:
     transformers.utils.logging.set_verbosity_error()  # no warning about new weights: they are intended
     transformers.utils.logging.disable_progress_bar()
     folder = Path(spec.removeprefix(RANDOM))
-    path = folder / CONFIG
-    if not path.is_file():
-        raise BadInput(f"{path}: missing; is {folder} an export or the folder of a Hugging Face encoder?")
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: not readable as a model's config ({error})") from error
+    kind = read_model_type(folder)
     return ShareBertExport(spec, settings) if kind == MODEL_TYPE else HuggingFaceEncoder(spec, settings)
+
+
+def naming_folder(folder: Path) -> Any:
+    """A context in which the errors of transformers and safetensors become one line that names the folder."""
+    return _BadFolder(folder)
 
 
 class ShareBertExport(Encoder):

@@ -10,6 +10,9 @@ from pydantic.dataclasses import dataclass
 
 from sharebert_common.recipe import STRICT
 
+BLIMP = "blimp"
+"""The task that is scored without fine-tuning."""
+
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
@@ -39,13 +42,13 @@ class TaskDataRecipe:
     """Where the rows of a task come from, and which columns are used. GLUE's tasks know their columns."""
 
     path: str | None = None
-    """A folder with {train,dev,test}.{tsv,csv,parquet,jsonl}, or one labelled file; none: nyu-mll/glue on the hub."""
+    """A folder with {train,dev,test}.{tsv,csv,parquet,jsonl} (blimp: its .jsonl files), or one file; none: the hub."""
     text: Annotated[list[Word], BeforeValidator(_as_list), Field(max_length=2)] = field(default_factory=list)
     """The column of the text, or the two columns of a pair of texts."""
     label: Annotated[str | None, BeforeValidator(_optional_word)] = None
     """The column of the label."""
     labels: list[Word] = field(default_factory=list)
-    """All labels in their order; by default the labels of the train rows, sorted."""
+    """All labels in their order; by default the labels that occur in train, sorted."""
     regression: bool = False
     """The labels of your own task are numbers to predict, not classes."""
     header: list[Word] = field(default_factory=list)
@@ -89,17 +92,27 @@ class FineTuneRecipe:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class BlimpRecipe:
+    """How BLiMP is scored."""
+
+    pairs: PositiveInt | None = None
+    """Score this many pairs of each of the 67 paradigms, drawn once, the same for every model; none: all 1,000."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class EvaluateRecipe:
-    """Fine-tune on a task and score."""
+    """Fine-tune on a task and score, or score a masked language model on BLiMP as it is."""
 
     SHORTHAND: ClassVar[dict[str, str]] = {"data": "path"}
 
     task: Word
-    """A task of GLUE, or a name for a task of your own."""
+    """A task of GLUE, a name for a task of your own, or blimp."""
     data: TaskDataRecipe = field(default_factory=TaskDataRecipe)
     """The rows of the task; a plain value means data.path."""
     finetune: FineTuneRecipe = field(default_factory=FineTuneRecipe)
     """How encoders are fine-tuned."""
+    blimp: BlimpRecipe = field(default_factory=BlimpRecipe)
+    """How BLiMP is scored."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), Field(min_length=1)] = field(
         default_factory=lambda: [1, 2, 3, 4, 5]
     )

@@ -34,8 +34,10 @@ class Result:
     """Its name on the command line."""
     scores: dict[str, dict[str, list[float]]]
     """Split → metric → one value a seed."""
+    details: dict[str, dict[str, float]] = field(default_factory=dict)
+    """For BLiMP: `field`, `linguistics_term` or `UID` → its name → accuracy."""
     parameters: int
-    """Learned numbers, with the classifier and without a masked-language-model head."""
+    """Learned numbers, with the head that is used: a classifier, or for BLiMP the masked-language-model head."""
     bytes: int
     """The size of the parameters in memory; for TF-IDF, the size of its pickle."""
     latency_ms: float
@@ -82,7 +84,9 @@ def write_result(folder: Path, result: Result) -> None:
     """Write a result, and the table of all results in `folder`."""
     values = TypeAdapter(Result).dump_python(result, mode="json")
     write_atomically(result_file(folder, result.model), json.dumps(values, indent=2) + "\n")
-    write_atomically(folder / TABLE, table(read_results(folder)) + "\n")
+    results = read_results(folder)
+    details = details_table(results, list(dict.fromkeys(kind for r in results for kind in r.details)))
+    write_atomically(folder / TABLE, "\n\n".join(filter(None, (table(results), details))) + "\n")
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -132,6 +136,25 @@ def table(results: Sequence[Result]) -> str:
                 *(_spread(result.scores.get(split, {}).get(metric, [])) for split, metric in columns),
             ]
         )
+    return _markdown(rows)
+
+
+def details_table(results: Sequence[Result], kinds: Sequence[str]) -> str:
+    """The details of each of `kinds` as a Markdown table: a row a name, a column a model; accuracies times 100."""
+    with_details = [result for result in results if result.details]
+    found = []
+    for kind in kinds:
+        names = sorted({name for result in with_details for name in result.details.get(kind, {})})
+        rows = [[kind, *(result.model.replace("|", "\\|") for result in with_details)]]
+        for name in names:
+            values = [result.details.get(kind, {}).get(name) for result in with_details]
+            rows.append([name, *("" if value is None else f"{100 * value:.1f}" for value in values)])
+        found.append(_markdown(rows))
+    return "\n\n".join(found)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

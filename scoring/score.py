@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from scoring.baselines import MAJORITY, TFIDF, Baseline, fit_majority, fit_tfidf
+from scoring.blimp.run import evaluate_blimp
 from scoring.data import TaskData, load_task
-from scoring.encoders import open_encoder
+from scoring.encoders import RANDOM, open_encoder
 from scoring.finetune import latency_ms
 from scoring.metrics import measure
-from scoring.recipe import EvaluateRecipe
+from scoring.recipe import BLIMP, EvaluateRecipe
 from scoring.report import Result, by_metric, file_name, read_results, table, versions, write_result
 from scoring.trial import Trial, encode
 from sharebert_common.errors import BadInput
@@ -24,7 +25,7 @@ BASELINES: dict[str, Callable[[TaskData], Baseline]] = {MAJORITY: fit_majority, 
 
 
 def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = None) -> str:
-    """Fine-tune and score each of `models`, and write the results into a folder of the task in `recipe.output`.
+    """Score each of `models`, after fine-tuning for all tasks but BLiMP. Results go into `recipe.output`/task.
 
     Args:
         recipe: task, rows and settings.
@@ -39,6 +40,9 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
     if not models:
         raise BadInput("no model was given: an export, the folder of an encoder, random:FOLDER, majority or tfidf")
     device = _device(recipe.device)
+    if recipe.task == BLIMP:
+        _check_blimp(models, save)
+        return evaluate_blimp(recipe, models, device)
     data = load_task(recipe.task, recipe.data)
     for note in data.notes:
         print(note, file=sys.stderr)
@@ -86,6 +90,16 @@ def score_baseline(name: str, data: TaskData) -> Result:
         versions=versions(),
         skipped_rows=data.skipped,
     )
+
+
+def _check_blimp(models: Sequence[str], save: Path | None) -> None:
+    if save is not None:
+        raise BadInput("--save: blimp fine-tunes nothing that could be kept")
+    for spec in models:
+        if spec in BASELINES or spec.startswith(RANDOM):
+            raise BadInput(
+                f"{spec}: blimp scores masked language models as they are: give exports or folders of models"
+            )
 
 
 def _check_save(save: Path, encoders: Sequence[str]) -> None:

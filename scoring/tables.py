@@ -16,6 +16,7 @@ class BadRows:
     where: str
     """The file, or a split's name on the hub."""
     skip: bool = False
+    unit: str = "rows"
     places: list[str] = field(default_factory=list)
     """The places of the skipped rows."""
     first: str = ""
@@ -24,13 +25,13 @@ class BadRows:
     def found(self, place: str, problem: str) -> None:
         """Count a bad row. Raises BadInput if bad rows are refused."""
         if not self.skip:
-            raise BadInput(f"{self.where}, {place}: {problem} (data.bad_rows=skip skips such rows)")
+            raise BadInput(f"{self.where}, {place}: {problem} (data.bad_rows=skip skips such {self.unit})")
         self.first = self.first or f"{place}: {problem}"
         self.places.append(place)
 
     def note(self) -> str:
         """The line for the user: how many rows were skipped, and what is wrong with the first of them."""
-        return f"{self.where}: bad rows skipped: {len(self.places):,}; the first is {self.first}"
+        return f"{self.where}: bad {self.unit} skipped: {len(self.places):,}; the first is {self.first}"
 
 
 @dataclass(frozen=True)

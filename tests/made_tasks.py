@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,3 +44,19 @@ def tiny_export(out: Path, **changes: object) -> Path:
     model = tiny_model(init="variance", **changes)
     write_export(Export.of_model(model, tokenizer=tiny_tokenizer(out.parent)), out)
     return out
+
+
+def blimp(folder: Path, pairs: int = 6) -> Path:
+    """A folder with three files of BLiMP: sentences of 3 to 8 words, where the unacceptable one has another word."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    for uid, field, term in (("x_1", "syntax", "x"), ("x_2", "syntax", "x"), ("y_1", "semantics", "y")):
+        lines = []
+        for _ in range(pairs):
+            words = [f"w{draw.randint(0, 99)}" for _ in range(draw.randint(3, 8))]
+            other = [*words]
+            other[draw.randrange(len(words))] = f"w{draw.randint(100, 199)}"
+            texts = {"sentence_good": " ".join(words), "sentence_bad": " ".join(other)}
+            lines.append(json.dumps({**texts, "field": field, "linguistics_term": term, "UID": uid}) + "\n")
+        (folder / f"{uid}.jsonl").write_text("".join(lines))
+    return folder
