@@ -20,9 +20,9 @@ from cluster.folder import ClusterFolder
 from cluster.launch import Training, after_setup, torchrun
 from cluster.logs import first_failure
 from cluster.requeue import CRASHES, GivenUp, RequeuePermit
-from sharebert_common.errors import BadInput
+from sharebert_common.errors import BadInput, read_refusal
 from sharebert_common.processes import StopSignals
-from sharebert_common.run_files import ENDED
+from sharebert_common.run_files import ENDED, is_held
 
 LOOK_S = 0.2
 """How often an agent looks at its command."""
@@ -56,6 +56,9 @@ class Agent:
         """
         allocation, folder = current_allocation(self.training.recipe.port), ClusterFolder(self.training.run)
         permit = RequeuePermit(allocation.folder)
+        if folder.stop_asked:  # a requeue was on its way when the user asked
+            permit.forbid()
+            return "stopped"
         signals = StopSignals()
         signals.catch()  # to the end of the process: a late signal must not kill it before it has reported
         try:
@@ -68,10 +71,11 @@ class Agent:
             environment = self._environment()
             if self.training.recipe.preflight:
                 preflight.check(self.training, allocation, environment)
-            code = self._run(allocation, folder, environment, signals)
+            code = self._run(allocation, folder, permit, environment, signals)
         except BadInput as error:
             permit.forbid()  # another attempt would find the same
-            folder.fail(str(error))
+            if not is_held(folder.run):  # the state of a run that trains elsewhere is not ours
+                folder.fail(str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise
         return _conclude(code, allocation, folder, permit)
@@ -99,12 +103,17 @@ class Agent:
         return after_setup(self.training.recipe.setup, defaults | dict(os.environ) | given)
 
     def _run(
-        self, allocation: Allocation, folder: ClusterFolder, environment: dict[str, str], signals: StopSignals
+        self,
+        allocation: Allocation,
+        folder: ClusterFolder,
+        permit: RequeuePermit,
+        environment: dict[str, str],
+        signals: StopSignals,
     ) -> int:
         """Run the workers to their end; torchrun's exit code."""
         command = processes.start(torchrun(self.training, allocation), environment)
         try:
-            return _watch(command, allocation, folder, signals)
+            return _watch(command, allocation, folder, permit, signals)
         finally:
             processes.end(command)
 
@@ -122,13 +131,18 @@ def _wait_for_begin(allocation: Allocation, folder: ClusterFolder) -> None:
 
 
 def _watch(
-    command: subprocess.Popen[bytes], allocation: Allocation, folder: ClusterFolder, signals: StopSignals
+    command: subprocess.Popen[bytes],
+    allocation: Allocation,
+    folder: ClusterFolder,
+    permit: RequeuePermit,
+    signals: StopSignals,
 ) -> int:
     """Wait for torchrun, and pass signals and requests to stop to its workers.
 
-    Returns torchrun's exit code, or 1 where the run crashed too often. Raises Superseded.
+    Returns torchrun's exit code, or 1 where the run crashed too often. Raises Superseded, or BadInput where a worker
+    refused something given.
     """
-    looked = 0.0
+    looked, signal_noted = 0.0, False
     while (code := command.poll()) is None:
         time.sleep(LOOK_S)
         if time.monotonic() - looked < FILES_S:
@@ -136,13 +150,26 @@ def _watch(
         looked = time.monotonic()
         if folder.current not in (allocation.attempt, ""):
             raise Superseded(f"{allocation.attempt} on {allocation.name}: {folder.current} has the run now")
+        if refusal := _refusal(allocation, folder):
+            raise BadInput(refusal)
         if allocation.is_first and _crashed_too_often(folder):
             return 1
+        if allocation.is_first and signals.received is not None and not signal_noted:
+            permit.note_signal()
+            signal_noted = True
         if signals.received is not None:
             processes.relay(signals.received, command.pid)
         elif folder.stop_asked:
             processes.relay(signal.SIGTERM, command.pid)
+    if refusal := _refusal(allocation, folder):
+        raise BadInput(refusal)
     return code
+
+
+def _refusal(allocation: Allocation, folder: ClusterFolder) -> str | None:
+    """Why a worker of this node refused what it was given: torchrun would only start it again."""
+    errors = (folder.workers / allocation.attempt / allocation.name).rglob("error.json")
+    return next(filter(None, map(read_refusal, errors)), None)
 
 
 def _conclude(code: int, allocation: Allocation, folder: ClusterFolder, permit: RequeuePermit) -> str:

@@ -7,6 +7,11 @@ requeues the job where it finds the file, and removes it: a job whose agent neve
 the attempt failed, the script appends the file to `crashes`; the third crash of an attempt from the same step is the
 last. What SLURM ends (preemption, a failed node, the time limit) is no failure, and is never counted.
 
+SLURM ends a job at its EndTime: that of the time limit, or, once it announced a preemption, the end of the grace time.
+A person who cancels a job does so earlier. `scontrol` calls both jobs COMPLETING, and shows EndTime as it was before
+only before the end: so a watcher beside srun keeps it in the file `deadline`. The watcher also asks for the requeue
+when the deadline comes, because SLURM kills the script KillWait later where workers do not end.
+
 The lines are plain shell, so that they work outside of the container that the agents may run in.
 """
 
@@ -21,29 +26,68 @@ CRASHES = 3
 
 BEFORE = r"""
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}
-facts() { scontrol show job -o "$job" | tr ' ' '\n' | grep -E "^($1)" | head -n 1; }
-limit=$(facts EndTime=); limit=$(date -d "${limit#EndTime=}" +%s 2> /dev/null || echo 9999999999)
+folder=FOLDER/$job
+mkdir -p "$folder"; rm -f "$folder/deadline" "$folder/signalled" "$folder/asked"
+# A fact of the job. While the controller is down, ask again: for an hour, or until SLURM kills this script.
+fact() {
+    local pause=1 tries=0 facts
+    until facts=$(scontrol show job -o "$job"); do
+        [ $((tries += 1)) -lt 120 ] && command -v scontrol > /dev/null || return 1
+        sleep $pause; pause=$((pause < 30 ? 2 * pause : 30))
+    done
+    tr ' ' '\n' <<< "$facts" | sed -n "s/^$1=//p" | head -n 1
+}
+requeue() {
+    local pause
+    for pause in 1 5 15 30; do
+        fact JobState > /dev/null && scontrol requeue "$job" && return
+        sleep $pause
+    done
+    return 1
+}
+seconds() { date -d "${1:-unknown}" +%s 2> /dev/null || echo 9999999999; }
+look() { seconds "$(fact EndTime)" > "$folder/.deadline"; mv "$folder/.deadline" "$folder/deadline"; }
+over() { [ "$(date +%s)" -ge "$(cat "$folder/deadline" 2> /dev/null || echo 9999999999)" ]; }
+watch() {
+    trap '' TERM USR1 USR2
+    local announced=
+    look
+    while sleep 1; do
+        [ -z "$announced" ] && [ -e "$folder/signalled" ] && announced=yes && look
+        # Somebody may have raised the time limit, so look again. A job that is over for good has no file `requeue`.
+        if over && look && over && [ -e "$folder/requeue" ]; then
+            touch "$folder/asked"
+            requeue || rm -f "$folder/asked"
+            return
+        fi
+    done
+}
 # A signal to the job must not end this script before its last lines; what it starts gets the signal all the same.
 trap : TERM USR1 USR2
+watch & watcher=$!; disown
 """.strip().splitlines()
-"""Lines of the batch script before srun."""
+"""Lines of the batch script before srun. FOLDER stands for the parent of the jobs' folders."""
 
 AFTER = r"""
 code=$?
-cd FOLDER/"$job" || exit $code
+kill -KILL $watcher 2> /dev/null
+cd "$folder" || exit $code
 if [ -e requeue ]; then
-    running=$(facts JobState=RUNNING)
-    [ $code -ne 0 ] && [ -n "$running" ] && cat requeue >> crashes
+    state=$(fact JobState)
+    [ $code -ne 0 ] && [ "$state" = RUNNING ] && cat requeue >> crashes
     rm -f requeue
-    # SLURM calls a job that it ends COMPLETING by now, and one that a user cancelled as well: that one stays ended.
-    if [ -n "$running" ] || [ -n "$(facts PreemptTime=[0-9])" ] || [ "$(date +%s)" -ge "$limit" ]; then
+    [ -e asked ] && exit 0
+    # A preemption without grace time ends the job at once: there was no EndTime to look at before.
+    preempted=$(seconds "$(fact PreemptTime)") ended=$(seconds "$(fact EndTime)")
+    [ "$preempted" -lt 9999999999 ] && [ "$ended" -le $((preempted + 1)) ] && state=PREEMPTED
+    if [ "$state" = RUNNING ] || [ "$state" = PREEMPTED ] || over; then
         echo "exit code $code: requeue"
-        scontrol requeue "$job" && exit 0
+        requeue && exit 0
     fi
 fi
 exit $code
 """.strip().splitlines()
-"""Lines of the batch script after srun. FOLDER stands for the parent of the jobs' folders."""
+"""Lines of the batch script after srun."""
 
 
 class GivenUp(RuntimeError):
@@ -51,11 +95,11 @@ class GivenUp(RuntimeError):
 
 
 class RequeuePermit:
-    """The file that lets the batch script requeue the job. Only the agent of the first node uses it."""
+    """The files by which an agent tells the batch script what to do. Only the agent of the first node uses them."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is the job's folder."""
-        self._permit, self._crashes = folder / "requeue", folder / "crashes"
+        self._permit, self._crashes, self._signalled = folder / "requeue", folder / "crashes", folder / "signalled"
 
     def allow(self, step: int) -> None:
         """Allow a requeue after this attempt, which resumes from `step`. Raises GivenUp after too many crashes."""
@@ -67,3 +111,7 @@ class RequeuePermit:
     def forbid(self) -> None:
         """Make this attempt the last one."""
         self._permit.unlink(missing_ok=True)
+
+    def note_signal(self) -> None:
+        """Let the script look for the time at which SLURM will end the job: a signal announced an end."""
+        self._signalled.touch()

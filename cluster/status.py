@@ -108,8 +108,15 @@ def goodput(lines: list[dict[str, Any]], began: float, ended: float) -> float | 
 
 def all_runs() -> str:
     """A line for each run that this user submitted."""
-    runs = known_runs()
-    return "\n".join(status(run).line() for run in runs) if runs else "no run was submitted yet"
+    return "\n".join(map(_line, known_runs())) or "no run was submitted yet"
+
+
+def _line(run: Path) -> str:
+    """A run's line; one whose folder was emptied or cannot be read must not hide the others."""
+    try:
+        return status(run).line()
+    except (BadInput, OSError) as error:
+        return f"unknown    {error}"
 
 
 def stop(run: Path) -> str:

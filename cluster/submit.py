@@ -151,7 +151,7 @@ def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[st
     if box and box.kind == "pyxis":
         srun += [f"--container-image={box.image}", *box.options]
     options: dict[str, Any] = {"requeue": True, "mem": recipe.memory, "time": recipe.time}
-    after = [line.replace("FOLDER", shlex.quote(str(folder))) for line in requeue.AFTER]
+    before = [line.replace("FOLDER", shlex.quote(str(folder))) for line in requeue.BEFORE]
     return {
         "job_name": name,
         "nodes": recipe.nodes,
@@ -167,8 +167,8 @@ def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[st
         "wckey": None,
         "signal_delay_s": recipe.signal_s,
         "stderr_to_stdout": True,
-        "setup": [*_exports(recipe), *requeue.BEFORE],
-        "teardown": after,
+        "setup": [*_exports(recipe), *before],
+        "teardown": list(requeue.AFTER),
         "srun_args": srun,
         "additional_parameters": {key: value for key, value in options.items() if value is not None} | recipe.sbatch,
     }

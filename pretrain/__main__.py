@@ -8,8 +8,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from pretrain.faults.stop import StopRequest, stop_with_the_launcher
-from sharebert_common.errors import BAD_INPUT, FAILED, FINISHED, STOPPED, BadInput
+from pretrain.faults.stop import StopRequest, die_with_the_launcher, stop_with_the_launcher
+from sharebert_common.errors import BAD_INPUT, FAILED, FINISHED, STOPPED, BadInput, write_refusal
 from sharebert_common.import_path import leave_working_directory
 from sharebert_common.quiet import quiet_libraries
 from sharebert_common.recipe import load
@@ -23,7 +23,7 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     stop = StopRequest()  # before the imports, which take seconds
     if under_torchrun:
-        stop_with_the_launcher()
+        die_with_the_launcher()
     if not debug:
         quiet_libraries()
     from pretrain import distributed
@@ -35,6 +35,8 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
         recipe = load(TrainRecipe, config, overrides)
         world = distributed.join(recipe.collective_timeout_s)
         joined = True
+        if under_torchrun:
+            stop_with_the_launcher()
         code = train(recipe, world, stop)
     except BadInput as error:
         if debug:
@@ -44,6 +46,7 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
             print(f"error: {error}", file=sys.stderr)
         elif joined and not isinstance(error, distributed.Refused):  # this rank alone knows of it
             print(f"error on rank {rank}: {error}", file=sys.stderr)
+        write_refusal(error)
         return BAD_INPUT
     except Exception:
         traceback.print_exc()

@@ -68,14 +68,15 @@ def join(timeout_s: float) -> World:
             os.environ.setdefault(variable, LOOPBACK)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    if "MASTER_ADDR" in os.environ and on_one_machine:
-        # torchrun keeps one store over its restarts of the workers. In it gloo would find addresses of dead workers.
+    if "MASTER_ADDR" in os.environ:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        # A rank of an earlier launch must not join this one, where both use the same port.
+        prefix = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        if on_one_machine:
+            # torchrun keeps one store over its restarts of the workers, where gloo would find addresses of dead ranks.
+            prefix += f"-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = dist.PrefixStore(prefix, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    elif "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ.update(ALONE)  # DeepSpeed asks for them
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

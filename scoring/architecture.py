@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from exports.export import CONFIG
+from exports.files import CONFIG
 from sharebert_common.errors import BadInput
 
 

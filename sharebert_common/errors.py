@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
+import time
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 """Exit codes of every command. STOPPED: a stop was asked for and the state is saved; run the command again."""
@@ -19,6 +24,27 @@ class BadInput(CommandError, ValueError):
     """What the user gave is wrong. The message is the one line that they see."""
 
     exit_code = BAD_INPUT
+
+
+def write_refusal(error: BadInput) -> None:
+    """Tell whoever started torchrun that this worker refused what it was given, in the error file that torchrun names.
+
+    torchrun itself cannot pass on an exit code of its workers. Without torchrun this does nothing.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        content = {"message": str(error), "timestamp": int(time.time()), "exit_code": error.exit_code}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_refusal(file: Path) -> str | None:
+    """The message that `write_refusal` wrote to a worker's error file; None for any other content."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(content["message"]) if content.get("exit_code") == BAD_INPUT else None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ The training, the agents of a cluster, `sharebert status` and the benchmarks all
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import time
@@ -17,6 +18,8 @@ from sharebert_common.files import write_atomically
 
 STATE_FILE = "state.json"
 LOG_FILE = "log.jsonl"
+LOCK_FILE = ".lock"
+"""An attempt locks this file while it lives."""
 
 ENDED = ("finished", "stopped")
 """States of a run that ended well: all steps are made, or a stop was asked for and the state saved."""
@@ -65,6 +68,16 @@ def write_state(run: Path, state: str, *, reason: str = "", **changes: Any) -> N
     """
     content = read_state(run) | changes | {"state": state, "reason": reason, "updated": time.time()}
     write_atomically(run / STATE_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def is_held(run: Path) -> bool:
+    """Whether a living attempt holds the lock of a run, on this node or, where the file system can tell, another."""
+    try:
+        with (run / LOCK_FILE).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

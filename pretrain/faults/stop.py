@@ -45,6 +45,18 @@ class StopRequest:
         self._signals.ignore()
 
 
+def die_with_the_launcher() -> None:
+    """Die when the launcher does: a torchrun that is killed leaves its workers running.
+
+    For the time before this rank has joined the others. There is nothing to save yet, and a rank that waited on would
+    join the next attempt.
+    """
+    launcher = os.getppid()
+    signal_on_parent_death(signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the line above
+        os._exit(1)
+
+
 def stop_with_the_launcher() -> None:
-    """Get TERM when the launcher dies: a torchrun that is killed leaves its workers running."""
+    """Get TERM when the launcher dies, from the time on when all ranks can save together."""
     signal_on_parent_death(signal.SIGTERM)

@@ -91,7 +91,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a+", encoding="utf-8")
+            lock = (self.path / run_files.LOCK_FILE).open("a+", encoding="utf-8")
         except OSError as error:
             raise BadInput(f"{self.path}: not usable as a run directory ({error.strerror})") from error
         deadline = time.monotonic() + ORPHAN_S
@@ -141,8 +141,8 @@ class RunFolder:
             run_files.write_state(self.path, state, reason=reason, **changes)
 
     def start(self, *, step: int, steps: int, tokenizer: Path, recipe_yaml: str, environment: dict[str, Any]) -> None:
-        """Record an attempt that resumes from `step`, and drop an old stop request. A full disk does not end it."""
-        self.stop_file.unlink(missing_ok=True)
+        """Record an attempt that resumes from `step`, and drop an old request to stop. A full disk is no error."""
+        self._drop_old_stop_request()
         with self._or_say(self.tokenizer):
             temporary = self.tokenizer.with_name(".tokenizer.json.partial")
             shutil.copyfile(tokenizer, temporary)
@@ -162,6 +162,17 @@ class RunFolder:
         job = os.environ.get("SLURM_JOB_ID")
         about = {"steps": steps, "resumed_from": step, "restarts": restarts, "crashes": crashes, "job": job}
         self.write_state("running", step=step, **about)
+
+    def _drop_old_stop_request(self) -> None:
+        """Remove a stop file that is older than the end of the attempt that it stopped; a newer one stops this attempt.
+
+        The ages are compared by the clock of the file system, on which both files lie.
+        """
+        with suppress(FileNotFoundError):
+            asked = self.stop_file.stat().st_mtime_ns
+            ended = self.read_state()["state"] in run_files.ENDED
+            if ended and asked <= (self.path / run_files.STATE_FILE).stat().st_mtime_ns:
+                self.stop_file.unlink()
 
     @contextmanager
     def _or_say(self, path: Path) -> Iterator[None]:

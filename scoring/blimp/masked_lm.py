@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exports.export import read_config, read_export
+from exports.read import load_model, read_config
 from scoring.architecture import Inputs, read_model_type
 from scoring.encoders import naming_folder
 from sharebert.config import MODEL_TYPE
@@ -84,7 +84,7 @@ class ShareBertLM(MaskedLM):
             raise BadInput(f"{folder}: has no MLM head, which blimp needs; consolidate without --no-head")
         self.folder = folder
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        self._model = self.model = read_export(folder)
+        self._model = self.model = load_model(folder)
         self.positions, self.words = config.max_position_embeddings, config.vocab_size
 
     def logits(self, ids: Tensor, positions: Tensor) -> Tensor:

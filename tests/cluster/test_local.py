@@ -15,6 +15,7 @@ from tiny_runs import log_of, train_arguments
 
 from cluster.folder import ClusterFolder
 from cluster.scheduler import is_over
+from pretrain.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +68,44 @@ def test_stop_and_go_on(dataset: Path, tmp_path: Path) -> None:
     assert f"step {steps}/{steps}" in sharebert(tmp_path, "logs", str(run)).stdout
     assert marks.read_text() == "seen\nseen\n"
     assert str(run) in sharebert(tmp_path, "status").stdout
+
+
+def test_a_run_that_trains_elsewhere_is_refused_once(dataset: Path, tmp_path: Path) -> None:
+    """The workers are not restarted, and the state of the other attempt stays as it is."""
+    run, recipe = RunFolder(tmp_path / "run"), tmp_path / "tiny.yaml"
+    recipe.write_text("precision: fp32\n")
+    run.occupy()
+    run.write_state("running", step=7)
+    arguments = train_arguments(dataset, run.path)
+    done = sharebert(tmp_path, "submit", str(recipe), *arguments, "--cluster=local", "--set=preflight=false")
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split()[-1]
+    wait_for(lambda: is_over(job, "local"))
+    folder = ClusterFolder(run.path)
+    assert (folder.state["state"], folder.state["step"]) == ("running", 7)
+    assert not (folder.jobs / job / "requeue").exists()
+    said = "\n".join(file.read_text() for file in folder.jobs.glob("*/*.out"))
+    assert "in use by another attempt of this run" in said
+    assert not list(folder.workers.rglob("attempt_1")), "torchrun started the workers again"
+
+
+def test_a_folder_where_it_is_submitted_hides_no_package(dataset: Path, tmp_path: Path) -> None:
+    """As where the clone is seen from its parent; the job runs `python -m` there."""
+    for name in ("sharebert", "cluster", "pretrain"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+        (tmp_path / "here" / name / "__init__.py").touch()
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("faults:\n  dry_run: false\n")
+    arguments = train_arguments(dataset, tmp_path / "run", steps=1)
+    command = [Path(sys.executable).with_name("sharebert"), "submit", recipe, *arguments, "--cluster=local"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"XDG_STATE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--set=preflight=false"], cwd=tmp_path / "here", env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    wait_for(lambda: is_over(done.stdout.split()[-1], "local"))
+    assert ClusterFolder(tmp_path / "run").state["state"] == "finished"
 
 
 def test_what_is_wrong_is_said_at_once(tmp_path: Path, dataset: Path) -> None:

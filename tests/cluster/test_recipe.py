@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.allocation import PORTS, port_of
 from cluster.launch import Training, after_setup
 from cluster.recipe import ClusterRecipe, load_cluster, minutes
-from cluster.submit import dry_run, sbatch_parameters
+from cluster.submit import dry_run, sbatch_parameters, submit, submit_prep, training_of
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import parse
+
+
+@dataclass
+class Data:
+    """The part `data` of a train recipe."""
+
+    dataset: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class TrainRecipe:
+    """What a submission looks at in a train recipe."""
+
+    run: str
+    data: Data
 
 
 def training(**keys: object) -> Training:
@@ -113,6 +131,35 @@ def test_ports_are_below_those_of_outgoing_connections() -> None:
     assert len({*ports, *(port + 1 for port in ports)}) == 10_000
     assert min(ports) >= PORTS.start
     assert max(ports) + 1 < PORTS.stop
+
+
+def test_an_interpreter_in_a_folder_with_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my env").mkdir()
+    python = tmp_path / "my env" / "python"
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert after_setup(["export MODE=fast"], {"PATH": "/usr/bin:/bin"})["MODE"] == "fast"
+    assert f"'{python}' -u -m submitit" in dry_run(training())
+
+
+@pytest.mark.parametrize("name", ["run%j", "100%", "%", "a%5Ab"])
+def test_a_percent_sign_that_slurm_would_replace_is_refused(name: str, tmp_path: Path) -> None:
+    recipe = TrainRecipe(run=str(tmp_path / name / "x"), data=Data())
+    if name in ("100%", "%"):
+        assert training_of(recipe, ClusterRecipe()).run == tmp_path / name / "x"
+    else:
+        with pytest.raises(BadInput, match="use a path without '%'"):
+            training_of(recipe, ClusterRecipe())
+        with pytest.raises(BadInput, match="use a path without '%'"):
+            submit_prep([], tmp_path / name, 2, ClusterRecipe())
+
+
+def test_one_directory_by_two_names_is_one_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    recipes = [TrainRecipe(run=str(tmp_path / name), data=Data()) for name in ("run", "link")]
+    with pytest.raises(BadInput, match="several recipes name the same directory"):
+        submit(recipes, ClusterRecipe())
 
 
 def test_setup_runs_as_shell_lines_and_leaves_its_environment(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from cluster.requeue import AFTER, BEFORE, GivenUp, RequeuePermit
 
+LATER, PAST = "2100-01-01T00:00:00", "2020-01-01T00:00:00"
+
 
 class Job:
     """A job that ends again and again."""
@@ -21,19 +23,49 @@ class Job:
         self.bin.mkdir()
 
     def end(
-        self, code: int, state: str = "RUNNING", *, preempted: str = "None", limit: str = "2100-01-01T00:00:00"
+        self,
+        code: int,
+        state: str = "RUNNING",
+        *,
+        preempted: str = "None",
+        limit: str = LATER,
+        ended: str | None = None,
+        srun: str = "sleep 0.3",
+        down: int = 0,
     ) -> tuple[int, bool]:
-        """Let srun end with `code`, in a job of this state. The script's exit code, and whether it requeued."""
-        requeued = self.bin / "requeued"
-        requeued.unlink(missing_ok=True)
+        """Let srun end with `code`, in a job of this state. The script's exit code, and whether it requeued.
+
+        Args:
+            code: of srun.
+            state: of the job, at its end.
+            preempted: its PreemptTime.
+            limit: its EndTime while it runs.
+            ended: its EndTime at its end, where that is another one.
+            srun: what it runs; from its end on the job is in `state`.
+            down: how often the controller does not answer then.
+        """
+        requeued, over = self.bin / "requeued", self.bin / "over"
+        for file in (requeued, over):
+            file.unlink(missing_ok=True)
+        (self.bin / "down").write_text("x" * down)
         scontrol = self.bin / "scontrol"
-        facts = f"JobId=7 JobState={state} EndTime={limit} PreemptTime={preempted} Command=x"
         scontrol.write_text(
-            f'#!/bin/sh\ncase "$1 $2" in "requeue 7") touch {requeued};; "show job") echo "{facts}";; esac\n'
+            f"""#!/bin/sh
+if [ -e {over} ] && [ -s {self.bin}/down ]; then
+    truncate --size=-1 {self.bin}/down; echo "Unable to contact slurm controller" >&2; exit 1
+fi
+case "$1 $2" in
+"requeue 7") touch {requeued};;
+"show job") if [ -e {over} ]
+    then echo "JobId=7 JobState={state} EndTime={ended or limit} PreemptTime={preempted} Command=x"
+    else echo "JobId=7 JobState=RUNNING EndTime={limit} PreemptTime={preempted} Command=x"
+    fi;;
+esac
+"""
         )
         scontrol.chmod(0o755)
-        after = [line.replace("FOLDER", f"'{self.jobs}'") for line in AFTER]
-        script = "\n".join(["#!/bin/bash", *BEFORE, f"(exit {code})", "", *after])
+        before = [line.replace("FOLDER", f"'{self.jobs}'") for line in BEFORE]
+        script = "\n".join(["#!/bin/bash", *before, f"({srun}; touch {over}; exit {code})", *AFTER])
         done = subprocess.run(
             ["bash", "-c", script], env={"PATH": f"{self.bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}, check=False
         )
@@ -77,11 +109,51 @@ def test_what_a_user_cancelled_stays_cancelled(job: Job) -> None:
 
 def test_what_the_time_limit_or_a_preemption_ended_is_requeued(job: Job) -> None:
     RequeuePermit(job.files).allow(step=10)
-    assert job.end(143, "COMPLETING", limit="2020-01-01T00:00:00") == (0, True)
+    assert job.end(143, "COMPLETING", limit=PAST) == (0, True)
     RequeuePermit(job.files).allow(step=10)
-    assert job.end(143, "COMPLETING", preempted="2026-01-01T00:00:00") == (0, True)
+    assert job.end(143, "COMPLETING", preempted=PAST, ended=PAST) == (0, True), "a preemption without grace time"
+    RequeuePermit(job.files).allow(step=10)
+    assert job.end(143, "COMPLETING", preempted=PAST, limit=PAST) == (0, True), "the end of a grace time"
     RequeuePermit(job.files).allow(step=10)
     assert job.end(0, limit="Unknown") == (0, True)
+
+
+def test_what_a_user_cancels_in_a_grace_time_stays_cancelled(job: Job) -> None:
+    RequeuePermit(job.files).allow(step=10)
+    assert job.end(143, "COMPLETING", preempted=PAST, ended="2020-01-01T00:00:20") == (143, False)
+
+
+def test_workers_that_outlast_the_time_limit_are_requeued_before_the_script_is_killed(job: Job) -> None:
+    """The watcher asks while srun still runs; a job that needs no further attempt is left alone."""
+    permit, requeued = RequeuePermit(job.files), job.bin / "requeued"
+    permit.allow(step=10)
+    wait = f"for i in $(seq 100); do [ -e {requeued} ] && break; sleep 0.1; done; cp {requeued} {job.bin}/early"
+    assert job.end(137, "COMPLETING", limit=PAST, srun=wait) == (0, True)
+    assert (job.bin / "early").exists()
+    assert not (job.files / "crashes").exists()
+    permit.forbid()
+    assert job.end(0, "COMPLETING", limit=PAST, srun="sleep 2.5") == (0, False)
+
+
+def test_a_time_limit_that_was_raised_counts(job: Job) -> None:
+    """Somebody runs `scontrol update TimeLimit` while the job runs."""
+    RequeuePermit(job.files).allow(step=10)
+    srun = f"sleep 0.5; sed -i 's/{PAST}/{LATER}/' {job.bin}/scontrol; sleep 1.5"
+    assert job.end(143, "COMPLETING", limit=PAST, srun=srun) == (143, False)
+
+
+def test_a_signal_makes_the_script_look_for_the_end_again(job: Job) -> None:
+    """As where a preemption was announced: its grace time ends before the limit, and SLURM cancels the job then."""
+    permit = RequeuePermit(job.files)
+    permit.allow(step=10)
+    srun = f"sleep 0.8; sed -i 's/{LATER}/{PAST}/' {job.bin}/scontrol; touch '{job.files}/signalled'; sleep 2.5"
+    assert job.end(143, "COMPLETING", ended=LATER, srun=srun) == (0, True)
+
+
+def test_a_controller_that_is_down_is_asked_again(job: Job) -> None:
+    RequeuePermit(job.files).allow(step=10)
+    assert job.end(1, down=3) == (0, True)
+    assert (job.files / "crashes").read_text() == "10\n"
 
 
 def test_the_third_crash_at_a_step_is_the_last(job: Job) -> None:
@@ -98,7 +170,7 @@ def test_what_slurm_ends_is_never_counted(job: Job) -> None:
     permit = RequeuePermit(job.files)
     for _ in range(6):
         permit.allow(step=10)
-        job.end(143, "COMPLETING", limit="2020-01-01T00:00:00")
+        job.end(143, "COMPLETING", limit=PAST)
     for _ in range(6):
         permit.allow(step=10)
         assert job.end(0) == (0, True)

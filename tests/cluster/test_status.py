@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.folder import ClusterFolder
+from cluster.folder import ClusterFolder, remember
 from cluster.logs import newest_failure, rank_0
-from cluster.status import goodput, status, stop
+from cluster.status import all_runs, goodput, status, stop
 from sharebert_common.errors import BadInput
 
 
@@ -35,6 +35,24 @@ def test_a_run_whose_job_is_gone_is_not_called_running(folder: ClusterFolder) ->
     )
     found = status(folder.run)
     assert (found.state, found.step, found.steps, found.loss) == ("failed", 50, 100, 3.0)
+
+
+def test_a_run_without_state_and_one_that_was_emptied_hide_no_other(
+    folder: ClusterFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert status(folder.run).state == "failed"
+    assert status(folder.run).goodput is None
+    (folder.run / "log.jsonl").write_text('{"step": 50, "loss": 3.0, "step_s": 0.5, "tokens_per_s": 1000.0}\n')
+    assert "step      50 of ?" in status(folder.run).text()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    emptied = tmp_path / "emptied"
+    emptied.mkdir()
+    for run in (emptied, folder.run):
+        remember(run)
+    lines = all_runs().splitlines()
+    assert len(lines) == 2
+    assert any(line.startswith("failed") and str(folder.run) in line for line in lines)
+    assert any(line.startswith("unknown") and str(emptied) in line for line in lines)
 
 
 def test_what_was_never_submitted_is_refused(tmp_path: Path) -> None:

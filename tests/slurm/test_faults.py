@@ -10,6 +10,8 @@ import pytest
 from slurm.runs import Run
 from slurm.slurm_cluster import SlurmCluster
 
+from pretrain.run.folder import RunFolder
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 EVERY = 15
@@ -75,6 +77,20 @@ def test_a_network_is_cut(run: Run, slurm: SlurmCluster, baseline: list[float]) 
     slurm.host(lonely).plug_in()
     run.finish(job)
     lost_at_most_a_checkpoint(run, baseline)
+
+
+def test_a_run_that_trains_by_hand_is_refused_once(run: Run, slurm: SlurmCluster) -> None:
+    """The job ends, and is not requeued again and again while the other attempt trains."""
+    other = RunFolder(run.path)
+    other.occupy()
+    try:
+        job = run.submit(nodes=1)
+        slurm.wait_for_state(job, "FAILED", "COMPLETED", timeout_s=120, explain=run.tail)
+    finally:
+        other.release()
+    assert slurm.job(job)["JobState"] == "FAILED"
+    assert len(run.folder.attempts) == 1
+    assert "in use by another attempt of this run" in run.tail()
 
 
 def test_a_run_that_crashes_at_the_same_step_is_given_up(run: Run, slurm: SlurmCluster) -> None:

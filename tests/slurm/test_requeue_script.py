@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from cluster.requeue import AFTER, BEFORE
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-def submit(slurm: SlurmCluster, folder: Path, *options: str) -> str:
-    """A job that takes no notice of any warning; its agent left it to start again."""
-    after = [line.replace("FOLDER", str(folder)) for line in AFTER]
-    agent = [f"mkdir -p {folder}/$job", f"echo 0 > {folder}/$job/requeue", f"echo start >> {folder}/$job/starts"]
+def submit(slurm: SlurmCluster, folder: Path, *options: str, srun: str = "sleep 300") -> str:
+    """A job whose agent allowed a requeue; by default it takes no notice of any warning."""
+    before = [line.replace("FOLDER", str(folder)) for line in BEFORE]
+    agent = [f"echo 0 > {folder}/$job/requeue", f"echo start >> {folder}/$job/starts"]
     script = folder / "script.sh"
-    script.write_text("\n".join(["#!/bin/bash", *BEFORE, *agent, "srun sleep 300", *after]) + "\n")
+    script.write_text("\n".join(["#!/bin/bash", *before, *agent, f"srun {srun}", *AFTER]) + "\n")
     return slurm.run("sbatch", "--parsable", "--requeue", f"--output={folder}/log", *options, str(script)).strip()
 
 
@@ -50,5 +51,43 @@ def test_cancel_after_a_preemption(slurm: SlurmCluster, tmp_path: Path) -> None:
     slurm.wait_for(lambda: starts(tmp_path, job) == 1, "a start")
     slurm.sbatch("sleep 1", "--partition=high", f"--nodes={len(slurm.nodes)}", "--exclusive")
     slurm.wait_for(lambda: starts(tmp_path, job) == 2, "a start after the preemption", 240)
+    slurm.run("scancel", job)
+    slurm.wait_for_state(job, "CANCELLED")
+
+
+def test_workers_that_outlast_the_time_limit(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """They ignore TERM, so that SLURM kills them together with the batch script."""
+    job = submit(slurm, tmp_path, "--time=1", srun="bash -c \"trap '' TERM; while :; do sleep 1; done\"")
+    slurm.wait_for(lambda: starts(tmp_path, job) == 2, "a start after the time limit", 240)
+    assert not (tmp_path / job / "crashes").exists()
+    slurm.run("scancel", job)
+    slurm.wait_for_state(job, "CANCELLED")
+
+
+def test_cancel_in_the_grace_time_of_a_preemption(slurm: SlurmCluster, tmp_path: Path) -> None:
+    agent = f"bash -c \"trap 'touch {tmp_path}/\\$SLURM_JOB_ID/signalled' USR2; while :; do sleep 0.2; done\""
+    job = submit(slurm, tmp_path, f"--nodes={len(slurm.nodes)}", "--exclusive", "--signal=USR2@10", srun=agent)
+    slurm.wait_for(lambda: starts(tmp_path, job) == 1, "a start")
+    slurm.sbatch("sleep 1", "--partition=high", f"--nodes={len(slurm.nodes)}", "--exclusive")
+    slurm.wait_for((tmp_path / job / "signalled").exists, "the announcement", 60)
+    before = (tmp_path / job / "deadline").read_text()
+    slurm.wait_for(lambda: (tmp_path / job / "deadline").read_text() != before, "a look at the deadline", 30)
+    slurm.run("scancel", job)
+    slurm.wait_for_state(job, "CANCELLED")
+    time.sleep(10)  # a requeue would begin cred_expire after the end
+    assert slurm.job(job)["JobState"] == "CANCELLED"
+    assert starts(tmp_path, job) == 1
+
+
+def test_a_crash_while_the_controller_is_down(slurm: SlurmCluster, tmp_path: Path) -> None:
+    crash = tmp_path / "crash"
+    job = submit(slurm, tmp_path, srun=f"bash -c 'while [ ! -e {crash} ]; do sleep 0.1; done; rm {crash}; exit 1'")
+    slurm.wait_for(lambda: starts(tmp_path, job) == 1, "a start")
+    slurm.kill_controller()
+    crash.touch()
+    time.sleep(30)
+    slurm.start_controller()
+    slurm.wait_for(lambda: starts(tmp_path, job) == 2, "a start after the crash", 120)
+    assert (tmp_path / job / "crashes").read_text() == "0\n"
     slurm.run("scancel", job)
     slurm.wait_for_state(job, "CANCELLED")

@@ -151,3 +151,40 @@ def test_a_full_disk_does_not_end_a_start(
     for name in ("config.yaml", "environment.json", "state.json"):
         assert f"{name} could not be written (No space left on device)" in said
     assert len(run.log.read_text().splitlines()) == 1
+
+
+def end(run: RunFolder, state: str) -> None:
+    run.write_state(state, step=1)
+    os.utime(run.path / "state.json", (2000, 2000))
+
+
+def test_a_stop_asked_for_before_the_start_is_kept(run: RunFolder) -> None:
+    run.stop_file.touch()
+    start(run)
+    assert run.stop_file.exists(), "a first attempt"
+    start(run)
+    assert run.stop_file.exists(), "a restart in place, after a crash"
+    run.fail("RuntimeError: …", crash=True)
+    start(run)
+    assert run.stop_file.exists(), "the crash was no end"
+
+
+@pytest.mark.parametrize("state", ["stopped", "finished"])
+def test_a_stop_that_was_carried_out_is_dropped_and_a_newer_one_is_not(run: RunFolder, state: str) -> None:
+    start(run)
+    run.stop_file.touch()
+    os.utime(run.stop_file, (1000, 1000))
+    end(run, state)
+    start(run)
+    assert not run.stop_file.exists()
+    end(run, state)
+    run.stop_file.touch()
+    start(run)
+    assert run.stop_file.exists()
+
+
+def test_a_failure_belongs_to_whoever_holds_the_lock(run: RunFolder) -> None:
+    assert run_files.is_held(run.path)
+    run.release()
+    assert not run_files.is_held(run.path)
+    assert not run_files.is_held(run.path / "nowhere")
