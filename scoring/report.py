@@ -41,7 +41,7 @@ class Result:
     bytes: int
     """The size of the parameters in memory; for TF-IDF, the size of its pickle."""
     latency_ms: float
-    """The median time of one text of the first dev split in a batch of its own, with tokenisation."""
+    """The median time of one text of the first dev split (BLiMP: one sentence), alone, with tokenisation."""
     device: str
     threads: int
     """Threads that PyTorch used."""
