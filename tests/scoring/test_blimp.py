@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from exports.dense_export import write_dense
 from made_tasks import blimp, tiny_export
 
-from exports.export import read_export
+from exports.dense import Dense
+from exports.forms import write_export
+from exports.read import load_model, read_export
 from scoring.blimp import run
 from scoring.blimp.likelihood import pseudo_log_likelihoods
 from scoring.blimp.masked_lm import HuggingFaceLM, MaskedLM, open_masked_lm
@@ -51,7 +52,7 @@ def models(export: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """A folder of each kind of masked language model, with the export's words."""
     folder = tmp_path_factory.mktemp("models")
     found = {"export": export, "dense": folder / "dense"}
-    write_dense(folder / "dense", read_export(export), tokenizer=export / "tokenizer.json")
+    write_export(read_export(export), folder / "dense", Dense())
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(export)
     for name, (config, keys, model) in HUGGING_FACE.items():
         torch.manual_seed(0)
@@ -68,7 +69,7 @@ def slow_scores(folder: Path, sentences: list[str]) -> list[float]:
     """Salazar et al. 2020, equation 1, one row at a time."""
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     if json.loads((folder / "config.json").read_text())["model_type"] == "sharebert":
-        logits_of = read_export(folder).logits
+        logits_of = load_model(folder).logits
     else:
         model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
 
