@@ -269,7 +269,7 @@ class Trainer:
             raise OSError(f"the checkpoint of step {step}, the last one, could not be written; start the run again")
         if self.world.is_main:
             reason = self.stop.reason if saved else f"{self.stop.reason}; the checkpoint could not be written"
-            self.run.write_state("finished" if finished else "stopped", step=step, reason="" if finished else reason)
+            self.run.end("finished" if finished else "stopped", step=step, reason="" if finished else reason)
         return FINISHED if finished else STOPPED
 
     def report(self, text: str) -> None:

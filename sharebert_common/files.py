@@ -41,6 +41,12 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what a process left that was killed in `write_atomically(path, …)`. No other process may write it now."""
+    for leftover in path.parent.glob(f".{path.name}.*-*"):
+        leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_or_absent_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, which takes the place of `out` when the block ends without an error.

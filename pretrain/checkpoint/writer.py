@@ -26,7 +26,7 @@ from pretrain.checkpoint.format import FORMAT, RNG_STATE
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.saving import GivenUpElsewhere, RankSave
 from pretrain.engine.fragments import STATES, Fragment
-from sharebert_common.files import write_atomically
+from sharebert_common.files import remove_unfinished, write_atomically
 from sharebert_common.recipe import STRICT
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
@@ -83,8 +83,7 @@ class CheckpointWriter:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         if self.rank == 0:
-            for hint in self.checkpoints.glob(".latest.*"):  # an attempt was killed while it wrote `latest`
-                hint.unlink(missing_ok=True)
+            remove_unfinished(self.checkpoints / "latest")
 
     def branch_off(self, step: int) -> None:
         """The run continues from `step`: checkpoints of later steps go once the next save is whole."""

@@ -11,20 +11,24 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from sharebert_common import run_files
 from sharebert_common.errors import BadInput
-from sharebert_common.files import write_atomically
+from sharebert_common.files import remove_unfinished, write_atomically
+
+T = TypeVar("T")
 
 ORPHAN_S = 300.0
 """How long an attempt waits for an earlier one whose launcher is dead: its ranks save and stop by themselves."""
+
+OUTAGE_S = 60.0
+"""How long the first read and the last write of `state.json` are tried again where the file system fails."""
 
 PROGRESS_S = 10.0
 """Seconds between updates of `state.json` while a run makes steps."""
@@ -140,20 +144,25 @@ class RunFolder:
         with self._or_say(self.path / run_files.STATE_FILE):
             run_files.write_state(self.path, state, reason=reason, **changes)
 
+    def end(self, state: str, *, reason: str = "", **changes: Any) -> None:
+        """The last `write_state` of an attempt, tried again for OUTAGE_S: nobody should wait for a dead run."""
+        with self._or_say(self.path / run_files.STATE_FILE):
+            patiently(lambda: run_files.write_state(self.path, state, reason=reason, **changes))
+
     def start(self, *, step: int, steps: int, tokenizer: Path, recipe_yaml: str, environment: dict[str, Any]) -> None:
         """Record an attempt that resumes from `step`, and drop an old request to stop. A full disk is no error."""
         self._drop_old_stop_request()
+        for path in (self.tokenizer, self.config, self.environment, self.bad_rows, self.path / run_files.STATE_FILE):
+            remove_unfinished(path)
         with self._or_say(self.tokenizer):
-            temporary = self.tokenizer.with_name(".tokenizer.json.partial")
-            shutil.copyfile(tokenizer, temporary)
-            temporary.replace(self.tokenizer)
+            write_atomically(self.tokenizer, tokenizer.read_text(encoding="utf-8"))
         with self._or_say(self.config):
             write_atomically(self.config, recipe_yaml)
         with self._or_say(self.environment):
             write_atomically(
                 self.environment, json.dumps([*self._earlier_environments(), environment], indent=1) + "\n"
             )
-        before = self.read_state()
+        before = patiently(self.read_state)
         crashes = before["crashes"]
         if before["state"] == "running":  # that attempt died without a word
             crashes = self._counted(crashes)
@@ -181,6 +190,8 @@ class RunFolder:
             yield
         except OSError as error:
             self.say(f"{path.name} could not be written ({error.strerror})")
+        except BadInput as error:  # what was there is not what this program wrote
+            self.say(str(error))
 
     def _earlier_environments(self) -> list[dict[str, Any]]:
         """The entries of earlier attempts in `environment.json`."""
@@ -200,17 +211,31 @@ class RunFolder:
         Without the lock this does nothing: the run belongs to another attempt.
         """
         if self._lock is not None:
-            crashes = self.read_state()["crashes"]
-            self.write_state("failed", reason=reason, crashes=self._counted(crashes) if crash else crashes)
+            crashes = run_files.peek_state(self.path)["crashes"]
+            self.end("failed", reason=reason, crashes=self._counted(crashes) if crash else crashes)
 
     def _counted(self, crashes: dict[str, int]) -> dict[str, int]:
-        """One more crash at the last logged step: a run that makes no progress crashes at the same step again."""
-        step = str(run_files.last_logged_step(self.path))
+        """One more crash at the newest step that was logged or saved: without progress it is the same step again."""
+        saved = [int(path.name[5:]) for path in self.checkpoints.glob("step-????????") if path.name[5:].isdigit()]
+        step = str(max([run_files.last_logged_step(self.path), *saved]))
         return crashes | {step: crashes.get(step, 0) + 1}
 
     def cut_log(self, step: int) -> None:
         """Drop the lines of `log.jsonl` after `step`, see `run_files.cut_log`."""
-        run_files.cut_log(self.path, step)
+        patiently(lambda: run_files.cut_log(self.path, step))
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """The result of `action`, tried again for OUTAGE_S while the file system fails. Raises the last OSError."""
+    deadline, pause_s = time.monotonic() + OUTAGE_S, 0.1
+    while True:
+        try:
+            return action()
+        except OSError:
+            if time.monotonic() + pause_s > deadline:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 5.0)
 
 
 def _is_orphan(holder: str) -> bool:

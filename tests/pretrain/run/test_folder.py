@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -188,3 +189,58 @@ def test_a_failure_belongs_to_whoever_holds_the_lock(run: RunFolder) -> None:
     run.release()
     assert not run_files.is_held(run.path)
     assert not run_files.is_held(run.path / "nowhere")
+
+
+def test_crashes_are_counted_by_progress_also_where_nothing_was_logged(run: RunFolder) -> None:
+    """Ranks that are killed between two log lines, with checkpoints in between, make progress."""
+    start(run)
+    for step in (5, 10, 15):
+        (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+        assert start(run, step=step)["crashes"][str(step)] == 1
+    run.fail("RuntimeError: …", crash=True)
+    assert run.read_state()["crashes"] == {"5": 1, "10": 1, "15": 2}
+
+
+class Outage:
+    """`state.json` cannot be read for some seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.over, self._read = time.monotonic() + seconds, Path.read_text
+        monkeypatch.setattr(Path, "read_text", lambda path, *given, **keys: self.read(path, *given, **keys))
+
+    def read(self, path: Path, *given: Any, **keys: Any) -> str:
+        if path.name == run_files.STATE_FILE and time.monotonic() < self.over:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return self._read(path, *given, **keys)
+
+
+def test_a_state_that_cannot_be_read_for_seconds_ends_nothing(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(run)
+    Outage(monkeypatch, 1.0)
+    run.write_state("running", step=3)
+    assert "state.json could not be written (Input/output error)" in capsys.readouterr().err
+    assert start(run, step=4)["step"] == 4
+    Outage(monkeypatch, 1.0)
+    run.end("finished", step=9)
+    assert (run.read_state()["state"], run.read_state()["step"]) == ("finished", 9)
+    Outage(monkeypatch, 1.0)
+    run.fail("OSError: …", crash=True)
+    assert run.read_state()["state"] == "failed"
+
+
+def test_a_state_that_somebody_broke_does_not_end_a_training(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(run)
+    (run.path / run_files.STATE_FILE).write_text("{")
+    run.write_state("running", step=3)
+    assert "state.json: not JSON" in capsys.readouterr().err
+
+
+def test_leftovers_of_killed_writes_are_removed(run: RunFolder) -> None:
+    for name in (".state.json.12-34", ".config.yaml.12-34", ".tokenizer.json.12-34"):
+        (run.path / name).touch()
+    start(run)
+    assert not [path.name for path in run.path.iterdir() if path.name.startswith(".") and path.name != ".lock"]
