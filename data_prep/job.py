@@ -22,6 +22,7 @@ from data_prep.read.documents import Batch, read_part
 from data_prep.read.sources import Input, Part, check_unchanged, find_inputs, plan_parts
 from data_prep.recipe import PrepRecipe
 from data_prep.tokens.tokenizer import UNTRAINED, Vocabulary, load, train
+from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 from sharebert_common.recipe import plain
 
@@ -56,10 +57,18 @@ class Job:
 
         Raises BadInput where an input was changed since the plan was made.
         """
-        for batch in read_part(self.parts[number], self.inputs, self.recipe.source, counts):
-            yield normalise(batch, self.recipe.clean)
-        for item in sorted({piece.input for piece in self.parts[number]}):
-            check_unchanged(self.inputs[item])
+        part = self.parts[number]
+        try:
+            for batch in read_part(part, self.inputs, self.recipe.source, counts):
+                yield normalise(batch, self.recipe.clean)
+        except BadInput:
+            self._check_unchanged(part)  # it may be the cause
+            raise
+        self._check_unchanged(part)
+
+    def _check_unchanged(self, part: Part) -> None:
+        for number in sorted({piece.input for piece in part}):
+            check_unchanged(self.inputs[number])
 
 
 def plan(recipe: PrepRecipe) -> Job:

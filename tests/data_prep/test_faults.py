@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def stopped_before_the_merge(ours: PrepRecipe) -> None:
     """All parts of all stages are done."""
     for _ in range(4):
         prepare(ours, task=(0, 1))
+    shuffle._mapped.cache_clear()  # the next prep is another process
 
 
 def empty(file: Path) -> None:
@@ -79,7 +80,7 @@ def test_every_part_and_the_dataset_are_on_the_disk_before_they_count(
     fsync, rename, replace = os.fsync, Path.rename, Path.replace
 
     def watched_fsync(descriptor: int) -> None:
-        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        events.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
         fsync(descriptor)
 
     def watched(original: Any) -> Any:
@@ -149,7 +150,7 @@ def grow(corpus: Path) -> None:
 
 def replace_with_the_same_size(corpus: Path) -> None:
     other = corpus.with_name("other")
-    other.write_bytes(corpus.read_bytes().replace(b"a", b"o"))
+    other.write_bytes(corpus.read_bytes().replace(b"ta", b"to"))
     os.utime(other, (0, 1_000_000_000))
     other.replace(corpus)
 
@@ -173,9 +174,7 @@ def test_an_input_that_changes_during_prep_is_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(parts, "_compute", compute)
-        with pytest.raises(
-            BadInput, match=rf"corpus\.{suffix}: it was (changed|deleted) while prep read it|cannot be read"
-        ):
+        with pytest.raises(BadInput, match=rf"corpus\.{suffix}: it was (changed|deleted) while prep read it"):
             prepare(ours)
     assert len(ran) == 3
     assert not (tmp_path / "d" / "manifest.json").exists()
@@ -214,7 +213,7 @@ def test_two_preps_of_different_recipes_at_once(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def slow_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def slow_parts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Parts take a while; gives when each began."""
     began: list[float] = []
     original = parts._compute
@@ -225,7 +224,7 @@ def slow_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         return original(stage, job, work, number)
 
     monkeypatch.setattr(parts, "_compute", compute)
-    yield began
+    return began
 
 
 def test_tasks_work_together_and_a_merge_waits_for_them(corpus: Path, tmp_path: Path, slow_parts: list[float]) -> None:
