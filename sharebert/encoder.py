@@ -218,7 +218,7 @@ def _first(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None or attention_mask.dim() != 2:
         return hidden[:, 0]
     first = (attention_mask != 0).int().argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), first]
+    return hidden.gather(1, first[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
 
 
 def visible(attention_mask: Tensor | None, document_ids: Tensor | None) -> Any:

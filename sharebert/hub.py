@@ -54,7 +54,10 @@ except ImportError as error:
 try:
     from transformers import PreTrainedConfig
     from transformers import initialization as init  # leaves what a checkpoint holds as it is
-except ImportError:  # before 5
+
+    BEFORE_5 = False
+except ImportError:
+    BEFORE_5 = True
     from torch.nn import init  # type: ignore[no-redef]
     from transformers import PretrainedConfig as PreTrainedConfig
 try:
@@ -176,6 +179,11 @@ class ShareBertPreTrainedModel(PreTrainedModel):
             f"resize_token_embeddings: the layers' weights are cut from the embedding; its size is fixed at {words} "
             f"(asked for {new_num_tokens})"
         )
+
+    if BEFORE_5:
+
+        def tie_weights(self) -> None:  # type: ignore[override]
+            """Ties nothing. Transformers before 5 would replace the decoder of an untied head by E."""
 
     def encode(
         self,

@@ -16,10 +16,8 @@ def is_plain(module: nn.Module) -> bool:
     """Whether `module` is an embedding or a linear map with an ordinary weight, and nothing has changed its forward."""
     if type(module) not in PLAIN or "forward" in module.__dict__:
         return False
-    weight = module.weight
-    # Quantisers give `weight` a type of their own, or integers. The types of torch itself are for tracing and sharding.
-    known = type(weight).__module__.partition(".")[0] == "torch"
-    return known and isinstance(weight, Tensor) and weight.is_floating_point()
+    weight = module.weight  # quantisers put integers there, or a tensor that wraps others
+    return isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(type(weight), "__tensor_flatten__")
 
 
 def embedding_matrix(module: nn.Module, rows: int) -> Tensor:
