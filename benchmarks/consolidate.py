@@ -3,15 +3,15 @@
     python -m benchmarks.consolidate --save       write one engine's state (ZeRO 2, bf16, 4 ranks) in both formats
     python -m benchmarks.consolidate --measure    time what was saved, and print the table
 
-The model at 1 x has 46 million parameters; its vocabulary, and with it nearly all of it, is doubled for 2 x and 4 x.
-Each measurement is a process of its own, and the median of several is shown. Columns:
+The model at 1 x has 46 million parameters. Its vocabulary, which makes nearly all of them, is doubled for 2 x and 4 x.
+Each measurement is a separate process, and the median of several is shown. Columns:
 
-- `seconds`: from the end of its imports; for `cp`, the copying of all that ours reads and writes: checkpoint, export;
-- `with imports`: of the whole process;
-- `RssAnon`: the most anonymous memory, above what `import torch` takes.
+- `seconds`: from the end of the imports; for `cp`, the time to copy what ours reads and writes: checkpoint and export;
+- `with imports`: the time of the whole process;
+- `RssAnon`: the most anonymous memory, beyond what `import torch` takes.
 
-`ours, their folder` reads the folder that DeepSpeed saved, and so does `zero_to_fp32`. The files are in the page
-cache, for all alike. Needs about 7 GB of memory to save, and 9 GB of disk.
+`ours, their folder` and `zero_to_fp32` read the folder that DeepSpeed saved. All files are in the page cache. Saving
+needs about 7 GB of memory, and 9 GB of disk.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def model_config(times: int) -> Any:
 
 
 def save(times: int) -> None:
-    """On each rank: an engine with made-up weights and moments, saved by DeepSpeed and by us."""
+    """On each rank: save an engine with made-up weights and moments in DeepSpeed's format and in ours."""
     import torch
 
     from pretrain import distributed
@@ -111,7 +111,7 @@ def anonymous_bytes() -> int:
 
 
 def convert(what: str, source: Path, out: Path, config: Path) -> None:
-    """In a process of its own: convert, and print seconds since the imports and the most anonymous memory."""
+    """In a separate process: convert, and print the seconds since the imports and the most anonymous memory."""
     import torch  # noqa: F401
 
     base = peak = anonymous_bytes()
@@ -160,7 +160,7 @@ def measured(what: str, source: Path, folder: Path, repeats: int) -> dict[str, f
 
 
 def copying(checkpoint: Path, export: Path, folder: Path, repeats: int) -> float:
-    """Median seconds of `cp` for all that a consolidation reads and writes."""
+    """Median seconds of `cp` for everything that a consolidation reads and writes."""
     target, found = folder / "copied", []
     for _ in range(repeats):
         shutil.rmtree(target, ignore_errors=True)

@@ -1,20 +1,21 @@
 """What training ends in and every later stage takes: an export as a value, its forms, its files and its card.
 
-export.py          `Export`, the value: config, kind, weights, tokenizer, card sections, provenance
-kinds.py           what a model is for: masked language modelling, an encoder alone, a classifier
-weight_source.py   where weights are read from, a piece at a time
-forms.py           the protocol of a form, the table of forms, and the one write
-compact.py         the form with the learned parameters and the code of the model
-dense.py           the form that plain transformers loads as `megatron_bert`
-dense_model.py     the dense model itself, and its tensors computed from the compact ones
-onnx.py            the form for ONNX Runtime
-read.py            an export in the compact form → its value, its config, its model
-files.py           the names of an export's files
-cards.py           the model card of each form
-tokenizer.py       the tokenizer files of an export
-weight_files.py    safetensors files of any size, with checksums, written in a stream
-tensor_file.py     the byte layout of a safetensors file
-meta_device.py     models without values
-authors.py         the authors' checkpoints → an export
-fill.py            the likeliest words for each [MASK] of a text
+export.py                `Export`, the value: config, kind, weights, tokenizer, card sections, provenance
+kinds.py                 what a model is for: masked language modelling, an encoder alone, a classifier
+weight_source.py         where weights are read from, a piece at a time
+forms.py                 the protocol of a form, the table of forms, and the one write
+compact.py               the form with the learned parameters and the code of the model
+dense.py                 the form that plain transformers loads as `megatron_bert`
+dense_model.py           the dense model itself, and its tensors computed from the compact ones
+onnx.py                  the form for ONNX Runtime
+read.py                  an export in the compact form → its value, its config, its model
+files.py                 the names of an export's files
+cards.py                 the model card of each form
+tokenizer.py             the tokenizer files of an export
+inference_tokenizer.py   a tokenizer that gives for a text what a training row holds
+weight_files.py          safetensors files of any size, with checksums, written in a stream
+tensor_file.py           the byte layout of a safetensors file
+meta_device.py           models without values
+authors.py               the authors' checkpoints → an export
+fill.py                  the likeliest words for each [MASK] of a text
 """

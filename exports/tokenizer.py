@@ -65,7 +65,7 @@ def write_tokenizer(folder: Path, tokenizer: Path, config: ShareBertConfig) -> i
             f"{config.vocab_pad_multiple}): this is another model's tokenizer"
         )
     require_special_tokens(loaded, tokenizer)
-    ready = for_inference(loaded, pair_type=min(1, config.type_vocab_size - 1))
+    ready = for_inference(loaded, pair_type(config))
     given = json.loads(tokenizer.read_text(encoding="utf-8"))
     if ready is loaded and not given.get("truncation") and not given.get("padding"):
         shutil.copyfile(tokenizer, folder / TOKENIZER)
@@ -73,18 +73,27 @@ def write_tokenizer(folder: Path, tokenizer: Path, config: ShareBertConfig) -> i
         ready.save(str(folder / TOKENIZER))
     if wrong_masks(ready):
         print(f"{tokenizer}: beside some words, [MASK] gives other ids than in training", file=sys.stderr)
-    settings: dict[str, object] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-        **SPECIAL_TOKENS,
-    }
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **transformers_settings(config)}
     trained_with = training_tokenizer_sha256(tokenizer)
     if trained_with != file_sha256(folder / TOKENIZER):
         settings[TRAINED_WITH] = trained_with
     write_json(folder / TOKENIZER_CONFIG, settings)
     return int(ready.token_to_id("[PAD]"))
+
+
+def pair_type(config: ShareBertConfig) -> int:
+    """Token type of the second text of a pair: 1, or 0 for a model that has one type only."""
+    return min(1, config.type_vocab_size - 1)
+
+
+def transformers_settings(config: ShareBertConfig) -> dict[str, Any]:
+    """What a tokenizer of transformers has to know beside its `tokenizer.json`."""
+    return {
+        "model_max_length": config.max_position_embeddings,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **SPECIAL_TOKENS,
+    }
 
 
 def training_tokenizer_sha256(tokenizer: Path) -> str:

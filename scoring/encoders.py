@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from exports.export import Export
 from exports.files import CARD, TOKENIZER
 from exports.forms import write_export
+from exports.inference_tokenizer import for_inference
 from exports.kinds import Classifier
 from exports.read import load_model, read_config
-from exports.tokenizer import load_tokenizer, vocabulary_size
+from exports.tokenizer import (
+    load_tokenizer,
+    pair_type,
+    require_special_tokens,
+    transformers_settings,
+    vocabulary_size,
+)
 from exports.weight_source import TensorWeights
 from scoring.architecture import Inputs, inputs_of, read_model_type, set_dropout
 from scoring.data import Texts
@@ -148,13 +155,16 @@ class ShareBertExport(Encoder):
         self.positions, self.words = config.max_position_embeddings, config.vocab_size
         arguments = frozenset({"input_ids", "attention_mask", "token_type_ids"})
         self.inputs = Inputs(self.positions, config.type_vocab_size, arguments)
-        words = vocabulary_size(load_tokenizer(self.folder / TOKENIZER))
+        tokenizer = load_tokenizer(self.folder / TOKENIZER)
+        require_special_tokens(tokenizer, self.folder / TOKENIZER)
+        words = vocabulary_size(tokenizer)
         if words > self.words:
             raise BadInput(
                 f"{self.folder / TOKENIZER}: {words} words, but the model has {self.words}: "
                 "this is another model's tokenizer"
             )
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
+        ready = for_inference(tokenizer, pair_type(config))
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=ready, **transformers_settings(config))
         if not self.fresh:
             _ = self._weights
 

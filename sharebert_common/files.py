@@ -59,6 +59,7 @@ def whole_or_absent_folder(out: Path) -> Iterator[Path]:
     Raises BadInput where `out` cannot be made, or its disk is full.
     """
     out = Path(out)
+    out = out.resolve() if out.is_symlink() else out
     try:
         _make_parents(out.parent)
         _clean_leftovers(out)

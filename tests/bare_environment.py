@@ -2,10 +2,10 @@
 
     python tests/bare_environment.py COMPACT DENSE      an export of each form, the demo's for instance
 
-The environment is a new one of `venv`, without pip; its site-packages are links to the installed torch,
-transformers and safetensors, and to exactly what their metadata requires: no triton, no deepspeed, and not this
-project. In it run the Python snippets of both exports' cards and of the project's pages (for the exports
-that these name, the given ones are taken), on a copy by `save_pretrained` too, and what `IN_THERE` says.
+The environment is made by `venv`, without pip. Its site-packages are links to the installed torch, transformers and
+safetensors, and to exactly what their metadata requires: no triton, no deepspeed, and not this project. It runs the
+Python snippets of both exports' cards and of the project's pages (with the given exports in place of those that the
+pages name), also on a copy by `save_pretrained`, and then `IN_THERE`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEFT_OUT = {"triton"}
 
 PAGES = ("README.md", "docs/exports.md")
 COMPACT_IN_PAGES, DENSE_IN_PAGES = ("out/demo/export", "/data/exports/base"), ("out/demo/dense",)
-"""What the pages call an export of each form."""
+"""The paths of an export of each form in the pages."""
 
 IN_THERE = """
 import importlib.util, json, sys
@@ -107,7 +107,7 @@ def _required() -> list[metadata.Distribution]:
 
 
 def snippets(compact: Path, dense: Path, copy: Path) -> list[tuple[str, str]]:
-    """(where it stands, code) of every snippet that loads an export."""
+    """(page or folder, code) of every snippet that loads an export."""
     found = []
     for page in PAGES:
         for code in _python_blocks(ROOT / page):

@@ -1,7 +1,7 @@
-"""Run under torchrun: DeepSpeed's own `save_checkpoint` beside a checkpoint of ours, of the same engines.
+"""Run under torchrun: save the same engines with DeepSpeed's own `save_checkpoint` and in our format.
 
-Argument: a folder. For each case of CASES, in one start of DeepSpeed, FOLDER/CASE/theirs holds what
-`engine.save_checkpoint` writes and FOLDER/CASE/ours a checkpoint of format 1 of the same state.
+Argument: a folder. One start of DeepSpeed does all of CASES: FOLDER/CASE/theirs holds what `engine.save_checkpoint`
+writes, and FOLDER/CASE/ours a checkpoint of format 1 of the same state.
 """
 
 from __future__ import annotations

@@ -6,21 +6,20 @@ The source is a run of this project, a folder that DeepSpeed itself saved, or an
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from exports.compact import Compact
-from exports.dense import Dense
 from exports.export import Export, tensor_shapes
 from exports.files import CONFIG, TOKENIZER
 from exports.forms import FORMS, Form, write_export
 from exports.kinds import pretrained_kind
-from exports.onnx import Onnx
 from exports.read import read_config, read_export
 from exports.weight_source import MeanWeights, SelectedWeights, WeightSource
 from pretrain.checkpoint.format import Checkpoint, all_whole, found, read_manifest
@@ -62,22 +61,26 @@ def consolidate(
     """
     if form not in FORMS or dtype not in DTYPES or average < 1:
         raise BadInput(f"form: one of {', '.join(FORMS)}; dtype: one of {', '.join(DTYPES)}; average: from 1")
-    if form == "onnx" and dtype != "fp32":
-        raise BadInput("--form onnx is written in fp32; leave --dtype away")
-    if form != "onnx" and opset is not None:
-        raise BadInput(f"--opset is for --form onnx, not for {form}")
+    chosen = _form(form, dtype, opset)
     out = Path(out)
     if out.resolve() == Path(source).resolve():
         raise BadInput(f"{out}: the export would replace its own source; choose another folder")
     export = _open(Path(source), average, config)
-    write_export(export if head else export.without_head(), out, _form(form, DTYPES[dtype], opset))
+    write_export(export if head else export.without_head(), out, chosen)
     return out
 
 
-def _form(name: str, dtype: torch.dtype, opset: int | None) -> Form:
-    if name == "onnx":
-        return Onnx() if opset is None else Onnx(opset)
-    return Dense(dtype) if name == "dense" else Compact(dtype)
+def _form(name: str, dtype: str, opset: int | None) -> Form:
+    """The form with the choices that it has. Raises BadInput for a choice that it lacks."""
+    form: Any = FORMS[name]
+    choices = {field.name for field in dataclasses.fields(form)}
+    if "dtype" not in choices and dtype != "fp32":
+        raise BadInput(f"--form {name} is written in fp32; leave --dtype away")
+    if "opset" not in choices and opset is not None:
+        raise BadInput(f"--form {name} has no operators of ONNX; leave --opset away")
+    given = {"dtype": DTYPES[dtype], "opset": opset}
+    chosen: Form = form(**{key: value for key, value in given.items() if key in choices and value is not None})
+    return chosen
 
 
 def _open(source: Path, average: int, config: Path | None) -> Export:

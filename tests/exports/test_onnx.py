@@ -89,6 +89,17 @@ def test_a_longer_input_is_refused_with_the_limit(written: tuple[Path, ShareBert
         dense(torch.zeros(1, 17, dtype=torch.int64))
 
 
+def test_the_file_is_valid_and_is_quantised(written: tuple[Path, ShareBertForMaskedLM], tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    path = written[0] / "model.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    quantization.quantize_dynamic(str(path), str(tmp_path / "int8.onnx"))
+    given = session_inputs()
+    small, full = (onnxruntime.InferenceSession(file).run(None, given)[0] for file in (tmp_path / "int8.onnx", path))
+    assert 0 < abs(small - full).max() / abs(full).max() < 0.1
+
+
 def test_the_file_says_nothing_of_the_machine_that_made_it(written: tuple[Path, ShareBertForMaskedLM]) -> None:
     content = (written[0] / "model.onnx").read_bytes()
     for trace in (b"stack_trace", b".py", str(Path(torch.__file__).parent).encode(), b"site-packages", b"fx_node"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
         patch.syspath_prepend(cache)
         yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]  # they are bound to this cache, and other tests have their own
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,15 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_link_stays_and_the_folder_that_it_names_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "disk" / "real", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "real" / "a.txt").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.glob("**/*")) == ["a.txt", "b.txt", "disk", "link", "part", "real"]
+
+
 def test_a_move_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "out", "old")
     real = Path.replace

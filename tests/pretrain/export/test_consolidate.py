@@ -210,7 +210,7 @@ def test_bad_input_is_one_line_and_code_2(runs: Path, tmp_path: Path, capsys: py
         ([run, tmp_path / "notes.txt"], "notes.txt: exists and is no export"),
         ([run, tmp_path / "notes.txt" / "export"], "notes.txt/export: cannot be made"),
         ([run, out, "--form", "onnx", "--dtype", "bf16"], "onnx is written in fp32"),
-        ([run, out, "--opset", "20"], "--opset is for --form onnx"),
+        ([run, out, "--opset", "20"], "--form compact has no operators of ONNX; leave --opset away"),
         ([run, out, "--form", "onnx", "--opset", "3"], "opset: 3 is not one of"),
         ([run, out, "--average", "0"], "average: from 1"),
         ([compact, out, "--average", "2"], "takes the checkpoints of a run"),

@@ -1,4 +1,4 @@
-"""Folders that DeepSpeed itself saved: their masters bit for bit, at every stage, and no pickle is run."""
+"""Folders that DeepSpeed itself saved: the fp32 weights bit for bit at every stage, and no pickle is run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", OURS)
-def test_the_export_is_the_masters_bit_for_bit(folders: Path, tmp_path: Path, case: str) -> None:
+def test_the_export_is_the_fp32_weights_bit_for_bit(folders: Path, tmp_path: Path, case: str) -> None:
     out = consolidate(folders / case / "theirs", tmp_path / "export", config=folders / "config.json")
     ours = checkpoint.read_manifest(folders / case / "ours" / checkpoint.folder_name(STEPS))
     tensors = load_file(out / "model.safetensors")
@@ -66,8 +66,8 @@ def test_it_agrees_with_the_working_weights(folders: Path, case: str) -> None:
     shapes = tensor_shapes(CONFIG)
     assert {name: spec.shape for name, spec in weights.specs.items()} == shapes
     state = folders / case.replace("3-", "2-") / "theirs" / f"global_step{STEPS}" / "mp_rank_00_model_states.pt"
-    # Stage 3 keeps no whole working weights: those of stage 2 stand in. The two may step a parameter whose gradient
-    # is all rounding to different sides.
+    # Stage 3 keeps no whole working weights, so those of stage 2 are compared. Where a gradient is rounding alone, the
+    # two stages may step a parameter in opposite directions.
     tolerance = 2 * STEPS * LR if case == "3-frozen" else 1e-2
     for name, working in torch.load(state, weights_only=True)["module"].items():
         values = weights.read(name, 0, working.numel())
