@@ -10,6 +10,7 @@ spaces between words, each character is a word: Han, Japanese, Thai, Lao, Khmer,
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -59,39 +60,50 @@ def words(text: str) -> bytes:
     return b" ".join(_folded(piece).encode().translate(_SEPARATORS) for piece in _pieces(text))
 
 
-def _pieces(text: str) -> list[str]:
+def _pieces(text: str) -> Iterator[str]:
     """A long text in pieces, cut at spaces where there are any."""
-    pieces, start = [], 0
+    start = 0
     while len(text) - start > _PIECE_CHARS:
         stop = text.rfind(" ", start, start + _PIECE_CHARS) + 1 or start + _PIECE_CHARS
-        pieces.append(text[start:stop])
+        yield text[start:stop]
         start = stop
-    return [*pieces, text[start:]]
+    yield text[start:]
 
 
 def _folded(text: str) -> str:
     text = unicodedata.normalize("NFC", text).lower()
-    codes = _codes(text)
-    classes = _classes()[codes]
+    codes, high, classes = _above_ascii(text)
     if (classes == COMPATIBILITY).any():
-        for code in np.unique(codes[classes == COMPATIBILITY]).tolist():
+        for code in np.unique(high[classes == COMPATIBILITY]).tolist():
             text = text.replace(chr(code), unicodedata.normalize("NFKC", chr(code)).lower())
-        codes = _codes(unicodedata.normalize("NFC", text))
-        classes = _classes()[codes]
+        text = unicodedata.normalize("NFC", text)
+        codes, high, classes = _above_ascii(text)
+    if (classes == ALONE).any():
+        return _with_characters_alone(codes)
+    # Few different ones: `replace` searches at the speed of memory, an array of all characters takes twice the time.
+    for code in np.unique(high[classes == SEPARATOR]).tolist():
+        text = text.replace(chr(code), " ")
+    for code in np.unique(high[classes == REMOVED]).tolist():
+        text = text.replace(chr(code), "")
+    return text
+
+
+def _with_characters_alone(codes: NDArray[np.uint32]) -> str:
+    """The text of these code points with a space before and after each character that is a word of its own."""
+    classes = _classes()[codes]
     codes = np.where(classes == SEPARATOR, np.uint32(_SPACE), codes)
-    alone = classes == ALONE
-    if alone.any():  # a space before and after it
-        copies = np.where(alone, 3, 1)
-        places = (np.cumsum(copies) - copies)[alone]
-        codes, classes = np.repeat(codes, copies), np.repeat(classes, copies)
-        codes[places] = codes[places + 2] = _SPACE
-    if (removed := classes == REMOVED).any():
-        codes = codes[~removed]
-    return codes.tobytes().decode("utf-32-le", "surrogatepass")
+    copies = np.where(classes == ALONE, 3, 1)
+    places = (np.cumsum(copies) - copies)[classes == ALONE]
+    codes, classes = np.repeat(codes, copies), np.repeat(classes, copies)
+    codes[places] = codes[places + 2] = _SPACE
+    return codes[classes != REMOVED].tobytes().decode("utf-32-le", "surrogatepass")
 
 
-def _codes(text: str) -> NDArray[np.uint32]:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+def _above_ascii(text: str) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint8]]:
+    """All code points of a text, those above ASCII, and the classes of these."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    high = codes[codes >= 0x80]
+    return codes, high, _classes()[high]
 
 
 @lru_cache(maxsize=1)
