@@ -68,9 +68,12 @@ def read_model_type(folder: Path) -> str:
     if not path.is_file():
         raise BadInput(f"{path}: missing; is {folder} an export or the folder of a Hugging Face model?")
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
-    except (ValueError, OSError, KeyError, TypeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not readable as a model's config ({error})") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise BadInput(f"{path}: not a model's config: there is no 'model_type' in it")
+    return str(config["model_type"])
 
 
 def inputs_of(config: Any) -> Inputs:

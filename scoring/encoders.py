@@ -36,7 +36,6 @@ from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import whole_or_absent_folder
-from sharebert_common.recipe import plain
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For every `from_pretrained`. With `trust_remote_code` None, transformers would ask on the terminal."""
@@ -76,10 +75,8 @@ class Encoder(ABC):
     """Rows of its word embedding."""
     inputs: Inputs
     """What the model takes."""
-
-    def applied_settings(self) -> dict[str, Any]:
-        """The settings that had an effect, for the result."""
-        return plain(self.settings)
+    unused_settings: frozenset[str] = frozenset()
+    """Settings that have no effect on this kind of encoder; a result does not name them."""
 
     @abstractmethod
     def build(self, task: Task, seed: int) -> nn.Module:
@@ -216,6 +213,8 @@ def _encoder_tensors(model: ShareBertForMaskedLM) -> dict[str, Tensor]:
 class HuggingFaceEncoder(Encoder):
     """Any encoder that `AutoModelForSequenceClassification` loads from a folder without remote code."""
 
+    unused_settings = frozenset({"pooling"})
+
     def __init__(self, spec: str, settings: FineTuneRecipe) -> None:
         super().__init__(spec, settings)
         from transformers import AutoConfig, AutoTokenizer
@@ -260,10 +259,6 @@ class HuggingFaceEncoder(Encoder):
                 ignore_mismatched_sizes=True,  # the folder may hold a classifier for another task
                 **_LOCAL,
             )
-
-    def applied_settings(self) -> dict[str, Any]:
-        """All but `pooling`: the head of the encoder's class decides that."""
-        return {key: value for key, value in plain(self.settings).items() if key != "pooling"}
 
     def save(self, model: Any, task: Task, scores: str, out: Path) -> None:
         """Write it with `save_pretrained`, whole or not at all."""

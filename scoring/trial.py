@@ -16,6 +16,7 @@ from scoring.finetune import Classifier, Diverged, fine_tune, latency_ms
 from scoring.metrics import measure
 from scoring.recipe import EvaluateRecipe
 from scoring.report import Board, Result, Scores, by_metric, versions
+from sharebert_common.recipe import plain
 
 LOG_EVERY = 20
 """Steps between two points of the loss curve."""
@@ -76,7 +77,7 @@ class Trial:
             seeds=self.recipe.seeds,
             lr=lr,
             sweep=sweep if len(sweep) > 1 else {},
-            settings=self.encoder.applied_settings(),
+            settings={k: v for k, v in plain(self.recipe.finetune).items() if k not in self.encoder.unused_settings},
             versions=versions(),
             skipped_rows=self.data.skipped,
         )

@@ -83,6 +83,16 @@ def test_dropout_reaches_every_layer(kind: str, export: Path, tmp_path: Path) ->
     assert set(rates) == {0.3}
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not readable as a model's config"), ("[]", "there is no 'model_type'"), ('{"a": 1}', "no 'model_type'")],
+)
+def test_a_config_that_is_not_a_models(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BadInput, match=f"config.json: .*{message}"):
+        open_encoder(str(tmp_path), FineTuneRecipe())
+
+
 def test_a_config_without_dropout_is_refused() -> None:
     with pytest.raises(BadInput, match=r"finetune\.dropout: the config of there has no dropout rate"):
         set_dropout(transformers.PreTrainedConfig(), 0.1, "there")
@@ -100,8 +110,3 @@ def test_a_sharebert_with_one_token_type_takes_pairs(tmp_path: Path) -> None:
     model = encoder.build(TASKS["rte"], 0)
     encoded = encoder.encode([("w1", "w2")], "here")
     assert model(**encoder.collate(encoded, [0])).logits.shape == (1, 2)
-
-
-def test_a_result_names_only_settings_that_had_an_effect(export: Path, tmp_path: Path) -> None:
-    assert "pooling" not in open_model("bert", export, tmp_path).applied_settings()
-    assert open_encoder(str(export), FineTuneRecipe(pooling="mean")).applied_settings()["pooling"] == "mean"

@@ -81,7 +81,9 @@ def test_what_a_result_says(scored: Path, export: Path, bert: Path) -> None:
     assert ours["lr"] == 1e-2
     assert ours["sweep"] == {}
     assert ours["train_rows"] == 320
-    assert ours["settings"]["epochs"] == 8
+    assert ours["settings"]["epochs"] == theirs["settings"]["epochs"] == 8
+    assert ours["settings"]["pooling"] == "pooler"
+    assert "pooling" not in theirs["settings"]  # it has no effect there
 
 
 def test_table_and_curves(scored: Path, export: Path) -> None:
