@@ -109,8 +109,8 @@ def submit(given: argparse.Namespace) -> int:
     from cluster.submit import dry_run, submit_prep, training_of
     from cluster.submit import submit as submit_trainings
 
-    flags = {name.replace("-", "_"): getattr(given, name.replace("-", "_")) for name in CLUSTER_FLAGS}
-    from_flags = [f"{name}={_quoted(value)}" for name, value in flags.items() if value is not None]
+    keys = [flag.replace("-", "_") for flag in CLUSTER_FLAGS]
+    from_flags = [f"{key}={_quoted(getattr(given, key))}" for key in keys if getattr(given, key) is not None]
     on = load_cluster(given.cluster, from_flags + given.set)
     if given.stage == "prep":
         from data_prep.pipeline import PrepRecipe
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, later = parser.parse_known_args(arguments)
     if later and (not hasattr(given, "words_are") or any(word.startswith("-") for word in later)):
         parser.error(f"unrecognized arguments: {' '.join(later)}")
-    if later:  # argparse takes words up to the first option; those behind it count as much
+    if later:  # argparse takes words only up to the first option
         getattr(given, given.words_are).extend(later)
     if not given.debug:
         quiet_libraries()

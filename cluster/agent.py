@@ -56,10 +56,11 @@ class Agent:
         """
         allocation, folder = current_allocation(self.training.recipe.port), ClusterFolder(self.training.run)
         permit = RequeuePermit(allocation.folder)
-        if folder.stop_asked:  # a requeue was on its way when the user asked
+        if folder.stop_asked:  # while the job waited in the queue, or a requeue was on its way
             permit.forbid()
+            folder.stop_before_begin()
             return "stopped"
-        signals = StopSignals()
+        signals = StopSignals(on_first=permit.note_signal if allocation.is_first else None)
         signals.catch()  # to the end of the process: a late signal must not kill it before it has reported
         try:
             if allocation.is_first:
@@ -71,7 +72,7 @@ class Agent:
             environment = self._environment()
             if self.training.recipe.preflight:
                 preflight.check(self.training, allocation, environment)
-            code = self._run(allocation, folder, permit, environment, signals)
+            code = self._run(allocation, folder, environment, signals)
         except BadInput as error:
             permit.forbid()  # another attempt would find the same
             if not is_held(folder.run):  # the state of a run that trains elsewhere is not ours
@@ -103,17 +104,12 @@ class Agent:
         return after_setup(self.training.recipe.setup, defaults | dict(os.environ) | given)
 
     def _run(
-        self,
-        allocation: Allocation,
-        folder: ClusterFolder,
-        permit: RequeuePermit,
-        environment: dict[str, str],
-        signals: StopSignals,
+        self, allocation: Allocation, folder: ClusterFolder, environment: dict[str, str], signals: StopSignals
     ) -> int:
         """Run the workers to their end; torchrun's exit code."""
         command = processes.start(torchrun(self.training, allocation), environment)
         try:
-            return _watch(command, allocation, folder, permit, signals)
+            return _watch(command, allocation, folder, signals)
         finally:
             processes.end(command)
 
@@ -131,18 +127,14 @@ def _wait_for_begin(allocation: Allocation, folder: ClusterFolder) -> None:
 
 
 def _watch(
-    command: subprocess.Popen[bytes],
-    allocation: Allocation,
-    folder: ClusterFolder,
-    permit: RequeuePermit,
-    signals: StopSignals,
+    command: subprocess.Popen[bytes], allocation: Allocation, folder: ClusterFolder, signals: StopSignals
 ) -> int:
     """Wait for torchrun, and pass signals and requests to stop to its workers.
 
     Returns torchrun's exit code, or 1 where the run crashed too often. Raises Superseded, or BadInput where a worker
     refused something given.
     """
-    looked, signal_noted = 0.0, False
+    looked = 0.0
     while (code := command.poll()) is None:
         time.sleep(LOOK_S)
         if time.monotonic() - looked < FILES_S:
@@ -154,9 +146,6 @@ def _watch(
             raise BadInput(refusal)
         if allocation.is_first and _crashed_too_often(folder):
             return 1
-        if allocation.is_first and signals.received is not None and not signal_noted:
-            permit.note_signal()
-            signal_noted = True
         if signals.received is not None:
             processes.relay(signals.received, command.pid)
         elif folder.stop_asked:

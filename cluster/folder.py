@@ -98,6 +98,13 @@ class ClusterFolder:
             first = {} if self.state["state"] else {"step": self.checkpoint}
             run_files.write_state(self.run, "failed", reason=reason, **first)
 
+    def stop_before_begin(self) -> None:
+        """Write to the run's state.json that it stopped before an attempt began; a run that ended stays as it is."""
+        with suppress(BadInput):
+            if self.state["state"] not in run_files.ENDED:
+                reason = "asked before the attempt began"
+                run_files.write_state(self.run, "stopped", reason=reason, step=self.checkpoint)
+
     @property
     def checkpoint(self) -> int:
         """Step of the newest checkpoint; 0 before the first."""

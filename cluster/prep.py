@@ -33,7 +33,7 @@ class PrepTask:
         """
         permit = RequeuePermit(current_allocation(self.recipe.port).folder)
         permit.allow(step=0)
-        signals = StopSignals()
+        signals = StopSignals(on_first=permit.note_signal)
         signals.catch()
         environment = dict(os.environ) | {name: str(value) for name, value in self.recipe.env.items()}
         command = processes.start(self.command, after_setup(self.recipe.setup, environment))

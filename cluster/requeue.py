@@ -17,6 +17,7 @@ The lines are plain shell, so that they work outside of the container that the a
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from sharebert_common.files import write_atomically
@@ -28,25 +29,29 @@ BEFORE = r"""
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}
 folder=FOLDER/$job
 mkdir -p "$folder"; rm -f "$folder/deadline" "$folder/signalled" "$folder/asked"
-# A fact of the job. While the controller is down, ask again: for an hour, or until SLURM kills this script.
-fact() {
-    local pause=1 tries=0 facts
+# Get the facts of the job. While the controller is down, ask again: for an hour, or until SLURM kills this script.
+ask() {
+    local pause=1 tries=0
     until facts=$(scontrol show job -o "$job"); do
         [ $((tries += 1)) -lt 120 ] && command -v scontrol > /dev/null || return 1
         sleep $pause; pause=$((pause < 30 ? 2 * pause : 30))
     done
-    tr ' ' '\n' <<< "$facts" | sed -n "s/^$1=//p" | head -n 1
 }
+fact() { tr ' ' '\n' <<< "$facts" | sed -n "s/^$1=//p" | head -n 1; }
+seconds() { date -d "$(fact "$1" | grep . || echo unknown)" +%s 2> /dev/null || echo 9999999999; }
 requeue() {
     local pause
     for pause in 1 5 15 30; do
-        fact JobState > /dev/null && scontrol requeue "$job" && return
+        ask && scontrol requeue "$job" && return
         sleep $pause
     done
     return 1
 }
-seconds() { date -d "${1:-unknown}" +%s 2> /dev/null || echo 9999999999; }
-look() { seconds "$(fact EndTime)" > "$folder/.deadline"; mv "$folder/.deadline" "$folder/deadline"; }
+# EndTime is a deadline only while the job runs; afterwards it is the time at which somebody ended it.
+look() {
+    ask && [ "$(fact JobState)" = RUNNING ] || return
+    seconds EndTime > "$folder/.deadline"; mv "$folder/.deadline" "$folder/deadline"
+}
 over() { [ "$(date +%s)" -ge "$(cat "$folder/deadline" 2> /dev/null || echo 9999999999)" ]; }
 watch() {
     trap '' TERM USR1 USR2
@@ -55,9 +60,8 @@ watch() {
     while sleep 1; do
         [ -z "$announced" ] && [ -e "$folder/signalled" ] && announced=yes && look
         # Somebody may have raised the time limit, so look again. A job that is over for good has no file `requeue`.
-        if over && look && over && [ -e "$folder/requeue" ]; then
-            touch "$folder/asked"
-            requeue || rm -f "$folder/asked"
+        if over && { look; over; } && [ -e "$folder/requeue" ]; then
+            requeue && touch "$folder/asked"
             return
         fi
     done
@@ -73,13 +77,14 @@ code=$?
 kill -KILL $watcher 2> /dev/null
 cd "$folder" || exit $code
 if [ -e requeue ]; then
+    ask
     state=$(fact JobState)
     [ $code -ne 0 ] && [ "$state" = RUNNING ] && cat requeue >> crashes
     rm -f requeue
     [ -e asked ] && exit 0
     # A preemption without grace time ends the job at once: there was no EndTime to look at before.
-    preempted=$(seconds "$(fact PreemptTime)") ended=$(seconds "$(fact EndTime)")
-    [ "$preempted" -lt 9999999999 ] && [ "$ended" -le $((preempted + 1)) ] && state=PREEMPTED
+    preempted=$(seconds PreemptTime)
+    [ "$preempted" -lt 9999999999 ] && [ "$(seconds EndTime)" -le $((preempted + 1)) ] && state=PREEMPTED
     if [ "$state" = RUNNING ] || [ "$state" = PREEMPTED ] || over; then
         echo "exit code $code: requeue"
         requeue && exit 0
@@ -114,4 +119,5 @@ class RequeuePermit:
 
     def note_signal(self) -> None:
         """Let the script look for the time at which SLURM will end the job: a signal announced an end."""
-        self._signalled.touch()
+        with suppress(OSError):
+            self._signalled.touch()

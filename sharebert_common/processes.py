@@ -17,11 +17,15 @@ _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 class StopSignals:
-    """Notes the stop signals that this process gets, from `catch` on, in place of what they did before."""
+    """Notes the stop signals that this process gets, from `catch` on, in place of what they did before.
 
-    def __init__(self) -> None:
+    `on_first` is called at the first of them, in the signal handler: it must be short, and raise nothing.
+    """
+
+    def __init__(self, on_first: Callable[[], None] | None = None) -> None:
         self.received: int | None = None
         """The newest signal; None before the first."""
+        self._on_first = on_first
 
     def catch(self) -> None:
         """Note signals from now on. Outside of the main thread, where Python allows no handlers, this does nothing."""
@@ -37,7 +41,10 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        first = self.received is None
         self.received = number
+        if first and self._on_first is not None:
+            self._on_first()
 
 
 def signal_on_parent_death(number: int) -> None:

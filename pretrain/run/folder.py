@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from sharebert_common.files import remove_unfinished, write_atomically
 T = TypeVar("T")
 
 ORPHAN_S = 300.0
-"""How long an attempt waits for an earlier one whose launcher is dead: its ranks save and stop by themselves."""
+"""How long an attempt waits for an earlier one that will end by itself: its ranks may save first."""
 
 OUTAGE_S = 60.0
 """How long the first read and the last write of `state.json` are tried again where the file system fails."""
@@ -90,8 +91,8 @@ class RunFolder:
     def occupy(self) -> None:
         """Make the folder and take its lock, which the operating system releases when this process dies.
 
-        Waits for an attempt whose launcher was killed. Raises BadInput where the folder cannot be made, or another
-        attempt of the run is alive.
+        Waits for an attempt whose launcher was killed, and for an older one of the same job. Raises BadInput where the
+        folder cannot be made, or another attempt of the run is alive.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -102,12 +103,13 @@ class RunFolder:
         while not self._locked(lock):
             lock.seek(0)
             holder = lock.read().strip()
-            if not _is_orphan(holder) or time.monotonic() > deadline:
+            if not _ends_soon(holder) or time.monotonic() > deadline:
                 raise BadInput(f"{self.path}: in use by another attempt of this run ({holder})")
             time.sleep(0.2)
         lock.truncate(0)
+        job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         launcher = f", launcher {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-        lock.write(f"pid {os.getpid()} on {platform.node()}{launcher}")
+        lock.write(f"pid {os.getpid()} on {platform.node()}{job}{launcher}")
         lock.flush()
         self._lock = lock
 
@@ -238,10 +240,19 @@ def patiently(action: Callable[[], T]) -> T:
         pause_s = min(2 * pause_s, 5.0)
 
 
-def _is_orphan(holder: str) -> bool:
-    """Whether the process that wrote `holder` into the lock runs on this machine and its launcher is dead."""
-    who, _, launcher = holder.partition(", launcher ")
-    if not launcher.isdigit() or not who.endswith(f" on {platform.node()}"):
+def _ends_soon(holder: str) -> bool:
+    """Whether the process that wrote `holder` into the lock will end by itself.
+
+    It does where its launcher, on this machine, is dead; and where it belongs to the same job as this process: the job
+    was requeued while a node was cut off, and this attempt is the newer one.
+    """
+    found = re.fullmatch(r"pid \d+ on (.+?)(?:, job (\w+))?(?:, launcher (\d+))?", holder)
+    if found is None:
+        return False
+    node, job, launcher = found.groups()
+    if job is not None and job == os.environ.get("SLURM_JOB_ID"):
+        return True
+    if launcher is None or node != platform.node():
         return False
     try:
         os.kill(int(launcher), 0)

@@ -34,7 +34,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def test_stop_and_go_on(dataset: Path, tmp_path: Path) -> None:
-    """Stopped from outside; submitted again, the run goes on where it was. Status and logs on the way."""
+    """A run that is stopped and submitted again resumes. Status and logs are looked at on the way."""
     run, recipe = tmp_path / "run", tmp_path / "tiny.yaml"
     recipe.write_text("faults:\n  memory_probe: false\n")
     marks = tmp_path / "marks"
@@ -90,7 +90,7 @@ def test_a_run_that_trains_elsewhere_is_refused_once(dataset: Path, tmp_path: Pa
 
 
 def test_a_folder_where_it_is_submitted_hides_no_package(dataset: Path, tmp_path: Path) -> None:
-    """As where the clone is seen from its parent; the job runs `python -m` there."""
+    """This happens in the parent of the clone, for instance; the job runs `python -m` there."""
     for name in ("sharebert", "cluster", "pretrain"):
         (tmp_path / "here" / name).mkdir(parents=True)
         (tmp_path / "here" / name / "__init__.py").touch()

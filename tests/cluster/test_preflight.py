@@ -30,7 +30,7 @@ def allocation_of(node: int, port: int, nodes: tuple[str, ...] = NODES) -> Alloc
 
 
 def refusals(port: int, on_node: Callable[[Allocation], None], nodes: tuple[str, ...] = NODES) -> list[str]:
-    """What each node says that does not go well."""
+    """The error message of each node; empty where there is none."""
     said = [""] * len(nodes)
 
     def run(node: int) -> None:

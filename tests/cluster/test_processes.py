@@ -1,4 +1,4 @@
-"""Commands that agents run: signals reach the workers when they are ready, and nobody is left behind."""
+"""Commands that agents run: signals reach the workers when they are ready, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_workers_of_a_killed_command_are_ended(tmp_path: Path) -> None:
 
 
 def test_a_command_ends_when_its_agent_is_killed(tmp_path: Path) -> None:
-    """SIGHUP is what torchrun gets; what it does then is its own. (The tests may run under nohup, which ignores it.)"""
+    """The command gets SIGHUP, as torchrun does. (The tests may run under nohup, which ignores it.)"""
     code = (
         "import os, signal, time; from cluster import processes\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"

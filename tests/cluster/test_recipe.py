@@ -1,4 +1,4 @@
-"""The cluster recipe: what it refuses, and what sbatch is asked for."""
+"""The cluster recipe: which values it refuses, and which options sbatch gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last lines of a batch script, in a shell, with a `scontrol` that says what SLURM would."""
+"""The lines of a batch script around srun, in a shell, with a `scontrol` that answers as SLURM would."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LATER, PAST = "2100-01-01T00:00:00", "2020-01-01T00:00:00"
 
 
 class Job:
-    """A job that ends again and again."""
+    """A job that is run and ended several times."""
 
     def __init__(self, folder: Path) -> None:
         self.jobs, self.bin = folder / "the jobs", folder / "bin"
@@ -101,7 +101,7 @@ def test_a_job_that_stopped_or_crashed_is_requeued(job: Job) -> None:
 
 
 def test_what_a_user_cancelled_stays_cancelled(job: Job) -> None:
-    """SLURM calls it completing, as it calls all jobs whose processes are still ending."""
+    """SLURM calls the job COMPLETING, like every job whose processes are still ending."""
     for state in ("COMPLETING", "CANCELLED"):
         RequeuePermit(job.files).allow(step=10)
         assert job.end(143, state) == (143, False)
@@ -124,7 +124,7 @@ def test_what_a_user_cancels_in_a_grace_time_stays_cancelled(job: Job) -> None:
 
 
 def test_workers_that_outlast_the_time_limit_are_requeued_before_the_script_is_killed(job: Job) -> None:
-    """The watcher asks while srun still runs; a job that needs no further attempt is left alone."""
+    """The watcher asks while srun still runs, but not for a job that needs no further attempt."""
     permit, requeued = RequeuePermit(job.files), job.bin / "requeued"
     permit.allow(step=10)
     wait = f"for i in $(seq 100); do [ -e {requeued} ] && break; sleep 0.1; done; cp {requeued} {job.bin}/early"
@@ -143,7 +143,7 @@ def test_a_time_limit_that_was_raised_counts(job: Job) -> None:
 
 
 def test_a_signal_makes_the_script_look_for_the_end_again(job: Job) -> None:
-    """As where a preemption was announced: its grace time ends before the limit, and SLURM cancels the job then."""
+    """A preemption was announced: the grace time ends before the time limit, and SLURM cancels the job then."""
     permit = RequeuePermit(job.files)
     permit.allow(step=10)
     srun = f"sleep 0.8; sed -i 's/{LATER}/{PAST}/' {job.bin}/scontrol; touch '{job.files}/signalled'; sleep 2.5"

@@ -1,4 +1,4 @@
-"""Goodput, and what the workers of a run left to read."""
+"""Goodput, the state of a run, and the logs of its workers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cluster.folder import ClusterFolder, remember
 from cluster.logs import newest_failure, rank_0
 from cluster.status import all_runs, goodput, status, stop
 from sharebert_common.errors import BadInput
+from sharebert_common.run_files import write_state
 
 
 def test_goodput_counts_each_step_once() -> None:
@@ -53,6 +54,15 @@ def test_a_run_without_state_and_one_that_was_emptied_hide_no_other(
     assert len(lines) == 2
     assert any(line.startswith("failed") and str(folder.run) in line for line in lines)
     assert any(line.startswith("unknown") and str(emptied) in line for line in lines)
+
+
+def test_a_run_that_was_stopped_before_it_began_is_stopped(folder: ClusterFolder) -> None:
+    folder.stop_before_begin()
+    found = status(folder.run)
+    assert (found.state, found.reason) == ("stopped", "asked before the attempt began")
+    write_state(folder.run, "finished", step=9)
+    folder.stop_before_begin()
+    assert folder.state["state"] == "finished"
 
 
 def test_what_was_never_submitted_is_refused(tmp_path: Path) -> None:

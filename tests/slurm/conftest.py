@@ -1,4 +1,4 @@
-"""A cluster that the tests of this folder share, and runs on it."""
+"""The cluster that the tests of this folder share, and runs on it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from slurm.slurm_cluster import SlurmCluster, not_possible_here
 from tiny_runs import losses
 
 NO_SKIP = "SHAREBERT_NO_SKIP"
-"""Set: where there can be no test cluster the tests fail. Continuous integration sets it."""
+"""Where this variable is set, tests fail that would be skipped without SLURM. Continuous integration sets it."""
 
 
 @pytest.fixture(scope="session")
 def possible() -> None:
-    """Skip, or fail where that is forbidden, without a SLURM."""
+    """Skip the test without SLURM, or fail it where NO_SKIP is set."""
     reason = not_possible_here()
     if reason and os.environ.get(NO_SKIP):
         pytest.fail(f"{NO_SKIP} is set, and there is {reason}")
@@ -44,7 +44,7 @@ def shared(small_disk: Path) -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def slurm(shared: SlurmCluster) -> Iterator[SlurmCluster]:
-    """The shared cluster, with nothing to do; emptied again."""
+    """The shared cluster, idle; all jobs are cancelled after the test."""
     yield shared
     shared.clear()
 
@@ -71,7 +71,7 @@ def run(slurm: SlurmCluster, dataset: Path, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def high_priority(slurm: SlurmCluster) -> Callable[[], str]:
-    """Submits a short job of a colleague, which takes all nodes from those of low priority."""
+    """A function that submits a colleague's short job; it takes all nodes from jobs of low priority."""
 
     def submit() -> str:
         return slurm.sbatch("sleep 1", "--partition=high", f"--nodes={len(slurm.nodes)}", "--exclusive")

@@ -1,8 +1,8 @@
-"""Machines that are no machines: hosts with a name, an address and processes of their own on one kernel.
+"""Hosts that share one kernel: each has a name, an address and processes of its own.
 
 A host is a set of namespaces (network, hostname, mounts, process ids). Killing its first process is a
-power cut: the kernel kills every process of the host with it. Nothing of a host has a name outside, so nothing is left
-behind: when its processes are gone, so are its network and its mounts.
+power cut: the kernel kills every process of the host with it. When the processes of a host are gone, so are its network
+and its mounts: nothing is left behind.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class Host:
 
 
 class Network:
-    """Hosts on one switch, which stands on the first of them."""
+    """Hosts on one switch, which the first of them holds."""
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
-        """`folder` takes the file of names."""
+        """`folder` is where the file of host names is written."""
         self.file = folder / "hosts"
         addresses = {name: f"{SUBNET}.{number}" for number, name in enumerate(names, 1)}
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
@@ -104,7 +104,7 @@ class Network:
             raise
 
     def add(self, name: str, address: str) -> Host:
-        """A host that is switched on; the first one has the switch."""
+        """Start a host; the first one holds the switch."""
         host = Host(name, address, self.file)
         if not self.hosts:
             host.run("ip", "link", "add", "eth0", "type", "bridge")
@@ -112,7 +112,7 @@ class Network:
             switch = next(iter(self.hosts.values()))
             port = f"port{address.rsplit('.', 1)[1]}"
             host.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", port)
-            # With ids as they are outside: a host does not see the other's processes.
+            # Run outside of the process namespace: a host does not see the processes of another.
             subprocess.run(
                 ["nsenter", f"--target={host.pid}", "--net", "ip", "link", "set", port, "netns", str(switch.pid)],
                 check=True,
@@ -130,7 +130,7 @@ class Network:
 
 
 def _die_with_parent() -> None:
-    """Called in a new process: it ends when the tests end, however they end."""
+    """For a new process: it dies when the tests end, however they end."""
     signal_on_parent_death(signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""A run on a test cluster, submitted and looked at as users do it."""
+"""A run on a test cluster, which is submitted and watched with the commands that users have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Run:
         self.home = folder / "home"
 
     def move_to(self, folder: Path) -> None:
-        """Have the run's directory in another folder."""
+        """Put the run's directory into another folder."""
         self.path = folder / "run"
         self.folder = ClusterFolder(self.path)
 
@@ -57,12 +57,12 @@ class Run:
         """Wait until a step is logged."""
         self.slurm.wait_for(lambda: self.step >= step, f"step {step}", 240, self.tail)
 
-    def wait_for_attempts(self, starts: int) -> None:
-        """Wait until the job was started so often."""
-        self.slurm.wait_for(lambda: len(self.folder.attempts) >= starts, f"start {starts}", 240, self.tail)
+    def wait_for_attempts(self, count: int) -> None:
+        """Wait until the job has begun so many attempts."""
+        self.slurm.wait_for(lambda: len(self.folder.attempts) >= count, f"attempt {count}", 240, self.tail)
 
     def finish(self, job: str) -> None:
-        """Wait until the job has ended well, and the run is finished."""
+        """Wait until the job has completed and the run is finished."""
         self.slurm.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=300, explain=self.tail)
         assert self.slurm.job(job)["JobState"] == "COMPLETED", self.tail()
         assert self.folder.state["state"] == "finished", self.tail()
@@ -72,20 +72,20 @@ class Run:
         files = sorted(self.folder.jobs.glob("*/*.out"))
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-5000:]}" for file in files)
 
-    def steps_of_each_launch(self) -> list[list[int]]:
-        """The steps that each launch of the workers did, from TensorBoard's files, repeated ones as well."""
+    def steps_of_each_attempt(self) -> list[list[int]]:
+        """The steps of each start of the workers, repeated ones as well, from TensorBoard's files."""
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-        launches = []
+        attempts = []
         for file in sorted((self.path / "tensorboard").glob("events.*"), key=lambda file: file.stat().st_mtime_ns):
             events = EventFileLoader(str(file)).Load()
             steps = [e.step for e in events if any(value.tag == "train/loss" for value in e.summary.value)]
             if steps:
-                launches.append(steps)
-        return launches
+                attempts.append(steps)
+        return attempts
 
     def same_as(self, baseline: list[float]) -> None:
-        """The losses are those of the undisturbed run, as far as both go."""
+        """Check that the losses equal those of the undisturbed run, as far as both go."""
         mine = losses(self.path)
         assert [line["step"] for line in log_of(self.path)] == list(range(1, len(mine) + 1)), "a step is missing"
         both = min(len(mine), len(baseline))

@@ -37,9 +37,9 @@ class SlurmCluster:
 
     def __init__(self, nodes: int = 3, *, accounting: bool = True) -> None:
         self.accounting = accounting
-        # Its own, and not pytest's: the names of SLURM's sockets lie in it, and may have no more than 108 letters.
+        # Not a folder of pytest: the paths of SLURM's sockets in it may have no more than 108 letters.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-        tag = secrets.token_hex(2)  # cgroups know a node by its name, and are shared with other test clusters
+        tag = secrets.token_hex(2)  # cgroups are named by node, and shared with other test clusters
         self.nodes = [f"node{tag}x{number}" for number in range(1, nodes + 1)]
         self.config = self.folder / "slurm.conf"
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -70,7 +70,7 @@ class SlurmCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What SLURM's commands need."""
+        """The environment of SLURM's commands."""
         here = {
             key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SUBMITIT_"))
         }
@@ -117,7 +117,7 @@ class SlurmCluster:
         return dict(self.wait_for(reached, f"job {job} in {' or '.join(states)}", timeout_s, explain))
 
     def start_controller(self) -> None:
-        """Start slurmctld, with what it saved where it ran before."""
+        """Start slurmctld, with the state that it saved where it ran before."""
         self._daemon(self.control, "slurmctld", "-D", *([] if any((self.folder / "state").iterdir()) else ["-i"]))
         self._until(lambda: "is UP" in self.run("scontrol", "ping"), "slurmctld")
 
@@ -131,7 +131,7 @@ class SlurmCluster:
         self._daemon(self.host(node), "slurmd", "-D", "-N", node)
 
     def replace_node(self, node: str) -> None:
-        """Switch a node on again after a power cut."""
+        """Start a node again after a power cut."""
         address = self.host(node).address
         self.network.add(node, address)
         self.start_node(node)
@@ -160,7 +160,7 @@ class SlurmCluster:
         return "\n".join(parts)
 
     def close(self) -> None:
-        """Switch everything off, and remove what the kernel keeps of it."""
+        """Stop everything, and remove the cgroups that the kernel keeps."""
         self.network.close()
         for daemon in self._daemons:
             daemon.wait(timeout=30)
@@ -212,7 +212,7 @@ class SlurmCluster:
             "SlurmdUser=root",
             "AuthType=auth/munge",
             "CredType=cred/munge",
-            f"AuthInfo=socket={sock},cred_expire=5",  # every requeue waits for it; 5 is the least
+            f"AuthInfo=socket={sock},cred_expire=5",  # every requeue waits this long; 5 is the minimum
             f"StateSaveLocation={self.folder}/state",
             f"SlurmdSpoolDir={self.folder}/spool/%n",
             f"SlurmctldPidFile={self.folder}/run/slurmctld.pid",

@@ -1,4 +1,4 @@
-"""What nobody announces: processes killed, nodes gone, cables pulled. Lost are the steps since the last checkpoint."""
+"""Faults without a warning: killed processes, dead nodes, cut networks. Only the steps since a checkpoint are lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY = 15
 
 
 def workers(slurm: SlurmCluster, node: str) -> list[int]:
-    """The workers of a node; torchrun has their module in its command line as well."""
+    """The workers of a node, without torchrun, whose command line names their module as well."""
     return slurm.host(node).processes("-m pretrain", but="torch.distributed.run")
 
 
@@ -29,18 +29,18 @@ def kill(pid: int) -> None:
 
 def lost_at_most_a_checkpoint(run: Run, baseline: list[float]) -> None:
     run.same_as(baseline)
-    launches = run.steps_of_each_launch()
-    for before, after in pairwise(launches):
+    attempts = run.steps_of_each_attempt()
+    for before, after in pairwise(attempts):
         assert before[-1] - EVERY - 1 <= after[0] <= before[-1] + 1, (before[-1], after[0])
 
 
 def test_processes_are_killed(run: Run, slurm: SlurmCluster, baseline: list[float]) -> None:
-    """A worker: torchrun starts the group in place. An agent: the job is requeued. slurmctld: nothing stops."""
+    """A worker: torchrun restarts all in place. An agent: the job is requeued. slurmctld: the training continues."""
     job = run.submit(checkpoint__every=EVERY)
     run.wait_for_step(2 * EVERY)
     first, second = run.folder.attempts[0]["nodes"]
     kill(workers(slurm, second)[0])
-    slurm.wait_for(lambda: len(run.steps_of_each_launch()) == 2, "workers started in place", 240, run.tail)
+    slurm.wait_for(lambda: len(run.steps_of_each_attempt()) == 2, "workers started in place", 240, run.tail)
     assert len(run.folder.attempts) == 1, "the job was not requeued"
 
     run.wait_for_step(run.step + EVERY + 5)
@@ -53,7 +53,7 @@ def test_processes_are_killed(run: Run, slurm: SlurmCluster, baseline: list[floa
 
 
 def test_a_node_dies(run: Run, slurm: SlurmCluster, baseline: list[float]) -> None:
-    """The power of a node fails; the run goes on on a spare one, and the node comes back."""
+    """The power of a node fails; the run resumes on a spare node, and the dead node comes back later."""
     job = run.submit(checkpoint__every=EVERY)
     run.wait_for_step(2 * EVERY + 5)
     dead = run.folder.attempts[0]["nodes"][1]
@@ -66,7 +66,7 @@ def test_a_node_dies(run: Run, slurm: SlurmCluster, baseline: list[float]) -> No
 
 
 def test_a_network_is_cut(run: Run, slurm: SlurmCluster, baseline: list[float]) -> None:
-    """The node goes on running its workers, cut off; the new start has the run all the same."""
+    """The node that is cut off still runs its workers; the new attempt has the run all the same."""
     job = run.submit(checkpoint__every=EVERY)
     run.wait_for_step(2 * EVERY + 5)
     lonely = run.folder.attempts[0]["nodes"][0]
@@ -80,7 +80,7 @@ def test_a_network_is_cut(run: Run, slurm: SlurmCluster, baseline: list[float]) 
 
 
 def test_a_run_that_trains_by_hand_is_refused_once(run: Run, slurm: SlurmCluster) -> None:
-    """The job ends, and is not requeued again and again while the other attempt trains."""
+    """The job ends, and is not requeued while the other attempt trains."""
     other = RunFolder(run.path)
     other.occupy()
     try:

@@ -1,4 +1,4 @@
-"""What the pre-flight catches on real nodes: each job fails in seconds, with one line, and does not start again."""
+"""What the pre-flight finds on real nodes: each job fails in seconds, with one line, and is not requeued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 def refusal(run: Run, job: str) -> str:
-    """Why a job failed, as `sharebert status` says it."""
+    """The reason that `sharebert status` gives for a failed job."""
     run.slurm.wait_for_state(job, "FAILED", "COMPLETED", timeout_s=120, explain=run.tail)
     assert run.slurm.job(job)["JobState"] == "FAILED"
     assert len(run.folder.attempts) == 1
@@ -49,7 +49,7 @@ def test_a_port_that_is_closed(run: Run, slurm: SlurmCluster) -> None:
 
 
 def test_a_dataset_that_is_another_one_on_one_node(run: Run, slurm: SlurmCluster, tmp_path: Path) -> None:
-    """As where it is staged to each node's own disk."""
+    """This happens where a dataset is copied to each node's own disk."""
     first, second = slurm.nodes[:2]
     run.dataset = tmp_path / "staged"
     make_dataset(run.dataset)

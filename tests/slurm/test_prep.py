@@ -1,4 +1,4 @@
-"""`sharebert prep` as an array: the dataset is that of one process, byte for byte."""
+"""`sharebert prep` as an array gives the dataset of one process, byte for byte."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def files_of(dataset: Path) -> dict[str, bytes]:
 
 
 def test_an_array_on_three_nodes_makes_the_same_dataset(run: Run, slurm: SlurmCluster, tmp_path: Path) -> None:
-    """One task of the first round is killed; it starts again, and the dataset does not show it."""
+    """One task of the first array is killed; it is requeued, and the dataset does not show it."""
     texts = made_texts(1000)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [f"{text} {number}" for number in range(16) for text in texts])
     recipe = tmp_path / "prep.yaml"

@@ -1,4 +1,4 @@
-"""The lines around srun in a real job: what SLURM ends starts again, what a user cancels does not."""
+"""The lines around srun in a real job: a job that SLURM ends is requeued, one that a user cancels is not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_time_limit_and_cancel(slurm: SlurmCluster, tmp_path: Path) -> None:
 
 
 def test_cancel_after_a_preemption(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """Such a job was preempted once, but not now."""
+    """The job was preempted before, but not when it is cancelled."""
     job = submit(slurm, tmp_path, f"--nodes={len(slurm.nodes)}", "--exclusive")
     slurm.wait_for(lambda: starts(tmp_path, job) == 1, "a start")
     slurm.sbatch("sleep 1", "--partition=high", f"--nodes={len(slurm.nodes)}", "--exclusive")
@@ -67,11 +67,12 @@ def test_workers_that_outlast_the_time_limit(slurm: SlurmCluster, tmp_path: Path
 def test_cancel_in_the_grace_time_of_a_preemption(slurm: SlurmCluster, tmp_path: Path) -> None:
     agent = f"bash -c \"trap 'touch {tmp_path}/\\$SLURM_JOB_ID/signalled' USR2; while :; do sleep 0.2; done\""
     job = submit(slurm, tmp_path, f"--nodes={len(slurm.nodes)}", "--exclusive", "--signal=USR2@10", srun=agent)
-    slurm.wait_for(lambda: starts(tmp_path, job) == 1, "a start")
+    deadline = tmp_path / job / "deadline"
+    slurm.wait_for(deadline.exists, "a look at the time limit")
+    time.sleep(5)  # the agent is there by now
+    before = deadline.read_text()
     slurm.sbatch("sleep 1", "--partition=high", f"--nodes={len(slurm.nodes)}", "--exclusive")
-    slurm.wait_for((tmp_path / job / "signalled").exists, "the announcement", 60)
-    before = (tmp_path / job / "deadline").read_text()
-    slurm.wait_for(lambda: (tmp_path / job / "deadline").read_text() != before, "a look at the deadline", 30)
+    slurm.wait_for(lambda: deadline.read_text() < before, "a look at the end of the grace time", 30)
     slurm.run("scancel", job)
     slurm.wait_for_state(job, "CANCELLED")
     time.sleep(10)  # a requeue would begin cred_expire after the end
@@ -83,6 +84,7 @@ def test_a_crash_while_the_controller_is_down(slurm: SlurmCluster, tmp_path: Pat
     crash = tmp_path / "crash"
     job = submit(slurm, tmp_path, srun=f"bash -c 'while [ ! -e {crash} ]; do sleep 0.1; done; rm {crash}; exit 1'")
     slurm.wait_for(lambda: starts(tmp_path, job) == 1, "a start")
+    time.sleep(10)  # a controller that is killed at once forgets the start
     slurm.kill_controller()
     crash.touch()
     time.sleep(30)

@@ -1,4 +1,4 @@
-"""The test cluster itself: it comes up in seconds, and leaves nothing behind, whatever happened in it."""
+"""The test cluster itself: it starts in seconds, and leaves nothing behind, whatever happens in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 def command_lines() -> list[str]:
-    """Of all processes that are there; a zombie has none."""
+    """The command lines of all processes; a zombie has none."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

@@ -1,4 +1,4 @@
-"""A run on the cluster that nothing disturbs: from `sharebert submit` to a finished run."""
+"""An undisturbed run on the cluster, from `sharebert submit` to the end."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 def test_two_nodes_train_to_the_end(undisturbed: Run, baseline: list[float]) -> None:
-    """Four ranks on two nodes; the log, TensorBoard's curve and the checkpoint are those of one run."""
+    """Four ranks on two nodes write one log, one curve in TensorBoard and one checkpoint."""
     assert len(baseline) == BASELINE_STEPS
     assert baseline[-1] < 0.95 * baseline[0], "it learns"
-    assert undisturbed.steps_of_each_launch() == [list(range(1, BASELINE_STEPS + 1))]
+    assert undisturbed.steps_of_each_attempt() == [list(range(1, BASELINE_STEPS + 1))]
     assert undisturbed.folder.checkpoint == BASELINE_STEPS
     (start,) = json.loads((undisturbed.path / "environment.json").read_text())
     assert start["ranks"] == 4
@@ -44,7 +44,7 @@ def test_status_of_a_finished_run(undisturbed: Run) -> None:
 
 
 def test_dry_run_prints_what_a_submission_sends(undisturbed: Run, tmp_path: Path) -> None:
-    """The same script but for the folder, and a torchrun line."""
+    """It is the same script except for the folder, with a torchrun command."""
     other = Run(undisturbed.slurm, undisturbed.dataset, tmp_path)
     other.path = undisturbed.path
     said = other.sharebert(*other.submission("--set=preflight=true", "--time=20"), "--dry-run")
@@ -72,7 +72,7 @@ def test_a_batch_that_the_ranks_do_not_divide(run: Run, tmp_path: Path, dataset:
 
 
 def test_several_recipes_are_an_array(run: Run, tmp_path: Path, dataset: Path) -> None:
-    """Each a run of its own, with its own job; interpolation gives each its directory."""
+    """Each is a run of its own with a job of its own; interpolation gives each its directory."""
     recipes = []
     for name, rate in (("fast", 3e-3), ("slow", 1e-4)):
         file = tmp_path / f"{name}.yaml"

@@ -1,4 +1,4 @@
-"""A cluster without slurmdbd: no `sacct`, and all the same."""
+"""A cluster without slurmdbd: everything works without `sacct`."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def test_submit_preempt_status_stop(plain: SlurmCluster, dataset: Path, tmp_path
     assert "state     stopped" in said
     assert "attempts  2" in said
     assert run.folder.checkpoint == run.step
-    launches = run.steps_of_each_launch()
-    assert launches[0][-1] + 1 == launches[1][0]
+    attempts = run.steps_of_each_attempt()
+    assert attempts[0][-1] + 1 == attempts[1][0]

@@ -118,6 +118,18 @@ def test_ranks_whose_launcher_was_killed_are_waited_for(tmp_path: Path) -> None:
         assert time.monotonic() - started < 60
 
 
+def test_an_older_attempt_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job was requeued while the node of the older one was cut off; another job is refused at once."""
+    with holder(tmp_path, {"SLURM_JOB_ID": "7"}) as shell:
+        assert shell.stdout is not None
+        assert shell.stdout.readline() == "held\n"
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+        with pytest.raises(BadInput, match=r"in use by another attempt of this run \(pid .*, job 7\)"):
+            RunFolder(tmp_path).occupy()
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        RunFolder(tmp_path).occupy()
+
+
 def test_the_lock_of_the_dead_does_not_block(tmp_path: Path) -> None:
     code = "import os, sys; from pretrain.run.folder import RunFolder; RunFolder(sys.argv[1]).occupy(); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
