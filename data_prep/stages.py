@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.disk import save_array
 from data_prep.filter import dedup
-from data_prep.filter.clean import CleanConfig, drop
+from data_prep.filter.clean import CleanRecipe, drop
 from data_prep.job import Job
 from data_prep.parts import Stage, part_folder, part_stats
 from data_prep.read.documents import Batch, utf8_bytes
@@ -27,7 +27,7 @@ from data_prep.tokens.pack import pack
 from sharebert_common.files import write_atomically
 
 
-def stage_names(clean: CleanConfig) -> list[str]:
+def stage_names(clean: CleanRecipe) -> list[str]:
     """The stages of a recipe, in order. Every part of a stage needs all parts of the stage before it."""
     return [*(("scan", "dedup") if dedup.rules(clean) else ()), "encode", "pack"]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.filter.decontaminate import DecontaminateConfig, overlaps
+from data_prep.filter.decontaminate import DecontaminateRecipe, overlaps
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read.documents import Batch, utf8_bytes
 from data_prep.report import count_shares, count_sizes
@@ -36,7 +36,7 @@ def _refuse_what_yaml_read_otherwise(codes: Any) -> Any:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class CleanConfig:
+class CleanRecipe:
     """What happens to documents before they are encoded."""
 
     unicode: Literal["none", "nfc", "nfkc"] = "none"
@@ -57,11 +57,11 @@ class CleanConfig:
     """Leave out documents whose text is the same as that of an earlier document of the corpus."""
     near_duplicates: float | None = Field(default=None, ge=0.5, lt=1)
     """Leave out documents that share about this part of the word 5-grams with an earlier one (Jaccard, by MinHash)."""
-    evaluation: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    evaluation: DecontaminateRecipe = field(default_factory=DecontaminateRecipe)
     """Overlap with evaluation sets."""
 
 
-def normalise(batch: Batch, config: CleanConfig) -> Batch:
+def normalise(batch: Batch, config: CleanRecipe) -> Batch:
     """The batch in the Unicode normalisation form that the config asks for."""
     if config.unicode == "none":
         return batch
@@ -77,7 +77,7 @@ class Cleaner:
         evaluation: sorted hashes of the evaluation sets' n-grams, or None without decontamination.
     """
 
-    def __init__(self, config: CleanConfig, evaluation: NDArray[np.uint64] | None = None) -> None:
+    def __init__(self, config: CleanRecipe, evaluation: NDArray[np.uint64] | None = None) -> None:
         self._config, self._evaluation = config, evaluation
         limits: list[tuple[str, Callable[[Sequence[str]], Any], float | None, float | None]] = [
             ("short", text_lengths, config.min_chars or None, None),

@@ -16,13 +16,13 @@ from pydantic.dataclasses import dataclass
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read import tables
 from data_prep.read.documents import read_part
-from data_prep.read.sources import Input, SourceConfig, find_inputs, kind_of, plan_parts
+from data_prep.read.sources import Input, SourceRecipe, find_inputs, kind_of, plan_parts
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True)
-class DecontaminateConfig:
+class DecontaminateRecipe:
     """The evaluation sets, and what to do with documents that overlap with them."""
 
     paths: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class DecontaminateConfig:
     """What happens to documents that overlap: report counts them, remove leaves them out too."""
 
 
-def evaluation_ngrams(config: DecontaminateConfig) -> NDArray[np.uint64]:
+def evaluation_ngrams(config: DecontaminateRecipe) -> NDArray[np.uint64]:
     """Sorted hashes of the word n-grams of all examples in the evaluation files.
 
     Every string of a jsonl object counts, every text column of a parquet file, and every line of other files.
@@ -57,8 +57,8 @@ def overlaps(texts: Sequence[str], wanted: NDArray[np.uint64], n: int) -> NDArra
     return hits[offsets[1:]] > hits[offsets[:-1]]
 
 
-def _texts(config: DecontaminateConfig) -> Iterator[list[str]]:
-    source = SourceConfig(paths=config.paths, format="text", document="line")
+def _texts(config: DecontaminateRecipe) -> Iterator[list[str]]:
+    source = SourceRecipe(paths=config.paths, format="text", document="line")
     try:
         inputs = find_inputs(source)
     except BadInput as error:

@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_prep.disk import save_array
-from data_prep.filter.clean import CleanConfig
+from data_prep.filter.clean import CleanRecipe
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read.documents import Batch
 from sharebert_common.counter_rng import splitmix64
@@ -37,7 +37,7 @@ _SIGNATURE_SEED = 1
 class KeyWriter:
     """Writes the keys of the documents of one part in sorted runs, RULE-0000.npy …"""
 
-    def __init__(self, folder: Path, config: CleanConfig) -> None:
+    def __init__(self, folder: Path, config: CleanRecipe) -> None:
         self._folder, self._config = folder, config
         self._held: dict[str, list[NDArray[Any]]] = {rule: [] for rule in rules(config)}
         self._runs = 0
@@ -60,7 +60,7 @@ class KeyWriter:
         self._runs += 1
 
 
-def rules(config: CleanConfig) -> list[str]:
+def rules(config: CleanRecipe) -> list[str]:
     """The kinds of duplicates that the config drops; a document is counted under the first that applies."""
     return ["exact"] * config.exact_duplicates + ["near"] * (config.near_duplicates is not None)
 

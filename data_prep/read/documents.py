@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_prep.read import tables
 from data_prep.read.encodings import Suspicion
-from data_prep.read.sources import Input, Part, Piece, SourceConfig
+from data_prep.read.sources import Input, Part, Piece, SourceRecipe
 from data_prep.read.streams import Stream
 from sharebert_common.errors import BadInput
 
@@ -46,7 +46,7 @@ class Batch:
     texts: list[str]
 
 
-def read_part(part: Part, inputs: Sequence[Input], config: SourceConfig, counts: Counter[str]) -> Iterator[Batch]:
+def read_part(part: Part, inputs: Sequence[Input], config: SourceRecipe, counts: Counter[str]) -> Iterator[Batch]:
     """The documents of a part, a few megabytes at a time, without empty ones.
 
     Adds to `counts`: documents_in and bytes_in (of their text in UTF-8), invalid_utf8 (documents repaired),
@@ -72,7 +72,7 @@ def utf8_bytes(texts: Sequence[str]) -> int:
 class _Reader:
     """Reads pieces of one input."""
 
-    def __init__(self, item: Input, config: SourceConfig, counts: Counter[str]) -> None:
+    def __init__(self, item: Input, config: SourceRecipe, counts: Counter[str]) -> None:
         self.item, self.config, self.counts = item, config, counts
         self._suspicion = Suspicion() if item.encoding == "auto" else None
         self._separators = (b"\n\n", b"\n\r\n") if self._is_text and config.document == "paragraph" else (b"\n",)

@@ -39,7 +39,7 @@ _PART_BYTES = (4 << 20, 256 << 20)  # … and for a large corpus: to lose a part
 
 
 @config_dataclass(config=STRICT, kw_only=True)
-class SourceConfig:
+class SourceRecipe:
     """Where documents come from, and what happens to those that cannot be read."""
 
     paths: str | list[str] = Field(default_factory=list)
@@ -118,7 +118,7 @@ class Piece:
 Part = list[Piece]
 
 
-def find_inputs(config: SourceConfig, output: str | None = None) -> list[Input]:
+def find_inputs(config: SourceRecipe, output: str | None = None) -> list[Input]:
     """All inputs in the order of the recipe, each once; those of one folder or glob are sorted by name.
 
     A line on stderr names what is found and left out: see `find`, and files named twice, and those in the folder
@@ -169,7 +169,7 @@ def check_unchanged(item: Input) -> None:
         )
 
 
-def plan_parts(inputs: Sequence[Input], config: SourceConfig) -> list[Part]:
+def plan_parts(inputs: Sequence[Input], config: SourceRecipe) -> list[Part]:
     """Divide the inputs into parts of about equal bytes; small inputs share a part."""
     part_bytes = min(max(sum(i.bytes for i in inputs) // _PARTS, _PART_BYTES[0]), _PART_BYTES[1])
     parts: list[Part] = []
@@ -184,7 +184,7 @@ def plan_parts(inputs: Sequence[Input], config: SourceConfig) -> list[Part]:
     return parts
 
 
-def _input(file: FoundFile, config: SourceConfig) -> Input:
+def _input(file: FoundFile, config: SourceRecipe) -> Input:
     kind = _kind(file.name, config.format)
     compression = compression_of(file.location, file.name)
     if kind == "parquet" and compression:
@@ -206,7 +206,7 @@ def _kind(name: str, forced: str) -> Kind:
     return kind  # type: ignore[return-value]
 
 
-def _ranges(item: Input, config: SourceConfig, part_bytes: int) -> list[tuple[int, int, int]]:
+def _ranges(item: Input, config: SourceRecipe, part_bytes: int) -> list[tuple[int, int, int]]:
     """(start, stop, bytes) of the pieces of one input."""
     if not item.seekable:
         return [(0, item.bytes, item.bytes)]

@@ -26,7 +26,7 @@ _COPY_BYTES = 8 << 20
 
 
 @config_dataclass(config=STRICT, kw_only=True)
-class CacheConfig:
+class CacheRecipe:
     """Copies of shards on this node's own disk, checked by checksum and shared by all processes of the node."""
 
     folder: str
@@ -43,12 +43,12 @@ class CachedFiles:
     Args:
         location: folder or URL of the dataset.
         manifest: of the dataset.
-        config: see `CacheConfig`.
+        config: see `CacheRecipe`.
 
     Raises BadInput: a shard larger than the cache, a file that cannot be fetched or is damaged after every attempt.
     """
 
-    def __init__(self, location: str, manifest: Mapping[str, Any], config: CacheConfig) -> None:
+    def __init__(self, location: str, manifest: Mapping[str, Any], config: CacheRecipe) -> None:
         self._location, self._max_bytes = location.rstrip("/"), config.max_bytes
         self._root = Path(config.folder)
         self.folder = self._root / manifest["fingerprint"][:16]

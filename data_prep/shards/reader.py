@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shards.cache import CacheConfig, CachedFiles
+from data_prep.shards.cache import CachedFiles, CacheRecipe
 from data_prep.shards.dataset_files import DatasetFiles, LocalFiles
 from data_prep.shards.format import (
     MANIFEST,
@@ -33,7 +33,7 @@ from sharebert_common.files import sha256
 from sharebert_common.remote_files import is_url, open_binary
 
 
-def open_dataset(path: str | Path, cache: CacheConfig | None = None) -> Dataset:
+def open_dataset(path: str | Path, cache: CacheRecipe | None = None) -> Dataset:
     """Open a dataset by its manifest. No shard is read, unless the cache copies the whole dataset first.
 
     Args:
@@ -73,7 +73,7 @@ class Dataset:
     `tokenizer_path`.
     """
 
-    def __init__(self, path: str | Path, manifest: dict[str, Any], cache: CacheConfig | None) -> None:
+    def __init__(self, path: str | Path, manifest: dict[str, Any], cache: CacheRecipe | None) -> None:
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
         self.seq_len: int = manifest["seq_len"]

@@ -21,7 +21,7 @@ from sharebert_common.recipe import STRICT
 
 
 @config_dataclass(config=STRICT, kw_only=True)
-class TrainConfig:
+class TrainTokenizerRecipe:
     """How a new vocabulary is trained."""
 
     type: Literal["wordpiece", "bpe"] = "wordpiece"
@@ -37,12 +37,12 @@ class TrainConfig:
 
 
 @config_dataclass(config=STRICT, kw_only=True)
-class TokenizerConfig:
+class TokenizerRecipe:
     """Which vocabulary to use, and which library encodes with it."""
 
     path: str | None = None
     """Path of a tokenizer.json, or of a vocab.txt as BERT has; none: train a vocabulary."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainTokenizerRecipe = field(default_factory=TrainTokenizerRecipe)
     """How a vocabulary is trained; used without a path."""
     lowercase: bool = True
     """Lower case and no accents, as bert-base-uncased has; for a new vocabulary and for a vocab.txt."""
@@ -128,12 +128,12 @@ def word_list(path: str, text: str) -> list[str]:
     return words
 
 
-def train(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> str:
+def train(texts: Callable[[], Iterable[str]], config: TokenizerRecipe) -> str:
     """Train a vocabulary: the text of a tokenizer.json, byte for byte the same for the same texts.
 
     Args:
         texts: called twice; it must return the same documents each time.
-        config: see `TokenizerConfig`.
+        config: see `TokenizerRecipe`.
 
     Raises BadInput if vocab_size is too small for the alphabet.
     """

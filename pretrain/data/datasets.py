@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from data_prep.shards.cache import CacheConfig
+from data_prep.shards.cache import CacheRecipe
 from data_prep.shards.dataset_files import LocalFiles
 from data_prep.shards.reader import Dataset, open_dataset
 from sharebert_common.errors import BadInput
@@ -55,7 +55,7 @@ class DataRecipe:
     `model.attention_probs_dropout_prob: 0`."""
     window_shards: Annotated[int, Field(ge=1, le=MOST_WINDOW_SHARDS)] = 16
     """Rows are shuffled inside windows of this many shards, which are read at the same time."""
-    cache: CacheConfig | None = None
+    cache: CacheRecipe | None = None
     """Read through copies on this node's own disk. A dataset at a URL needs it; a slow shared disk gains by it."""
     prefetch: PositiveInt = 8
     """Least number of steps that are prepared ahead of the one that trains."""

@@ -18,7 +18,7 @@ from faulty_server import FaultyServer, serve
 from made_texts import made_texts, recipe, write_jsonl
 
 from data_prep.pipeline import prepare
-from data_prep.shards.cache import CacheConfig
+from data_prep.shards.cache import CacheRecipe
 from data_prep.shards.reader import open_dataset
 from pretrain.data.datasets import DataRecipe, open_datasets
 from pretrain.data.loader import Loader
@@ -76,7 +76,7 @@ def s3(local: Path) -> Iterator[str]:
         server.stop()
 
 
-def everything(path: str | Path, cache: CacheConfig | None = None) -> dict[str, list[list[list[int]]]]:
+def everything(path: str | Path, cache: CacheRecipe | None = None) -> dict[str, list[list[list[int]]]]:
     dataset = open_dataset(path, cache)
     rows = {name: dataset.split(name).read(np.arange(dataset.split(name).rows)) for name in ("train", "validation")}
     return {name: [array.tolist() for array in arrays] for name, arrays in rows.items()}
@@ -97,7 +97,7 @@ def test_inputs_and_datasets_on_s3(local: Path, s3: str, tmp_path: Path) -> None
     for name, pattern in (("one", f"{s3}/corpus.jsonl"), ("glob", f"{s3}/corpus.json*")):
         there = prepare(recipe(tmp_path / name, pattern))
         assert (there / "manifest.json").read_text() == (here / "manifest.json").read_text()
-    cache = CacheConfig(folder=str(tmp_path / "cache"))
+    cache = CacheRecipe(folder=str(tmp_path / "cache"))
     assert everything(f"{s3}/dataset", cache) == everything(local / "dataset")
     open_dataset(f"{s3}/dataset", cache).verify()
     with pytest.raises(BadInput, match=r"s3://corpora/all/none\.txt: no such file"):
@@ -114,7 +114,7 @@ def test_a_server_that_stays_down_is_one_clear_line(server: FaultyServer, tmp_pa
 
 def test_a_dataset_over_http_with_faults(local: Path, server: FaultyServer, tmp_path: Path) -> None:
     server.fault = lambda path, asked: [*FAULTS, "flip", None][asked % 4] if "shard" in path else None
-    cache = CacheConfig(folder=str(tmp_path / "cache"))
+    cache = CacheRecipe(folder=str(tmp_path / "cache"))
     assert everything(f"{server.url}/dataset", cache) == everything(local / "dataset")
     served = sum(server.served.values())
     assert everything(f"{server.url}/dataset", cache) == everything(local / "dataset")
@@ -125,7 +125,7 @@ def test_a_dataset_over_http_with_faults(local: Path, server: FaultyServer, tmp_
 
 def test_a_shard_that_is_damaged_at_its_source(server: FaultyServer, tmp_path: Path) -> None:
     server.fault = lambda path, asked: "flip" if path.endswith("train/shard-000001.tar") else None
-    dataset = open_dataset(f"{server.url}/dataset", CacheConfig(folder=str(tmp_path / "cache")))
+    dataset = open_dataset(f"{server.url}/dataset", CacheRecipe(folder=str(tmp_path / "cache")))
     with pytest.raises(BadInput, match=r"train/shard-000001\.tar: damaged \(its checksum .*, 6 times"):
         dataset.verify()
     assert not list((tmp_path / "cache").rglob("*.part"))
@@ -135,9 +135,9 @@ def test_a_url_needs_a_cache_large_enough(server: FaultyServer, tmp_path: Path) 
     with pytest.raises(BadInput, match="read through a cache on local disk"):
         open_dataset(f"{server.url}/dataset")
     with pytest.raises(BadInput, match=r"cache\.max_bytes: 100 is less than one shard"):
-        open_dataset(f"{server.url}/dataset", CacheConfig(folder=str(tmp_path), max_bytes=100))
+        open_dataset(f"{server.url}/dataset", CacheRecipe(folder=str(tmp_path), max_bytes=100))
     with pytest.raises(BadInput, match=r"nothing/manifest\.json: "):
-        open_dataset(f"{server.url}/nothing", CacheConfig(folder=str(tmp_path)))
+        open_dataset(f"{server.url}/nothing", CacheRecipe(folder=str(tmp_path)))
 
 
 def bytes_kept(folder: Path) -> int:
@@ -188,7 +188,7 @@ def test_a_cache_without_room_for_two_windows_is_refused(local: Path, tmp_path: 
 
 
 def test_what_killed_processes_left_in_a_cache_is_removed(server: FaultyServer, tmp_path: Path) -> None:
-    cache = CacheConfig(folder=str(tmp_path / "cache"))
+    cache = CacheRecipe(folder=str(tmp_path / "cache"))
     folder = open_dataset(f"{server.url}/dataset", cache).path / "train"
     for name in (".shard-000001.tar.part", ".shard-000002.tar.part"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -200,7 +200,7 @@ def test_what_killed_processes_left_in_a_cache_is_removed(server: FaultyServer, 
 
 
 def _read_rows(url: str, folder: str, seed: int) -> int:
-    split = open_dataset(url, CacheConfig(folder=folder)).split("train")
+    split = open_dataset(url, CacheRecipe(folder=folder)).split("train")
     rows = np.random.default_rng(seed).permutation(split.rows)
     return sum(int(split.read(batch)[0].sum()) for batch in np.array_split(rows, 20))
 
@@ -222,7 +222,7 @@ def _rows(local: Path) -> int:
 
 def test_staging_copies_everything_before_the_first_row(local: Path, server: FaultyServer, tmp_path: Path) -> None:
     for source in (f"{server.url}/dataset", str(local / "dataset")):  # a shared file system too is worth copying from
-        cache = CacheConfig(folder=str(tmp_path / f"cache{len(source)}"), stage=True)
+        cache = CacheRecipe(folder=str(tmp_path / f"cache{len(source)}"), stage=True)
         dataset = open_dataset(source, cache)
         server.fault = lambda path, asked: "error"
         rows = dataset.split("train").read(np.arange(_rows(local)))[0]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_models import SPECIAL, tiny_config
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from data_prep.tokens.tokenizer import TokenizerConfig, TrainConfig, load, train
+from data_prep.tokens.tokenizer import TokenizerRecipe, TrainTokenizerRecipe, load, train
 from exports.inference_tokenizer import for_inference
 from exports.tokenizer import training_tokenizer_sha256, write_tokenizer
 from sharebert import ShareBertConfig
@@ -37,7 +37,7 @@ def config_for(words: int) -> ShareBertConfig:
 
 
 def by_prep(**keys: Any) -> str:
-    return train(lambda: TEXTS, TokenizerConfig(train=TrainConfig(vocab_size=400, **keys)))
+    return train(lambda: TEXTS, TokenizerRecipe(train=TrainTokenizerRecipe(vocab_size=400, **keys)))
 
 
 def trained(model: Any, trainer: Any, splitter: Any, normalizer: Any = None) -> str:

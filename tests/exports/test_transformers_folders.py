@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from remote_code import remote_code_cache
 from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -32,14 +32,8 @@ REMOTE: dict[str, Any] = {"trust_remote_code": True}
 
 @pytest.fixture(scope="module", autouse=True)
 def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies remote code into a cache: one that ends with the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
+    with remote_code_cache(tmp_path_factory.mktemp("modules")):
         yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]  # they are bound to this cache, and other tests have their own
 
 
 @pytest.fixture(scope="module")

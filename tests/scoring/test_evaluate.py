@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from made_tasks import rows, sst2, tiny_export, write_tsv
+from remote_code import remote_code_cache
 
 from exports.dense import Dense
 from exports.forms import write_export
@@ -107,10 +108,7 @@ def test_table_and_curves(scored: Path, export: Path) -> None:
 
 @pytest.fixture
 def code_cache(tmp_path: Path) -> Iterator[None]:
-    """A cache for this test alone, where transformers copies remote code to."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-        patch.syspath_prepend(str(tmp_path / "modules"))
+    with remote_code_cache(tmp_path / "modules"):
         yield
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bare_environment import try_exports
+from remote_code import remote_code_cache
 from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -39,13 +40,7 @@ def export(out: Path, **changes: Any) -> tuple[Path, ShareBertForMaskedLM]:
 
 @pytest.fixture(scope="module", autouse=True)
 def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies remote code into a cache: one that ends with the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
-        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-            patch.delitem(sys.modules, name)  # of other tests, from another cache
+    with remote_code_cache(tmp_path_factory.mktemp("modules")):
         yield
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from made_texts import made_texts
 
 from data_prep.filter import ngrams
-from data_prep.filter.clean import CleanConfig, Cleaner, normalise, repetition_shares, symbol_shares
-from data_prep.filter.decontaminate import DecontaminateConfig, evaluation_ngrams
+from data_prep.filter.clean import Cleaner, CleanRecipe, normalise, repetition_shares, symbol_shares
+from data_prep.filter.decontaminate import DecontaminateRecipe, evaluation_ngrams
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.pipeline import PrepRecipe
 from data_prep.read.documents import Batch
@@ -30,7 +30,7 @@ TEXTS = made_texts(50, seed=4)
 
 def clean(texts: list[str], **config: Any) -> tuple[list[str], Counter[str]]:
     counts: Counter[str] = Counter()
-    settings_ = CleanConfig(**config)
+    settings_ = CleanRecipe(**config)
     grams = evaluation_ngrams(settings_.evaluation) if settings_.evaluation.paths else None
     batch = normalise(Batch(np.arange(len(texts)) + 7, texts), settings_)
     out = Cleaner(settings_, grams)(batch, counts)
@@ -123,7 +123,7 @@ def test_evaluation_sets(tmp_path: Path, kind: str) -> None:
         " ".join(words[2:15]) + " " + TEXTS[1],
     ]
     for action, kept in (("report", texts), ("remove", [texts[0], texts[2]])):
-        got, counts = clean(texts, evaluation=DecontaminateConfig(paths=[str(path)], action=action))
+        got, counts = clean(texts, evaluation=DecontaminateRecipe(paths=[str(path)], action=action))
         assert got == kept
         assert counts["overlap"] == 2
         assert counts["dropped.evaluation"] == 2 * (action == "remove")
@@ -135,7 +135,7 @@ def test_bad_evaluation_sets(tmp_path: Path) -> None:
     messages = {"short.txt": "no example in .* has 13 words", "none": "no such file", "bad.jsonl": "not JSON"}
     for name, message in messages.items():
         with pytest.raises(BadInput, match=message):
-            evaluation_ngrams(DecontaminateConfig(paths=[str(tmp_path / name)]))
+            evaluation_ngrams(DecontaminateRecipe(paths=[str(tmp_path / name)]))
 
 
 @settings(max_examples=100, deadline=None)

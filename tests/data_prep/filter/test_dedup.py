@@ -13,7 +13,7 @@ from made_texts import made_texts, recipe, write_jsonl
 from tokenizers import Tokenizer
 
 from data_prep.filter import dedup
-from data_prep.filter.clean import CleanConfig
+from data_prep.filter.clean import CleanRecipe
 from data_prep.pipeline import prepare
 from data_prep.read import sources
 from data_prep.read.documents import Batch
@@ -40,7 +40,7 @@ def places(parts: list[list[str]], tmp_path: Path, rule: str, ranges: int = 1, *
     for number, texts in enumerate(parts):
         folder = tmp_path / f"part-{number}-{ranges}"
         folder.mkdir(parents=True)
-        writer = dedup.KeyWriter(folder, CleanConfig(**config))
+        writer = dedup.KeyWriter(folder, CleanRecipe(**config))
         for start in range(0, len(texts), 4):
             batch = texts[start : start + 4]
             writer.add(Batch(np.arange(start, start + len(batch)), batch))

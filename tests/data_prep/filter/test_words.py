@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_texts import made_texts, recipe, write_jsonl
 
 from data_prep.filter import words as words_module
-from data_prep.filter.decontaminate import DecontaminateConfig, evaluation_ngrams, overlaps
+from data_prep.filter.decontaminate import DecontaminateRecipe, evaluation_ngrams, overlaps
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.filter.words import words
 from data_prep.pipeline import prepare
@@ -94,7 +94,7 @@ def test_contamination_is_found_in_other_typography(tmp_path: Path, other: str) 
     texts = made_texts(20, seed=7)
     changed = typeset(PLAIN)
     (tmp_path / "eval.jsonl").write_text(json.dumps({"text": PLAIN if other == "corpus" else changed}), "utf-8")
-    grams = evaluation_ngrams(DecontaminateConfig(paths=[str(tmp_path / "eval.jsonl")]))
+    grams = evaluation_ngrams(DecontaminateRecipe(paths=[str(tmp_path / "eval.jsonl")]))
     documents = [*texts, f"{texts[0]} {changed if other == 'corpus' else PLAIN} {texts[1]}"]
     assert overlaps(documents, grams, 13).tolist() == [False] * len(texts) + [True]
 

@@ -15,7 +15,7 @@ from faulty_server import serve
 from made_texts import made_texts, write_jsonl
 
 from data_prep.read.documents import read_part
-from data_prep.read.sources import SourceConfig, find_inputs, plan_parts
+from data_prep.read.sources import SourceRecipe, find_inputs, plan_parts
 from sharebert_common.errors import BadInput
 
 TEXTS = made_texts(150, seed=2, words=20)
@@ -28,7 +28,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 
 
 def read(path: str | Path) -> list[str]:
-    source = SourceConfig(paths=str(path))
+    source = SourceRecipe(paths=str(path))
     inputs = find_inputs(source)
     parts = plan_parts(inputs, source)
     return [text for part in parts for batch in read_part(part, inputs, source, Counter()) for text in batch.texts]

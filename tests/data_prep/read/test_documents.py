@@ -18,14 +18,14 @@ from made_texts import made_texts, write_jsonl
 
 from data_prep.read import documents, sources
 from data_prep.read.documents import read_part
-from data_prep.read.sources import SourceConfig, find_inputs, plan_parts
+from data_prep.read.sources import SourceRecipe, find_inputs, plan_parts
 from sharebert_common.errors import BadInput
 
 TEXTS = made_texts(150, seed=2, words=20)
 
 
 def read(**config: Any) -> tuple[list[str], Counter[str]]:
-    source = SourceConfig(**{k: str(v) if isinstance(v, Path) else v for k, v in config.items()})
+    source = SourceRecipe(**{k: str(v) if isinstance(v, Path) else v for k, v in config.items()})
     inputs, counts, texts = find_inputs(source), Counter[str](), []
     for part in plan_parts(inputs, source):
         numbers: list[int] = []
@@ -116,7 +116,7 @@ def test_tables_in_any_parts(tmp_path: Path, kind: str, monkeypatch: pytest.Monk
         pq.write_table(table, folder / "train.parquet", row_group_size=13)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     config = {"paths": folder} if kind == "parquet" else {"hub": folder}
-    source = SourceConfig(**{k: str(v) for k, v in config.items()})
+    source = SourceRecipe(**{k: str(v) for k, v in config.items()})
     assert len(plan_parts(find_inputs(source), source)) > 3
     assert read(**config)[0] == TEXTS
 
@@ -140,7 +140,7 @@ def test_columns_with_a_dot_in_their_name(tmp_path: Path, key: str) -> None:
 def test_many_small_files_share_parts(tmp_path: Path) -> None:
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number:04d}.txt").write_text(text, "utf-8")
-    source = SourceConfig(paths=str(tmp_path))
+    source = SourceRecipe(paths=str(tmp_path))
     inputs = find_inputs(source)
     assert len(inputs) == len(TEXTS)
     assert len(plan_parts(inputs, source)) == 1
@@ -155,7 +155,7 @@ def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
     (tmp_path / "links" / "b.txt").symlink_to(real)
     (tmp_path / "links" / "broken.txt").symlink_to(tmp_path / "nothing")
     for paths in (tmp_path / "links", tmp_path / "links" / "*.txt", tmp_path / "links" / "b.txt"):
-        (found,) = find_inputs(SourceConfig(paths=str(paths)))
+        (found,) = find_inputs(SourceRecipe(paths=str(paths)))
         assert (Path(found.name).name, found.bytes) == ("b.txt", len("one text"))
         assert read(paths=paths)[0] == ["one text"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_prep.read.documents import read_part
-from data_prep.read.sources import SourceConfig, find_inputs, plan_parts
+from data_prep.read.sources import SourceRecipe, find_inputs, plan_parts
 from sharebert_common.errors import BadInput
 
 RUSSIAN = [f"Мама мыла раму, а папа читал газету номер {n}." for n in range(60)]
@@ -20,7 +20,7 @@ CHINESE = [f"中文文本没有空格。这是第{n}行,我们用它来测试编
 
 
 def read(path: Path, **config: Any) -> tuple[list[str], Counter[str]]:
-    source = SourceConfig(paths=str(path), **config)
+    source = SourceRecipe(paths=str(path), **config)
     inputs, counts = find_inputs(source), Counter[str]()
     parts = plan_parts(inputs, source)
     return [t for part in parts for batch in read_part(part, inputs, source, counts) for t in batch.texts], counts
@@ -104,4 +104,4 @@ def test_invalid_bytes_of_a_named_encoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["utf-17", "base64", "rot13"])
 def test_unknown_encodings(name: str) -> None:
     with pytest.raises(ValueError, match=f"encoding: '{name}' is no encoding"):
-        SourceConfig(paths="x", encoding=name)
+        SourceRecipe(paths="x", encoding=name)

@@ -10,7 +10,7 @@ from made_texts import made_texts, recipe, tree, write_jsonl
 
 from data_prep.pipeline import prepare
 from data_prep.read.find import LeftOut, find
-from data_prep.read.sources import SourceConfig, find_inputs
+from data_prep.read.sources import SourceRecipe, find_inputs
 from sharebert_common.errors import BadInput
 
 
@@ -58,7 +58,7 @@ def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "data" / "sub" / "up").symlink_to(tmp_path / "data")
     os.mkfifo(tmp_path / "data" / "pipe.txt")
     paths = [str(tmp_path / "data"), str(tmp_path / "data" / "a.txt"), str(tmp_path / "data" / "sub" / "*.txt")]
-    inputs = find_inputs(SourceConfig(paths=paths))
+    inputs = find_inputs(SourceRecipe(paths=paths))
     assert [item.name for item in inputs] == ["data/a.txt", "data/again.txt", "data/sub/c.txt"]
     said = capsys.readouterr().err
     data = tmp_path / "data"
@@ -78,7 +78,7 @@ def test_a_hidden_path_that_is_asked_for_is_read(tmp_path: Path) -> None:
 def test_nothing_but_what_is_left_out_is_an_error_that_says_so(tmp_path: Path) -> None:
     write(tmp_path, "data/.a.txt")
     with pytest.raises(BadInput, match=r"data: no such file \(left out \(hidden\): .*/data/\.a\.txt\)"):
-        find_inputs(SourceConfig(paths=str(tmp_path / "data")))
+        find_inputs(SourceRecipe(paths=str(tmp_path / "data")))
 
 
 def test_many_paths_of_one_reason_share_a_line(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ TRAINING = made_texts(300, seed=5)
 
 def trained(**config: object) -> str:
     return tokenizer.train(
-        lambda: TRAINING, tokenizer.TokenizerConfig(train=tokenizer.TrainConfig(vocab_size=700), **config)
+        lambda: TRAINING, tokenizer.TokenizerRecipe(train=tokenizer.TrainTokenizerRecipe(vocab_size=700), **config)
     )
 
 
@@ -34,7 +34,7 @@ def with_added_tokens(text: str) -> str:
 
 UNCASED, CASED = trained(), trained(lowercase=False)
 BPE = tokenizer.train(
-    lambda: TRAINING, tokenizer.TokenizerConfig(train=tokenizer.TrainConfig(type="bpe", vocab_size=600))
+    lambda: TRAINING, tokenizer.TokenizerRecipe(train=tokenizer.TrainTokenizerRecipe(type="bpe", vocab_size=600))
 )
 FILES = {"uncased": UNCASED, "cased": CASED, "added tokens": with_added_tokens(UNCASED)}
 ENCODERS = {name: (encode.fast_encoder(text), encode.reference_encoder(text)) for name, text in FILES.items()}

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from data_prep.pipeline import prepare
 from data_prep.shards.format import SPECIAL_TOKENS
-from data_prep.tokens.tokenizer import TokenizerConfig, TrainConfig, load, train
+from data_prep.tokens.tokenizer import TokenizerRecipe, TrainTokenizerRecipe, load, train
 
 TEXTS = [
     text.lower() for text in made_texts(200, seed=4) if text.isascii() and text.rstrip(".").replace(" ", "").isalnum()
@@ -156,7 +156,7 @@ def test_a_trained_byte_level_vocabulary_has_no_stray_space() -> None:
     words = Tokenizer.from_str(
         train(
             lambda: ["ba de lo ki.", "lo ki ba de."] * 30,
-            TokenizerConfig(train=TrainConfig(type="bpe", vocab_size=290)),
+            TokenizerRecipe(train=TrainTokenizerRecipe(type="bpe", vocab_size=290)),
         )
     )
     row, asked = words.encode("ba de lo ki."), words.encode("ba de [MASK] ki.")

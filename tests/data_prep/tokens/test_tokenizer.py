@@ -12,22 +12,22 @@ from made_texts import made_texts
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 from data_prep.shards.format import SPECIAL_TOKENS
-from data_prep.tokens.tokenizer import TokenizerConfig, TrainConfig, Vocabulary, load, train
+from data_prep.tokens.tokenizer import TokenizerRecipe, TrainTokenizerRecipe, Vocabulary, load, train
 from sharebert_common.errors import BadInput
 
 TEXTS = made_texts(200, seed=3)
 SPECIAL = list(SPECIAL_TOKENS.values())
 
 
-def config(**values: object) -> TokenizerConfig:
-    return TokenizerConfig(train=TrainConfig(**values))
+def config(**values: object) -> TokenizerRecipe:
+    return TokenizerRecipe(train=TrainTokenizerRecipe(**values))
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_training_is_the_same_in_every_process(kind: str) -> None:
     code = (
         "import hashlib; from made_texts import made_texts; from data_prep.tokens.tokenizer import *;"
-        f"c = TokenizerConfig(train=TrainConfig(type={kind!r}, vocab_size=800));"
+        f"c = TokenizerRecipe(train=TrainTokenizerRecipe(type={kind!r}, vocab_size=800));"
         "print(hashlib.sha256(train(lambda: made_texts(200, seed=3), c).encode()).hexdigest())"
     )
     ours = hashlib.sha256(train(lambda: TEXTS, config(type=kind, vocab_size=800)).encode()).hexdigest()
