@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -38,10 +39,12 @@ def _acquired(work: Path, shared: bool) -> IO[bytes]:
     while True:
         try:
             work.mkdir(parents=True, exist_ok=True)
-            file = (work / LOCK).open("ab")
+            file = (work / LOCK).open("a+b")  # NFS gives a shared lock on readable files only
         except FileNotFoundError:  # the holder has deleted the folder just now
             continue
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise BadInput(f"output: {work.parent}: {error.strerror}") from error
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
