@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from hub_models import FORMS, hub_model, padded_batch
 
-from exports.export import AUTO_MAP
+from exports.compact import AUTO_MAP
 from sharebert import ShareBertError, hub
 
 IDS, MASK = padded_batch()

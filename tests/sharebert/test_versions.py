@@ -17,7 +17,8 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from exports.export import write_export
+from exports.export import Export
+from exports.forms import write_export
 
 VERSIONS = {"oldest": "transformers==4.48.0", "first of 5": "transformers==5.0.0", "newest": "transformers"}
 
@@ -76,7 +77,7 @@ def test_export_loads(tmp_path: Path, version: str) -> None:
         folder = tmp_path / sharing
         folder.mkdir()
         model = tiny_model(sharing=sharing).eval()
-        write_export(folder / "export", model.config, model.state_dict(), tokenizer=tiny_tokenizer(folder))
+        write_export(Export.of_model(model, tokenizer=tiny_tokenizer(folder)), folder / "export")
         ids = torch.tensor([[2, 6, 7, 4, 9, 3], [2, 10, 3, 0, 0, 0]])
         mask = (ids != 0).long()
         with torch.no_grad():
