@@ -10,8 +10,8 @@ init                the start of a new model from a seed
 kernels             the fused operations: one interface, and its reference in PyTorch
 shared_linear       x·W + b for a matrix that several layers share
 precision           the dtypes of products and sums
-plain_modules       whether a module may be read in place of a call, after another library changed it
-tracing             whether a compiler or an exporter is recording the model
+plain_modules       whether a tool (adapter, quantiser, offloading) has changed a module, which then must be called
+tracing             whether a compiler or an exporter records the model
 kernels_cpu         dropout, and attention with dropout, for CPUs
 kernels_flex        attention within documents on CUDA
 kernels_triton_*    dropout + addition + LayerNorm (norm), bias + GELU (gelu), cross-entropy (loss) on CUDA
