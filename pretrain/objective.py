@@ -49,10 +49,10 @@ class MaskedLanguageModelling:
 
     def __call__(self, model: Model, batch: MicroBatch) -> LossSums:
         batch = batch.to(self.device)
-        masked = (batch.padded or self.one_graph) and not self.within_documents
+        hide_padding = (batch.padded or self.one_graph) and not self.within_documents
         output = model(
             batch.tokens,
-            attention_mask=batch.document_ids if masked else None,
+            attention_mask=batch.document_ids if hide_padding else None,
             document_ids=batch.document_ids if self.within_documents else None,
             positions=batch.positions,
             labels=batch.labels,

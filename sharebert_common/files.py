@@ -61,7 +61,7 @@ def whole_or_absent_folder(out: Path) -> Iterator[Path]:
     out = Path(out)
     out = out.resolve() if out.is_symlink() else out
     try:
-        _make_parents(out.parent)
+        make_folders(out.parent)
         _clean_leftovers(out)
         folder = out.with_name(f".{out.name}.{socket.gethostname()}.{secrets.token_hex(4)}")
         folder.mkdir()  # with the mode that the umask leaves; a folder of tempfile would be for its owner alone
@@ -158,8 +158,8 @@ def _unlock(lock: int | None) -> None:
         os.close(lock)
 
 
-def _make_parents(folder: Path) -> None:
-    """Make a folder and its parents, and flush the names that are new."""
+def make_folders(folder: Path) -> None:
+    """Make a folder and its parents, unless they exist, and flush the new names to the disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:

@@ -1,7 +1,9 @@
 """One rank's part of one checkpoint on disk, in steps that can each be tried again.
 
     .step-00001000.TOKEN-3/     rank files, and a note of each rank that wrote its own
-    step-00001000/              the same folder after rank 0 renamed it: from then on the checkpoint is durable
+    step-00001000/              the same folder after rank 0 renamed it
+
+The checkpoint is durable once the new name is flushed to the disk (`RankSave.move_into_place`).
 
 No rank waits for a collective. The ranks meet in the unfinished folder. Its name carries a token of the attempt and
 the number of the save, so that leftovers of a dead attempt never count.
@@ -61,7 +63,7 @@ class RankSave:
         """The folder of the whole checkpoint."""
         return self.checkpoints / folder_name(self.step)
 
-    def steps(self) -> list[Callable[[], None]]:
+    def parts(self) -> list[Callable[[], None]]:
         """What this rank does, in order. Each may raise, and may be called again after it did."""
         own = [self.make_folder, self.write_rank_file]
         return own if self.rank else [*own, self.collect_notes, self.write_manifest, self.move_into_place]

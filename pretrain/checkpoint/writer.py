@@ -26,7 +26,7 @@ from pretrain.checkpoint.format import FORMAT, RNG_STATE
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.saving import GivenUpElsewhere, RankSave
 from pretrain.engine.fragments import STATES, Fragment
-from sharebert_common.files import remove_unfinished, write_atomically
+from sharebert_common.files import make_folders, remove_unfinished, write_atomically
 from sharebert_common.recipe import STRICT
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
@@ -80,7 +80,7 @@ class CheckpointWriter:
         in each attempt.
         """
         self._token = token
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        make_folders(self.checkpoints)
         self._remove_leftovers()
         if self.rank == 0:
             remove_unfinished(self.checkpoints / "latest")
@@ -168,13 +168,13 @@ class CheckpointWriter:
             torch.cuda.synchronize()
 
     def _write(self, save: RankSave, number: int) -> None:
-        """Make each step of the save, again and again until it works, the time is over or a newer save waits."""
+        """Do each part of the save, again and again until it works, the time is over or a newer save waits."""
         self._remove_leftovers(before=number)
         pause_s = FIRST_PAUSE_S
-        for step in save.steps():
+        for part in save.parts():
             while True:
                 try:
-                    step()
+                    part()
                     break
                 except Exception as error:  # a failing disk must not end the training
                     self._failing = True

@@ -439,3 +439,18 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     (found.folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
     with pytest.raises(BadInput, match="checkpoint format 2, this program reads 1"):
         checkpoint.read_manifest(found.folder)
+
+
+def test_the_folders_of_a_first_checkpoint_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new folder survives a power cut only once its name is flushed in the folder above it."""
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def noting(handle: int) -> None:
+        synced.add(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    run = tmp_path / "runs" / "run"
+    write(run / "checkpoints", 10, world_size=1)
+    assert {str(tmp_path), str(run.parent), str(run), str(run / "checkpoints")} <= synced
