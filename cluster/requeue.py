@@ -28,7 +28,7 @@ CRASHES = 3
 BEFORE = r"""
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}
 folder=FOLDER/$job
-mkdir -p "$folder"; rm -f "$folder/deadline" "$folder/signalled" "$folder/asked"
+mkdir -p "$folder"; rm -f "$folder"/{deadline,signalled,announced,asked}
 # Get the facts of the job. While the controller is down, ask again: for an hour, or until SLURM kills this script.
 ask() {
     local pause=1 tries=0
@@ -55,10 +55,9 @@ look() {
 over() { [ "$(date +%s)" -ge "$(cat "$folder/deadline" 2> /dev/null || echo 9999999999)" ]; }
 watch() {
     trap '' TERM USR1 USR2
-    local announced=
     look
     while sleep 1; do
-        [ -z "$announced" ] && [ -e "$folder/signalled" ] && announced=yes && look
+        [ -e "$folder/signalled" ] && [ ! -e "$folder/announced" ] && look && touch "$folder/announced"
         # Somebody may have raised the time limit, so look again. A job that is over for good has no file `requeue`.
         if over && { look; over; } && [ -e "$folder/requeue" ]; then
             requeue && touch "$folder/asked"
@@ -83,8 +82,8 @@ if [ -e requeue ]; then
     rm -f requeue
     [ -e asked ] && exit 0
     # A preemption without grace time ends the job at once: there was no EndTime to look at before.
-    preempted=$(seconds PreemptTime)
-    [ "$preempted" -lt 9999999999 ] && [ "$(seconds EndTime)" -le $((preempted + 1)) ] && state=PREEMPTED
+    preempted=$(seconds PreemptTime) ended=$(seconds EndTime)
+    [ -e announced ] || [ $preempted -eq 9999999999 ] || [ $ended -gt $((preempted + 1)) ] || state=PREEMPTED
     if [ "$state" = RUNNING ] || [ "$state" = PREEMPTED ] || over; then
         echo "exit code $code: requeue"
         requeue && exit 0

@@ -121,6 +121,9 @@ def test_what_the_time_limit_or_a_preemption_ended_is_requeued(job: Job) -> None
 def test_what_a_user_cancels_in_a_grace_time_stays_cancelled(job: Job) -> None:
     RequeuePermit(job.files).allow(step=10)
     assert job.end(143, "COMPLETING", preempted=PAST, ended="2020-01-01T00:00:20") == (143, False)
+    RequeuePermit(job.files).allow(step=10)
+    announced = f"sleep 0.5; touch '{job.files}/signalled'; sleep 2"
+    assert job.end(143, "COMPLETING", preempted=PAST, ended=PAST, srun=announced) == (143, False), "in its first second"
 
 
 def test_workers_that_outlast_the_time_limit_are_requeued_before_the_script_is_killed(job: Job) -> None:
