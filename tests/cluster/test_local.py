@@ -95,7 +95,7 @@ def test_a_folder_where_it_is_submitted_hides_no_package(dataset: Path, tmp_path
         (tmp_path / "here" / name).mkdir(parents=True)
         (tmp_path / "here" / name / "__init__.py").touch()
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text("faults:\n  dry_run: false\n")
+    recipe.write_text("faults:\n  memory_probe: false\n")
     arguments = train_arguments(dataset, tmp_path / "run", steps=1)
     command = [Path(sys.executable).with_name("sharebert"), "submit", recipe, *arguments, "--cluster=local"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
 from pretrain.data.batches import MicroBatch
-from pretrain.train import Trainer
+from pretrain.objective import MaskedLanguageModelling
 from sharebert import ShareBertError, kernels
 
 DOCUMENT_IDS = torch.tensor([[1] * 5 + [2] * 7 + [3] * 4, [1] * 2 + [2] * 11 + [0] * 3])
@@ -58,16 +55,14 @@ def test_a_packed_row_gives_the_loss_of_one_document_a_row() -> None:
 
 
 def test_training_passes_the_document_ids() -> None:
-    """The trainer's loss of a micro-batch is that of one document a row."""
+    """The objective's loss of a micro-batch is that of one document a row."""
     model = tiny_model().double()
     packed = batch()
     weights = torch.ones(len(packed["positions"]))
     micro = MicroBatch(**packed, document_ids=DOCUMENT_IDS.to(torch.uint8), loss_weights=weights, padded=True)
 
     def loss(within: bool) -> Tensor:
-        recipe = SimpleNamespace(data=SimpleNamespace(within_documents=within), compile=False)
-        trainer: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")), recipe=recipe, engine=model)
-        return Trainer.forward(trainer, micro)[0]
+        return MaskedLanguageModelling(torch.device("cpu"), within_documents=within)(model, micro).loss
 
     torch.testing.assert_close(loss(True), model(**one_document_a_row(packed), loss_weights=weights).loss_sum)
     torch.testing.assert_close(loss(False), model(**packed, attention_mask=DOCUMENT_IDS, loss_weights=weights).loss_sum)

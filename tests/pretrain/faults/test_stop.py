@@ -18,7 +18,7 @@ from pretrain.faults.stop import StopRequest
 
 def train(dataset: Path, run: Path) -> int:
     recipe = run.with_name("tiny.yaml")
-    recipe.write_text("faults:\n  dry_run: false\n")
+    recipe.write_text("faults:\n  memory_probe: false\n")
     command = [sys.executable, "-m", "pretrain", str(recipe), *train_arguments(dataset, run, steps=4)]
     return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
 
