@@ -134,7 +134,7 @@ def stop(run: Path) -> str:
     if state == "PENDING":
         scheduler.cancel(newest["job"])
         return f"{run}: job {newest['job']} was taken out of the queue"
-    return f"{run}: job {newest['job']} will save and end; `sharebert submit` goes on from there"
+    return f"{run}: job {newest['job']} will save and end; `sharebert submit` resumes from there"
 
 
 def _state(state: str, in_queue: str, *, submitted: float, updated: float) -> str:

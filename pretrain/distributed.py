@@ -70,7 +70,7 @@ def join(timeout_s: float) -> World:
     timeout = timedelta(seconds=timeout_s)
     if "MASTER_ADDR" in os.environ:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
-        # A rank of an earlier launch must not join this one, where both use the same port.
+        # A rank of an earlier attempt must not join this one, if both use the same port.
         prefix = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         if on_one_machine:
             # torchrun keeps one store over its restarts of the workers, where gloo would find addresses of dead ranks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,3 +141,19 @@ def test_tests_configs_and_docker_are_no_packages(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert not {str(ROOT / name) for name in ("tests", "configs", "docker")} & set(done.stdout.splitlines())
+
+
+def test_the_main_road_of_pretrain_stays_in_sight() -> None:
+    """Machinery goes into its folders, so that a reader finds the algorithm at once."""
+    assert len(list((ROOT / "pretrain").glob("*.py"))) <= 10
+
+
+def test_nothing_but_the_engine_names_private_parts_of_deepspeed() -> None:
+    private = re.compile(
+        r"_hp_mapping|basic_optimizer|fp32_partitioned_groups_flat|grad_position|_global_grad_norm|update_lp_params"
+        r"|torch_autocast_z0_gradscaler|loss_scaler\.|skipped_steps \+=|_reassign_or_swap"
+    )
+    for file in sorted((ROOT / "pretrain").rglob("*.py")):
+        if "engine" not in file.relative_to(ROOT).parts:
+            found = private.search(file.read_text(encoding="utf-8"))
+            assert found is None, f"{file.relative_to(ROOT)} names {found and found[0]}"

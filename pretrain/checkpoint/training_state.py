@@ -33,7 +33,7 @@ def find_checkpoint(
     Args:
         run: whose checkpoints are looked at.
         world: of this process.
-        identity: of this launch, from `identity.identity`.
+        identity: of this attempt, from `identity.identity`.
         check_loader_state: raises BadInput where the loader could not continue from a state.
         or_none: None where there are checkpoints and none can be read.
 
