@@ -20,7 +20,7 @@ from cluster.folder import ClusterFolder
 from cluster.launch import Training, after_setup, torchrun
 from cluster.logs import first_failure
 from cluster.requeue import CRASHES, GivenUp, RequeuePermit
-from sharebert_common.errors import BadInput, read_refusal
+from sharebert_common.errors import REFUSAL_WAIT, BadInput, read_refusal
 from sharebert_common.processes import StopSignals
 from sharebert_common.run_files import ENDED, is_held
 
@@ -97,6 +97,7 @@ class Agent:
         """The environment of the workers."""
         given = {name: str(value) for name, value in self.training.recipe.env.items()}
         defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        defaults[REFUSAL_WAIT] = str(5 * FILES_S)  # `_watch` sees a refusal before torchrun restarts the worker
         defaults["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
         # Workers that torchrun starts again in place would find the addresses of dead workers in a store that they
         # share with torchrun (torch 2.13), and wait for them for ever.

@@ -26,16 +26,23 @@ class BadInput(CommandError, ValueError):
     exit_code = BAD_INPUT
 
 
+REFUSAL_WAIT = "SHAREBERT_REFUSAL_WAIT_S"
+"""Environment variable: how many seconds a worker that refused its input waits to be ended."""
+
+
 def write_refusal(error: BadInput) -> None:
     """Tell whoever started torchrun that this worker refused what it was given, in the error file that torchrun names.
 
-    torchrun itself cannot pass on an exit code of its workers. Without torchrun this does nothing.
+    torchrun itself cannot pass on an exit code of its workers, and restarts one that ends with any code but 0. So the
+    worker then waits for as long as REFUSAL_WAIT says, in which the reader of the file can end torchrun. Without
+    torchrun this does nothing.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         content = {"message": str(error), "timestamp": int(time.time()), "exit_code": error.exit_code}
         with suppress(OSError):
             Path(file).write_text(json.dumps(content), encoding="utf-8")
+            time.sleep(float(os.environ.get(REFUSAL_WAIT, 0)))
 
 
 def read_refusal(file: Path) -> str | None:
