@@ -242,4 +242,4 @@ def test_a_rank_that_hangs_is_named(dataset: Path, recipe: str, tmp_path: Path, 
     else:
         assert "behind the others: rank 1 (at: step 9, forward)" in state["reason"]
         assert "rank 1: thread MainThread" in said
-        assert "in forward" in said
+        assert "in stand_still" in said

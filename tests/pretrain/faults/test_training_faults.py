@@ -41,7 +41,7 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         add("back", case, {"bad_rows": [61, 88]}, faults__max_skipped=3)
     failed = {"error": "returning to step 5 2 times did not help"}
     add("end", (1, "fp32"), {"bad_steps": [6, 99], **failed}, faults__max_skipped=2, faults__max_returns=2)
-    nothing = {"error": "there is no checkpoint to go back to; started again, rows 10 to 29 of the order are passed"}
+    nothing = {"error": "there is no checkpoint to return to; start the run again: rows 10 to 29 of the order"}
     add("start", (2, "fp32"), {"bad_rows": [10, 30], **nothing}, faults__max_skipped=2)
     add("start", (2, "fp32"), {"bad_rows": [10, 30]}, faults__max_skipped=2)
     add("slow", (1, "fp32"), {"slow_s": 0.1})
