@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+from typing import Any
 
 import torch
 
@@ -102,7 +103,7 @@ class Trainer:
         """Build the engine, resume, and start what runs beside the training. A collective."""
         recipe, training = self.recipe, self.training
         with contextlib.ExitStack() as opened:
-            opened.callback(self.loader.close)
+            opened.push(lambda kind, *_: self.loader.close(wait=kind is None))  # an error must not wait for storage
             opened.enter_context(self.shard_check)
             self.bad_rows.read()
             for entry in self.bad_rows.entries:
@@ -141,13 +142,16 @@ class Trainer:
             self.start_run()
             self.metric_log.open(self.first_step, to_yaml(recipe))
             opened.callback(self.metric_log.close)
-            opened.enter_context(self.watchdog)
+            self.watchdog.__enter__()
             self._open = opened.pop_all()
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        """End what runs beside the training."""
-        self._open.close()
+    def __exit__(self, *raised: Any) -> None:
+        """End what runs beside the training, the watchdog at the very last."""
+        try:
+            self._open.__exit__(*raised)
+        finally:
+            self.watchdog.__exit__(*raised)
 
     def start_run(self) -> None:
         """Note this attempt in the run directory."""
@@ -251,7 +255,7 @@ class Trainer:
         """
         with self.watchdog.patient("returning to a checkpoint", self.recipe.checkpoint.write_timeout_s):
             self.state.finish()
-            found = find_checkpoint(self.run, self.world, self.identity, self.loader.check_state)
+            found = find_checkpoint(self.run, self.world, self.identity, self.loader.check_state, or_none=True)
             self.loader.skip(self.skips.give_up_rows(step, found))
             assert found is not None
             self.state.load(found, self.recipe.seed)
@@ -263,7 +267,7 @@ class Trainer:
         """Wait for the last save, end what runs beside the training, and note how the run stands; an exit code."""
         with self.watchdog.patient("the last checkpoint", self.recipe.checkpoint.write_timeout_s):
             saved = self.state.finish()
-        self._open.close()
+            self._open.close()
         finished = step == self.recipe.steps
         if finished and not saved:
             raise OSError(f"the checkpoint of step {step}, the last one, could not be written; start the run again")

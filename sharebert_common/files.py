@@ -37,6 +37,8 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
                 out.flush()
                 os.fsync(out.fileno())
         temporary.replace(path)
+        if durable:
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

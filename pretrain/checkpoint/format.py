@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,9 @@ RNG_STATE = "generator/"
 """Prefix of the tensors that hold the states of random generators."""
 
 
-READ_TRIES, FIRST_PAUSE_S = 3, 0.5
-"""How often a checkpoint is read where the file system fails, and the first pause; each is twice the one before."""
+READ_TRIES, FIRST_PAUSE_S = 7, 0.5
+"""How often a checkpoint is read where the file system fails (for half a minute), and the first pause; each pause is
+twice the one before."""
 
 
 class Damaged(BadInput):
@@ -85,8 +87,15 @@ def step_of(folder: Path) -> int:
 
 
 def found(checkpoints: Path) -> list[Path]:
-    """The folders that claim to be checkpoints, newest first."""
-    return sorted(checkpoints.glob("step-????????"), reverse=True)
+    """The folders that claim to be checkpoints, newest first. Raises Unreadable where they cannot be listed."""
+    try:
+        with os.scandir(checkpoints) as entries:
+            names = [entry.name for entry in entries if re.fullmatch(r"step-\d{8}", entry.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Unreadable(f"{checkpoints}: cannot be listed now ({error.strerror or error})") from error
+    return [checkpoints / name for name in sorted(names, reverse=True)]
 
 
 def read_manifest(folder: Path) -> Checkpoint:
@@ -134,19 +143,26 @@ def verify(checkpoint: Checkpoint, files: Sequence[str] | None = None) -> None:
                 raise Damaged(f"{checkpoint.folder / name}: damaged (its checksum is not the one in the manifest)")
 
 
-def read_whole_checkpoint(folder: Path) -> Checkpoint:
-    """Open and verify the checkpoint in `folder`. A file system that fails is tried again for a few seconds.
+def read_whole_checkpoint(folder: Path, *, verified: bool = True, tries: int | None = None) -> Checkpoint:
+    """Open and verify the checkpoint in `folder`. Where the file system fails, it is tried again.
+
+    Args:
+        folder: of the checkpoint.
+        verified: compare all checksums.
+        tries: how often it is read at most; READ_TRIES where None.
 
     Raises Damaged or Unreadable, both BadInput, naming the file.
     """
     pause_s = FIRST_PAUSE_S
-    for left in reversed(range(READ_TRIES)):
+    for left in reversed(range(tries or READ_TRIES)):
         try:
             checkpoint = read_manifest(folder)
-            verify(checkpoint)
+            if verified:
+                verify(checkpoint)
             break
         except Unreadable as error:
-            if not left or not isinstance(error.__cause__, OSError):
+            may_pass = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, PermissionError)
+            if not left or not may_pass:
                 raise
             time.sleep(pause_s)
             pause_s *= 2

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain.checkpoint.format import Damaged, Unreadable, found, read_whole_checkpoint, step_of
+from pretrain.checkpoint.format import Damaged, Unreadable, folder_name, found, read_whole_checkpoint, step_of
+from sharebert_common.errors import BadInput
 
 
 class Retention:
@@ -23,14 +24,35 @@ class Retention:
     def __init__(self, checkpoints: Path, keep: int, keep_every: int, report: Callable[[str], None]) -> None:
         self._checkpoints, self._keep, self._keep_every, self._report = checkpoints, keep, keep_every, report
         self._known_whole: set[str] = set()
-        self._abandoned: list[Path] = []
+        self._left_behind: list[Path] = []
 
     def branch_off(self, step: int) -> None:
-        """The run continues from `step`. Checkpoints of later steps are deleted once the next one is whole."""
-        self._abandoned = [folder for folder in found(self._checkpoints) if step_of(folder) > step]
-        if self._abandoned:
-            names = ", ".join(folder.name for folder in reversed(self._abandoned))
-            self._report(f"continuing from step {step}; {names} will be deleted after the next checkpoint")
+        """The run continues from `step`, and leaves checkpoints of later steps behind.
+
+        They make way when the next checkpoint becomes whole (`set_aside`): damaged ones are deleted, and those that
+        cannot be read now are renamed, so that no later attempt of this run takes them.
+        """
+        self._known_whole.add(folder_name(step))
+        self._left_behind = [folder for folder in found(self._checkpoints) if step_of(folder) > step]
+        if self._left_behind:
+            names = ", ".join(folder.name for folder in reversed(self._left_behind))
+            self._report(f"continuing from step {step}; {names} will make way for the next checkpoint")
+
+    def set_aside(self) -> None:
+        """Move away what `branch_off` left behind, before the next checkpoint becomes whole."""
+        for folder in self._left_behind:
+            if not folder.exists():  # moved by an earlier try
+                continue
+            try:
+                read_whole_checkpoint(folder, tries=1)
+                readable = True
+            except BadInput as error:
+                readable = isinstance(error, Damaged)
+            # What begins with a point is deleted with the leftovers of dead attempts.
+            aside = f".{folder.name}.left-0" if readable else f"unreadable-{folder.name}"
+            folder.rename(self._checkpoints / aside)
+            if not readable:
+                self._report(f"{folder} could not be read; it is kept as {aside}")
 
     def saved(self, newest: int) -> None:
         """Delete what is not kept, now that the checkpoint of step `newest` is whole.
@@ -38,10 +60,7 @@ class Retention:
         An older one counts among those that are kept only if it verifies; it is read once for that. One that is
         damaged is deleted, and one that cannot be read now stays.
         """
-        for folder in self._abandoned:
-            if step_of(folder) != newest:  # that one was replaced
-                shutil.rmtree(folder, ignore_errors=True)
-        self._abandoned = []
+        self._left_behind = []
         kept = 1
         for folder in found(self._checkpoints):
             step = step_of(folder)
@@ -62,7 +81,7 @@ class Retention:
         """Raises Unreadable where that cannot be known now."""
         if folder.name not in self._known_whole:
             try:
-                read_whole_checkpoint(folder)
+                read_whole_checkpoint(folder, tries=1)
             except Damaged as damage:
                 self._report(f"{damage}; deleted, since a later checkpoint is whole")
                 return False

@@ -46,8 +46,8 @@ class RankSave:
     """Start and length of each fragment in it, by parameter."""
     manifest: dict[str, Any]
     """The manifest without the files."""
-    sync_log: Callable[[], None]
-    """Makes the run's log durable; rank 0 calls it before the checkpoint becomes whole."""
+    before_whole: Callable[[], None]
+    """Rank 0 calls it before the checkpoint becomes whole."""
     deadline: float
     """When rank 0 stops waiting for the files of the others, on `time.monotonic`'s clock."""
     _files: dict[str, Any] = field(default_factory=dict, init=False)
@@ -101,8 +101,8 @@ class RankSave:
         self._files = {rank_file(rank): json.loads(self._note(rank).read_text(encoding="utf-8")) for rank in ranks}
 
     def write_manifest(self) -> None:
-        """Write the manifest in place of the notes, and make the folder and the run's log durable."""
-        self.sync_log()
+        """Write the manifest in place of the notes, and make the folder durable."""
+        self.before_whole()
         whole = json.loads(json.dumps(self.manifest | {"files": self._files}))  # as it will be read
         write_atomically(self.partial / "manifest.json", json.dumps(whole | {"checksum": manifest_checksum(whole)}))
         for rank in range(self.world_size):

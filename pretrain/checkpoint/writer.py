@@ -26,6 +26,7 @@ from pretrain.checkpoint.format import FORMAT, RNG_STATE
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.saving import GivenUpElsewhere, RankSave
 from pretrain.engine.fragments import STATES, Fragment
+from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, remove_unfinished, write_atomically
 from sharebert_common.recipe import STRICT
 
@@ -86,7 +87,7 @@ class CheckpointWriter:
             remove_unfinished(self.checkpoints / "latest")
 
     def branch_off(self, step: int) -> None:
-        """The run continues from `step`: checkpoints of later steps go once the next save is whole."""
+        """The run continues from `step`: checkpoints of later steps make way for the next save."""
         if self.rank == 0:
             self._retention.branch_off(step)
 
@@ -127,7 +128,7 @@ class CheckpointWriter:
             data=self._buffer.numpy().data,
             fragments=_spans(fragments),
             manifest={"format": FORMAT, "step": step, "training": training, "shapes": shapes},
-            sync_log=self.sync_log,
+            before_whole=self._before_whole,
             deadline=time.monotonic() + self.recipe.write_timeout_s,
         )
         self._thread = threading.Thread(
@@ -191,8 +192,13 @@ class CheckpointWriter:
         if self.rank == 0:
             with contextlib.suppress(OSError):  # the checkpoint is whole, whatever happens to the hint and to old ones
                 write_atomically(self.checkpoints / "latest", save.final.name + "\n")
-            self._retention.saved(save.step)
-            self._remove_leftovers(before=1)
+            with contextlib.suppress(BadInput, OSError):
+                self._retention.saved(save.step)
+                self._remove_leftovers(before=1)
+
+    def _before_whole(self) -> None:
+        self.sync_log()
+        self._retention.set_aside()
 
     def _give_up(self, save: RankSave, error: Exception) -> None:
         self.report(f"checkpoint of step {save.step} given up ({error}); older checkpoints are untouched")

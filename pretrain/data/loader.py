@@ -137,9 +137,9 @@ class Loader:
         self.check_state(state)
         self._move_to(int(state["rows_consumed"]))
 
-    def close(self) -> None:
-        """Stop the thread."""
-        self._worker.shutdown(cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """Stop the thread, after the steps that it is preparing; `wait` until it has stopped."""
+        self._worker.shutdown(wait, cancel_futures=True)
 
     def _move_to(self, position: int) -> None:
         self._pending.clear()

@@ -33,6 +33,8 @@ def is_stopped(pid: int) -> bool:
 
 def main(pid: int) -> None:
     """Watch process `pid` until standard input is closed."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # meant for the ranks of its process group
     left_s = float("inf")
     while True:
         started = time.monotonic()

@@ -112,10 +112,12 @@ class Watchdog:
         time.sleep(tick_s)  # for the last files of the others
         behind = self._who_is_behind()
         self._run.say(f"rank {me}: {behind}")
-        if self._world.is_main:
-            self._run.fail(f"no progress for {still_s:.0f} s; {behind}", crash=True)
-        time.sleep(tick_s)  # torchrun ends all ranks once one is gone: let all have their say
-        os._exit(1)
+        try:
+            if self._world.is_main:
+                self._run.fail(f"no progress for {still_s:.0f} s; {behind}", crash=True)
+            time.sleep(tick_s)  # torchrun ends all ranks once one is gone: let all have their say
+        finally:
+            os._exit(1)
 
     def _stacks(self) -> list[str]:
         names = {thread.ident: thread.name for thread in threading.enumerate()}

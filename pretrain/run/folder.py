@@ -99,11 +99,15 @@ class RunFolder:
             lock = (self.path / run_files.LOCK_FILE).open("a+", encoding="utf-8")
         except OSError as error:
             raise BadInput(f"{self.path}: not usable as a run directory ({error.strerror})") from error
-        deadline = time.monotonic() + ORPHAN_S
+        deadline, probed_until = time.monotonic() + ORPHAN_S, time.monotonic() + 0.5
         while not self._locked(lock):
             lock.seek(0)
             holder = lock.read().strip()
+            if time.monotonic() < probed_until:  # `is_held` takes the lock for a moment
+                time.sleep(0.05)
+                continue
             if not _ends_soon(holder) or time.monotonic() > deadline:
+                lock.close()
                 raise BadInput(f"{self.path}: in use by another attempt of this run ({holder})")
             time.sleep(0.2)
         lock.truncate(0)
@@ -153,7 +157,7 @@ class RunFolder:
 
     def start(self, *, step: int, steps: int, tokenizer: Path, recipe_yaml: str, environment: dict[str, Any]) -> None:
         """Record an attempt that resumes from `step`, and drop an old request to stop. A full disk is no error."""
-        self._drop_old_stop_request()
+        patiently(self._drop_old_stop_request)
         for path in (self.tokenizer, self.config, self.environment, self.bad_rows, self.path / run_files.STATE_FILE):
             remove_unfinished(path)
         with self._or_say(self.tokenizer):
@@ -167,7 +171,7 @@ class RunFolder:
         before = patiently(self.read_state)
         crashes = before["crashes"]
         if before["state"] == "running":  # that attempt died without a word
-            crashes = self._counted(crashes)
+            crashes = patiently(lambda: self._counted(before["crashes"]))
         self.cut_log(step)
         restarts = before["restarts"] + 1 if before["state"] else 0
         job = os.environ.get("SLURM_JOB_ID")
@@ -213,8 +217,10 @@ class RunFolder:
         Without the lock this does nothing: the run belongs to another attempt.
         """
         if self._lock is not None:
-            crashes = run_files.peek_state(self.path)["crashes"]
-            self.end("failed", reason=reason, crashes=self._counted(crashes) if crash else crashes)
+            with self._or_say(self.path / run_files.STATE_FILE):
+                crashes = run_files.peek_state(self.path)["crashes"]
+                counted = patiently(lambda: self._counted(crashes)) if crash else crashes
+                self.end("failed", reason=reason, crashes=counted)
 
     def _counted(self, crashes: dict[str, int]) -> dict[str, int]:
         """One more crash at the newest step that was logged or saved: without progress it is the same step again."""

@@ -62,7 +62,10 @@ class MetricLog:
         self._terminal.show(values)
 
     def sync(self) -> None:
-        """Make the lines of `log.jsonl` durable, so that a checkpoint never has a step that the log lacks."""
+        """Make durable what is in `log.jsonl`, so that after a power cut a checkpoint has no step that the log lacks.
+
+        Lines that wait because the disk is full are not in it yet, and a flush that fails is reported only.
+        """
         for output in self._outputs:
             if isinstance(output, LogWriter):
                 try:

@@ -288,7 +288,7 @@ def test_the_newest_whole_one_is_never_deleted(tmp_path: Path) -> None:
     assert checkpoint.newest_whole(tmp_path, [].append).step == 10  # type: ignore[union-attr]
     said: list[str] = []
     write(tmp_path, 15, world_size=1, keep=2, said=said, resumed_from=10)
-    assert said == ["continuing from step 10; step-00000020, step-00000030 will be deleted after the next checkpoint"]
+    assert said == ["continuing from step 10; step-00000020, step-00000030 will make way for the next checkpoint"]
     assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000015", "step-00000010"]
     write(tmp_path, 20, world_size=1, keep=1)
     assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000020"]
@@ -454,3 +454,28 @@ def test_the_folders_of_a_first_checkpoint_are_durable(tmp_path: Path, monkeypat
     run = tmp_path / "runs" / "run"
     write(run / "checkpoints", 10, world_size=1)
     assert {str(tmp_path), str(run.parent), str(run), str(run / "checkpoints")} <= synced
+
+
+def test_one_that_cannot_be_read_makes_way_and_is_kept(tmp_path: Path) -> None:
+    """Of a newer format, for instance: no later attempt of this run takes it, and nothing of it is lost."""
+    write(tmp_path, 10, world_size=1)
+    write(tmp_path, 40, world_size=1)
+    manifest = tmp_path / "step-00000040" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    said: list[str] = []
+    write(tmp_path, 20, world_size=1, said=said, resumed_from=10)
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["step-00000020", "step-00000010"]
+    assert (tmp_path / "unreadable-step-00000040" / "rank-00000.safetensors").exists()
+    assert "it is kept as unreadable-step-00000040" in said[-1]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A colleague's umask, for instance. (Path.glob takes such a folder for an empty one.)"""
+    write(tmp_path, 10, world_size=1)
+
+    def refused(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(BadInput, match=r"cannot be listed now \(Permission denied\)"):
+        checkpoint.newest_whole(tmp_path, pytest.fail)

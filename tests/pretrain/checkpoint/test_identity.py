@@ -274,7 +274,7 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_left_as_it_is(
     assert "checkpoint.restart_if_unreadable=true" in said
     code, said, _ = anew
     assert code == 0
-    assert "continuing from step 0; step-00000002 will be deleted after the next checkpoint" in said
+    assert "continuing from step 0; step-00000002 will make way for the next checkpoint" in said
     assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4]
 
 
