@@ -15,8 +15,8 @@ from pydantic.dataclasses import dataclass
 
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read import tables
-from data_prep.read.documents import read_part
-from data_prep.read.sources import Input, SourceRecipe, find_inputs, kind_of, plan_parts
+from data_prep.read.documents import Batch, read_part
+from data_prep.read.sources import Input, Part, SourceRecipe, find_inputs, kind_of, plan_parts
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -70,8 +70,18 @@ def _texts(config: DecontaminateRecipe) -> Iterator[list[str]]:
                     yield [value.decode(errors="replace") for value in values if value]
             continue
         for part in plan_parts([item], source):
-            for batch in read_part(part, [item], source, Counter()):
+            for batch in _batches(part, item, source):
                 yield _strings(item, batch.texts) if kind_of(item.name) == "jsonl" else batch.texts
+
+
+def _batches(part: Part, item: Input, source: SourceRecipe) -> Iterator[Batch]:
+    """Raises BadInput that names the key of this filter: `source.encoding` has no effect on its files."""
+    try:
+        yield from read_part(part, [item], source, Counter())
+    except BadInput as error:
+        reason = str(error).partition("; convert it to UTF-8")[0]
+        remedy = "; convert it to UTF-8" if reason != str(error) else ""
+        raise BadInput(f"clean.evaluation.paths: {reason}{remedy}") from error
 
 
 def _strings(item: Input, lines: list[str]) -> list[str]:

@@ -16,8 +16,10 @@ _ODD_SHARE = 0.01
 def check_encoding(name: str) -> None:
     """Raise ValueError unless Python has a text encoding of this name."""
     try:
-        known = codecs.lookup(name)._is_text_encoding
-    except LookupError:
+        known = codecs.lookup(name)._is_text_encoding and codecs.lookup(name).name != "punycode"  # for host names
+        if known:  # idna and undefined decode no file
+            known = codecs.getincrementaldecoder(name)("replace").decode("a b\n".encode(name), True) == "a b\n"
+    except (LookupError, UnicodeError):
         known = False
     if not known:
         raise ValueError(f"encoding: {name!r} is no encoding that Python knows; for example utf-16, cp1252, gb18030")

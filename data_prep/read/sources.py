@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as config_dataclass
@@ -134,7 +136,7 @@ def find_inputs(config: SourceRecipe, output: str | None = None) -> list[Input]:
     taken: set[str] = set()
     left_out = LeftOut()
     for pattern in [config.paths] if isinstance(config.paths, str) else config.paths:
-        found = find(pattern, left_out)
+        found = find(_local_path(pattern), left_out)
         if not found:
             said = "; ".join(left_out.lines())
             raise BadInput(f"source.paths: {pattern}: no such file" + (f" ({said})" if said else ""))
@@ -152,6 +154,11 @@ def find_inputs(config: SourceRecipe, output: str | None = None) -> list[Input]:
     if not sum(i.bytes for i in inputs):
         raise BadInput(f"source.paths: {config.paths}: {len(inputs)} files, all empty")
     return inputs
+
+
+def _local_path(pattern: str) -> str:
+    """A file:// URL as the path that it names, so that one file is one file, whichever way it is named."""
+    return url2pathname(urlsplit(pattern).path) if pattern.startswith("file://") else pattern
 
 
 def check_unchanged(item: Input) -> None:

@@ -16,6 +16,7 @@ from data_prep.filter.decontaminate import DecontaminateRecipe, evaluation_ngram
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.filter.words import words
 from data_prep.pipeline import prepare
+from sharebert_common.errors import BadInput
 
 PLAIN = "\"It's a pity,\" she said - \"that you don't know what he's done (with it), for I'd say: it isn't often; no!\""
 
@@ -55,6 +56,9 @@ def test_typography_does_not_change_words(text: str) -> None:
         ("北京大学abc東京１２", "北 京 大 学 abc 東 京 12"),
         ("ﾃﾞｰﾀ データ", "デ ー タ デ ー タ"),
         ("ภาษาไทย", " ".join("ภาษาไทย")),
+        ("ꦲꦏ꧀ꦱꦫꦗꦮ", " ".join("ꦲꦏ꧀ꦱꦫꦗꦮ")),
+        ("ꆈꌠꉙ", " ".join("ꆈꌠꉙ")),
+        ("ㄅㄆㄇ", " ".join("ㄅㄆㄇ")),
         ("한국어 문장", "한국어 문장"),
         ("हिन्दी में", "हिन्दी में"),
         ("العـــربية العربية", "العربية العربية"),
@@ -139,3 +143,12 @@ def test_near_duplicates_without_spaces_between_words(tmp_path: Path) -> None:
     found = [line for line in report(made).splitlines() if "nearly the same" in line]
     assert found
     assert found[0].split("|")[2].strip().startswith("30 (")
+
+
+def test_an_evaluation_file_in_another_encoding_is_refused_by_its_own_key(tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.txt"
+    file.write_text("one line of text\n" * 50, encoding="utf-16")
+    with pytest.raises(BadInput) as refused:
+        evaluation_ngrams(DecontaminateRecipe(paths=[str(file)]))
+    assert str(refused.value).startswith("clean.evaluation.paths: ")
+    assert "source.encoding" not in str(refused.value)

@@ -101,7 +101,7 @@ def test_invalid_bytes_of_a_named_encoding(tmp_path: Path) -> None:
         read(tmp_path / "a.txt", document="line", encoding="utf-16-le", encoding_errors="refuse")
 
 
-@pytest.mark.parametrize("name", ["utf-17", "base64", "rot13"])
+@pytest.mark.parametrize("name", ["utf-17", "base64", "rot13", "undefined", "idna", "punycode"])
 def test_unknown_encodings(name: str) -> None:
     with pytest.raises(ValueError, match=f"encoding: '{name}' is no encoding"):
         SourceRecipe(paths="x", encoding=name)

@@ -104,3 +104,10 @@ def test_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
     alone = prepare(recipe(tmp_path / "alone", corpus))
     twice = prepare(recipe(tmp_path / "twice", [corpus, tmp_path / "*.jsonl"]))
     assert (twice / "manifest.json").read_text() == (alone / "manifest.json").read_text()
+
+
+def test_a_file_url_is_the_path_that_it_names(tmp_path: Path) -> None:
+    file = tmp_path / "a file.txt"
+    file.write_text("words\n")
+    found = find_inputs(SourceRecipe(paths=[str(file), file.as_uri()]))
+    assert [item.location for item in found] == [str(file)]
