@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exports.export import Export
+from exports.export import BERT_KEYS, Export
 from exports.files import CONFIG, TOKENIZER
 from exports.forms import write_export
 from exports.kinds import pretrained_kind
@@ -51,19 +51,6 @@ _RENAMES = tuple(
 
 _FIXED = {"hidden_act": "gelu", "encoder_ln_mode": "pre-ln", "layernorm_embedding": False}
 """Keys of their config, with the only value that gives the model of the paper."""
-
-_COPIED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "layer_norm_eps",
-    "initializer_range",
-)
 
 
 def import_authors(folder: Path, out: Path) -> None:
@@ -155,7 +142,7 @@ def _config(path: Path, tensors: Mapping[str, Tensor]) -> ShareBertConfig:
         raise BadInput(f"{path}: vocab_size: {words!r}, but the embedding has {rows} rows")
     try:
         return ShareBertConfig.from_dict(
-            {key: theirs[key] for key in _COPIED if key in theirs}
+            {key: theirs[key] for key in BERT_KEYS if key in theirs}
             | {
                 "vocab_size": rows,
                 "vocab_pad_multiple": PAD_MULTIPLE if rows % PAD_MULTIPLE == 0 else 1,

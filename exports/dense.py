@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from exports.cards import dense_card
 from exports.dense_model import DenseBert, check_fits, dense_pieces, dense_shapes
-from exports.export import Export
+from exports.export import BERT_KEYS, Export
 from exports.files import CARD, CONFIG, write_json
 from exports.kinds import Classifier
 from exports.meta_device import without_weights
@@ -135,23 +135,10 @@ def _difference(dense: Tensor, compact: Tensor) -> float:
 def _dense_config(export: Export, pad_token_id: int) -> dict[str, Any]:
     """The `config.json` of `megatron_bert`. Its decoder is a matrix of its own, not the input embedding."""
     kept = export.config.to_dict()
-    copied = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "max_position_embeddings",
-        "type_vocab_size",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "layer_norm_eps",
-        "initializer_range",
-    )
     return {
         "model_type": MODEL_TYPE,
         "architectures": [f"MegatronBert{export.kind.architecture}"],
-        **{key: kept[key] for key in copied},
+        **{key: kept[key] for key in ("vocab_size", *BERT_KEYS)},
         "hidden_act": "gelu",
         "pad_token_id": pad_token_id,
         "tie_word_embeddings": False,

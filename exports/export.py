@@ -22,6 +22,20 @@ from sharebert.config import ShareBertConfig
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 
+BERT_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "layer_norm_eps",
+    "initializer_range",
+)
+"""Keys of a `config.json` that mean the same for a ShareBERT, the authors' models and a BERT of transformers."""
+
 
 @dataclass(frozen=True)
 class Export:
