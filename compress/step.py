@@ -1,0 +1,66 @@
+"""What a step is: the seam between `sharebert compress` and each way to make a model smaller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+FormName = Literal["compact", "dense", "onnx", "hub"]
+"""How a model lies in its folder: compact (also with packed factors), dense (`megatron_bert` that this project wrote),
+onnx, or the folder of any other BERT-like encoder that plain transformers loads."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that a step starts from: a whole folder that nobody changes."""
+
+    folder: Path
+    form: FormName
+
+
+class Tools(Protocol):
+    """What the frame gives to a step. Everything is made when it is first asked for."""
+
+    seed: int
+    """Decides every random choice of a step."""
+
+    scratch: Path
+    """A folder for intermediate files of this step. It is kept when the process dies, and removed once the step's
+    result is whole, so that a long step can go on where it stood."""
+
+    def calibration(self) -> Tensor:
+        """Token ids [rows, length] int64 of the calibration dataset's train split, padded with the pad id.
+
+        Raises BadInput: the recipe names no dataset, or its tokenizer is not the source's.
+        """
+        ...
+
+    def masked_lm_loss(self, folder: Path) -> float:
+        """The loss in nats of the model in `folder` on the validation rows of the report."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Print a line of progress."""
+        ...
+
+
+class Step(Protocol):
+    """One step. It is a frozen pydantic dataclass: its fields are its keys in a recipe, each with a docstring."""
+
+    def check(self, source: Source) -> None:
+        """Raise BadInput, with one line, if this step cannot take `source`. Called before any work."""
+        ...
+
+    def result_form(self, source: FormName) -> FormName:
+        """The form of the result, so that a recipe's later steps can be checked before the first one runs."""
+        ...
+
+    def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
+        """Write the result, a whole model, into the new folder `out`.
+
+        Returns what the report should say about the step beside what it measures: plain JSON values.
+        """
+        ...
