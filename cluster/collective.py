@@ -1,6 +1,8 @@
 """A check under torchrun before a training: each device computes, and an all-reduce over all of them is right.
 
-    python -m torch.distributed.run … -m cluster.collective
+    python -m torch.distributed.run … -m cluster.collective [FLOOR]
+
+FLOOR is the lowest bus bandwidth in GB/s that is accepted (0, the default, accepts any).
 
 Exit code 0 where all is well; else 1, and a line that names rank, node and device.
 """
@@ -49,8 +51,8 @@ def all_reduce(device: torch.device) -> float:
     return values.nbytes * 2 * (world_size - 1) / world_size / seconds / 1e9
 
 
-def main() -> int:
-    """Check the device of this rank, and all of them together; an exit code."""
+def main(floor: float = 0.0) -> int:
+    """Check the device of this rank, and all of them together; an exit code. `floor` is in GB/s."""
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -66,6 +68,12 @@ def main() -> int:
                 f"{device.type} ranks: right, {bandwidth:.2f} GB/s",
                 flush=True,
             )
+        # Every rank has its own measurement; rank 0's decides, so that one line says it.
+        if rank == 0 and bandwidth < floor:
+            raise RuntimeError(
+                f"the all-reduce reaches {bandwidth:.2f} GB/s, below min_bandwidth ({floor:g} GB/s); with NCCL_DEBUG=INFO "
+                "NCCL says which network it uses: NET/IB is InfiniBand, NET/Socket is TCP"
+            )
         dist.destroy_process_group()
     except Exception as error:
         print(f"pre-flight: rank {rank} on {os.uname().nodename}, {device}: {error}", file=sys.stderr, flush=True)
@@ -74,4 +82,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main(float(sys.argv[1]) if len(sys.argv) > 1 else 0.0)
+    sys.stdout.flush()
+    if code:
+        os._exit(code)  # NCCL's teardown can wait for ranks that will never come (pytorch#141510)
+    sys.exit(code)

@@ -204,7 +204,8 @@ def _no_room(training: Training) -> str | None:
 def _collective(training: Training, allocation: Allocation, environment: dict[str, str]) -> None:
     """Run `cluster.collective` on all processes of all nodes."""
     port = allocation.port + 1
-    command = elastic(training.recipe, allocation, ["cluster.collective"], port=port, max_restarts=0)
+    module = ["cluster.collective", str(training.recipe.min_bandwidth)]
+    command = elastic(training.recipe, allocation, module, port=port, max_restarts=0)
     running = processes.start(command, environment)
     try:
         code = running.wait(timeout=COLLECTIVE_S)

@@ -30,7 +30,7 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
     from pretrain.recipe import TrainRecipe
     from pretrain.train import train
 
-    joined = False
+    joined = failed = False
     try:
         recipe = load(TrainRecipe, config, overrides)
         world = distributed.join(recipe.collective_timeout_s)
@@ -50,9 +50,11 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
         return BAD_INPUT
     except Exception:
         traceback.print_exc()
+        failed = True
         return FAILED
     finally:
-        distributed.leave()
+        if not failed:  # the teardown would wait for the other ranks; this process ends now
+            distributed.leave()
         stop.close()
     return FINISHED if code == STOPPED and under_torchrun else code
 

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from sharebert_common.errors import BadInput
@@ -94,8 +95,18 @@ def _refuse_partial_group() -> None:
         )
 
 
+def set_timeout(timeout_s: float) -> None:
+    """Give every process group the timeout of a collective, also those that DeepSpeed made with torch's default."""
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
 def leave() -> None:
-    """Leave the process group, if this process is in one."""
+    """Leave the process group, if this process is in one, after all ranks came to a common end.
+
+    After an error it must not be called: NCCL's teardown waits for ranks that may never come (pytorch#141510).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -64,6 +64,8 @@ class TrainRecipe:
     and allows micro-batches that would not fit into memory otherwise."""
     compile: bool = False
     """Run the layers through torch.compile instead of this project's kernels. Not with ZeRO 3."""
+    deterministic: bool = False
+    """Use only operations that repeat bit by bit on the same GPUs, which costs speed. CPUs repeat without it."""
     zero: ZeroSettings = field(default_factory=ZeroRecipe)
     """How the state is split over the ranks: `stage`, and any key of DeepSpeed's `zero_optimization`."""
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)

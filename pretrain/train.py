@@ -20,6 +20,7 @@ from pretrain.data.loader import Loader, StepBatch
 from pretrain.distributed import World
 from pretrain.engine.config import deepspeed_config
 from pretrain.engine.engine import open_engine
+from pretrain.engine.numerics import set_numerics
 from pretrain.engine.optimizer import learning_rate
 from pretrain.faults.detection import SlowRanks, SpikeDetector
 from pretrain.faults.memory_probe import probe_memory
@@ -117,6 +118,8 @@ class Trainer:
                 self.loader.check_state,
                 or_none=recipe.checkpoint.restart_if_unreadable,
             )
+            attention_dropout = training.model.config.attention_probs_dropout_prob
+            set_numerics(attention_dropout, deterministic=recipe.deterministic)
             torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))
             model = build_model(training.model, recipe.seed)
             model.sharebert.recompute = recipe.recompute
@@ -130,7 +133,9 @@ class Trainer:
                 micro_batches=training.micro_batches,
                 parameters=sum(p.numel() for p in model.parameters()),
             )
-            self.engine = open_engine(model, self.deepspeed_keys, recipe.optimizer)
+            self.engine = open_engine(
+                model, self.deepspeed_keys, recipe.optimizer, timeout_s=recipe.collective_timeout_s
+            )
             self.state = TrainingState(
                 recipe.checkpoint, self.run, self.world, self.engine, self.loader, self.identity, self.metric_log.sync
             )

@@ -22,12 +22,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] · b [k, n] in the dtype in which values of theirs are summed."""
+    dtype = accumulation_dtype(a.dtype)
+    if dtype == a.dtype or a.device.type == "cpu":
+        return (a @ b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)  # CUDA's products sum in float32: take that, unrounded
+
+
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total [m, n] += a [m, k] · b [k, n]; makes no temporary where all dtypes are equal."""
+    """total [m, n] += a [m, k] · b [k, n]. It makes no temporary, except for a `total` of another dtype on a CPU."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
+    elif total.device.type == "cpu":
         total += a @ b
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:

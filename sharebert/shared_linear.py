@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .precision import column_sums, compute_dtype
+from .precision import accumulate_product, column_sums, compute_dtype, product
 from .tracing import is_traced
 
 
@@ -28,13 +28,13 @@ class SharedGradients:
         self._backward_pass: int | None = None
 
     def add_product(self, index: int, a: Tensor, b: Tensor) -> None:
-        """Add a [in, m] · b [m, out] to the gradient of matrix `index` [in, out]."""
+        """Add a [in, m] · b [m, out] to the gradient of matrix `index` [in, out], in float32 at least."""
         self._drop_other_pass()
         total = self._sums[index]
         if total is None:
-            self._sums[index] = a @ b
+            self._sums[index] = product(a, b)
         else:
-            total.addmm_(a, b)
+            accumulate_product(total, a, b)
 
     def take(self, from_autograd: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """The whole gradient of each matrix: the sum kept here plus the gradient that autograd gives."""

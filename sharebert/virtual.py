@@ -140,11 +140,11 @@ class _Products(torch.autograd.Function):
             if gradient is None:
                 continue
             columns = slice(block.first, block.last)
-            whole, rest = _rows(gradient, block)
+            grad_b[columns] += column_sums(_rows(gradient, block)[0], sums)
+            whole, rest = _rows(gradient.to(ctx.dtype), block)  # the sum over layers is rounded once, here
             n = len(whole)
             accumulate_product(grad_e[:n], whole, w[columns])
             accumulate_product(grad_w[columns], whole.t(), e[:n])
-            grad_b[columns] += column_sums(whole, sums)
             if len(rest):  # the weight ends inside this row of the block
                 started = slice(block.first, block.first + len(rest))
                 grad_e[n] += rest @ w[started]

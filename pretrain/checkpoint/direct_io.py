@@ -22,7 +22,7 @@ CHUNK_BYTES = 16 << 20
 def write_direct(path: Path, data: memoryview) -> None:
     """Write bytes to a new file and fsync it.
 
-    The write is buffered where the file system has no direct writes, or where `data` does not start at a multiple of
+    The write is buffered where the file system has no direct writes, where the kernel cannot use the memory of `data`, or where `data` does not start at a multiple of
     BLOCK_BYTES in memory. Raises OSError where the disk does not take the bytes.
     """
     with path.open("wb", buffering=0) as out:
@@ -42,7 +42,8 @@ def _write_blocks(handle: int, data: memoryview) -> int:
         while direct and done < len(data):
             done += os.write(handle, data[done : done + CHUNK_BYTES])
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+        # EFAULT: the kernel cannot pin these pages for the disk, such as some of CUDA's pinned memory.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT):
             raise
     finally:
         fcntl.fcntl(handle, fcntl.F_SETFL, flags)

@@ -115,6 +115,7 @@ def deepspeed_config(
         "steps_per_print": None,
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
+        "timers": {"throughput": {"enabled": False}},  # else it waits for the device twice a micro-batch
         "zero_optimization": {"stage": stage},
     }
     if stage:

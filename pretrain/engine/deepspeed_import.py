@@ -21,9 +21,10 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
+    if not torch.cuda.is_available():
+        from deepspeed.ops import __compatible_ops__  # tries a compiler for each op
 
-    __compatible_ops__["deepspeed_shm_comm"] = False
+        __compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

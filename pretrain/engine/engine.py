@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain import distributed
 from pretrain.distributed import World
 from pretrain.engine import fragments
 from pretrain.engine.deepspeed_import import import_deepspeed
@@ -164,13 +165,17 @@ class Engine:
         load_scaler_state(engine, scaler)
 
 
-def open_engine(model: nn.Module, config: dict[str, Any], optimizer: OptimizerRecipe) -> Engine:
+def open_engine(
+    model: nn.Module, config: dict[str, Any], optimizer: OptimizerRecipe, timeout_s: float | None = None
+) -> Engine:
     """Put `model` under DeepSpeed. The process group must exist; a collective.
 
     Args:
         model: on the CPU; DeepSpeed moves it to the device.
         config: of `deepspeed_config`.
         optimizer: AdamW's settings.
+        timeout_s: a collective that some rank does not join for this long fails, in DeepSpeed's own groups too; None
+            leaves torch's 30 minutes.
 
     Raises BadInput for a precision that the device cannot do.
     """
@@ -189,6 +194,8 @@ def open_engine(model: nn.Module, config: dict[str, Any], optimizer: OptimizerRe
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
     with contextlib.redirect_stdout(None) if stage == 3 else contextlib.nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    if timeout_s is not None:
+        distributed.set_timeout(timeout_s)
     if stage == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # there is nobody to add to, and it copies every gradient twice
     let_the_lowest_scale_overflow(engine)

@@ -1,15 +1,22 @@
-"""The environment variables of a process group: all of them, or none."""
+"""The process group: the environment that describes it, its timeout, and how a process leaves it."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+import pretrain.train
 from pretrain import distributed
+from pretrain.__main__ import launch
 from sharebert_common.errors import BadInput
 
 GROUP = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -36,6 +43,39 @@ def test_what_says_that_a_process_is_alone_is_accepted(monkeypatch: pytest.Monke
         assert distributed.join(1.0).world_size == 1
     finally:
         distributed.leave()
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in distributed.ALONE.items():  # `join` sets them; take them back after the test
+        monkeypatch.setenv(name, value)
+    yield
+    distributed.leave()
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_timeout_of_every_group() -> None:
+    distributed.join(60.0)
+    dist.new_group([0])  # as DeepSpeed does
+    distributed.set_timeout(77.0)
+    backends = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+    assert [backend.options._timeout for backend in backends] == [datetime.timedelta(seconds=77)] * 2
+
+
+@pytest.mark.usefixtures("alone")
+def test_after_an_error_nothing_waits_for_the_other_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's teardown would: it must not begin."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run: {tmp_path}/run\ndata: {{dataset: {tmp_path}, global_batch: 1, micro_batch: 1}}\n")
+
+    def broken(*_: object) -> int:
+        raise OSError("a disk is full")
+
+    monkeypatch.setattr(pretrain.train, "train", broken)
+    with monkeypatch.context() as teardown:
+        teardown.setattr(dist, "destroy_process_group", lambda: pytest.fail("the teardown began"))
+        assert launch(str(recipe), [], debug=False) == 1
+    assert dist.is_initialized()
 
 
 def test_the_refusal_reaches_the_user_whatever_the_rank(tmp_path: Path) -> None:

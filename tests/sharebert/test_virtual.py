@@ -137,7 +137,11 @@ def allocations(nbytes: int, recorded: profile) -> set[str]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_weight_is_copied_forward_or_backward(autocast: bool) -> None:
-    """Only products allocate as much memory as a weight: those that make the blocks, and those of the gradients."""
+    """Only products allocate as much memory as a weight: those that make the blocks, and those of the gradients.
+
+    Under autocast a CPU also casts each product to float32, in which the gradients of the layers are summed, and that
+    sum back once. On CUDA the products themselves are in float32.
+    """
     config = tiny_config(hidden_size=64, num_attention_heads=4, intermediate_size=128, vocab_size=640, factor_size=2)
     given = parameters(config, torch.float32)
     x = torch.randn(8, 64, requires_grad=True)
@@ -148,8 +152,21 @@ def test_no_weight_is_copied_forward_or_backward(autocast: bool) -> None:
             for weight in (query, key, value, attention_output):
                 x = linear(x, weight, bias)
         x.sum().backward()
-    assert allocations(query.nbytes, recorded) == {"aten::addmm", "aten::mm"}
+    casts = {"aten::empty_strided"} if autocast else set()
+    assert allocations(query.nbytes, recorded) == {"aten::addmm", "aten::mm"} | casts
     assert given[0].grad is not None
+
+
+def test_the_gradients_of_all_layers_are_summed_in_float32() -> None:
+    """In bfloat16 a sum of ones stops at 256: 256 + 1 is 256."""
+    config = tiny_config(sharing="eps", factor_size=32, hidden_size=32, num_attention_heads=4)
+    embedding = torch.zeros(config.vocab_size, 32, dtype=torch.bfloat16, requires_grad=True)
+    (weight,) = generate(blocks(config)[:1], embedding, None, None)
+    x, bias = torch.ones(1, 32, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.bfloat16)
+    sum(linear(x, weight, bias).sum() for _ in range(400)).backward()
+    used = embedding.grad[embedding.grad != 0]
+    assert len(used) == 32 * 32
+    assert (used == 400).all()
 
 
 def test_products_run_in_autocast_dtype_and_gradients_return_in_the_parameters() -> None:

@@ -32,9 +32,12 @@ def test_the_file_is_the_data(tmp_path: Path, size: int, start: int) -> None:
     assert file.read_bytes() == bytes(data(size, start))
 
 
-def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT])
+def test_direct_writes_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The file system has none, or the kernel cannot pin the memory."""
+
     def refuse(handle: int, part: memoryview) -> int:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "write", refuse)
     write_direct(tmp_path / "file", data(3 * BLOCK_BYTES + 5))

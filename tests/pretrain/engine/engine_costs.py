@@ -3,6 +3,8 @@
 `reads`: by stage, how often an optimizer step reads a tensor's value on the host. On a GPU each read waits for all that
 the device has to do. The counted step is one after the first two, which set up the optimizer's state. At stage 0 this
 fails if DeepSpeed gathers the gradients.
+
+`synchronisations`: by stage, how often the same step waits for the whole device.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import distributed
 from pretrain.engine.config import ZeroRecipe, deepspeed_config
+from pretrain.engine.deepspeed_import import import_deepspeed
 from pretrain.engine.engine import Engine, open_engine
 from pretrain.engine.optimizer import OptimizerRecipe
 
@@ -44,7 +47,20 @@ def refuse(tensors: Any) -> Any:
     raise AssertionError("one rank's gradients are gathered to be added to nobody's")
 
 
-def reads_of(stage: int) -> int:
+def count_synchronisations() -> list[int]:
+    """A counter in a list. A CPU's accelerator has nothing to wait for, so its function only counts from now on."""
+    count = [0]
+    accelerator = import_deepspeed().accelerator.get_accelerator()
+
+    def synchronize(*_: Any) -> None:
+        count[0] += 1
+
+    accelerator.synchronize = synchronize
+    return count
+
+
+def costs_of(stage: int, synchronisations: list[int]) -> tuple[int, int]:
+    """Reads and synchronisations of a step."""
     engine = engine_of(tiny_model(hidden_dropout_prob=0.1), stage)
     if stage == 0:
         engine._deepspeed.flatten = refuse
@@ -53,16 +69,19 @@ def reads_of(stage: int) -> int:
     rest = {"positions": positions, "labels": tokens.flatten()[positions], "loss_weights": torch.ones(len(positions))}
     for _ in range(3):
         engine.learning_rate = 1e-3
+        synchronisations[0] = 0
         with Reads() as reads:
             for _ in range(2):
                 loss_sum, _ = engine(tokens, **rest)
                 engine.backward(loss_sum / 16)
                 engine.step()
-    return reads.count
+    return reads.count, synchronisations[0]
 
 
 if __name__ == "__main__":
     distributed.join(timeout_s=60)
-    reads = {stage: reads_of(stage) for stage in range(4)}
-    print(json.dumps({"reads": reads}))
+    count = count_synchronisations()
+    costs = {stage: costs_of(stage, count) for stage in range(4)}
+    reads, synchronisations = ({stage: both[n] for stage, both in costs.items()} for n in range(2))
+    print(json.dumps({"reads": reads, "synchronisations": synchronisations}))
     distributed.leave()

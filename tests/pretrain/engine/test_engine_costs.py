@@ -34,3 +34,7 @@ def test_reads_of_an_optimizer_step(costs: dict[str, Any]) -> None:
     assert costs["reads"].keys() == MOST.keys()
     for stage, most in MOST.items():
         assert costs["reads"][stage] <= most, f"ZeRO {stage}: {costs['reads'][stage]} reads"
+
+
+def test_nothing_waits_for_the_whole_device(costs: dict[str, Any]) -> None:
+    assert costs["synchronisations"] == dict.fromkeys(MOST, 0)
