@@ -71,8 +71,8 @@ def main(floor: float = 0.0) -> int:
         # Every rank has its own measurement; rank 0's decides, so that one line says it.
         if rank == 0 and bandwidth < floor:
             raise RuntimeError(
-                f"the all-reduce reaches {bandwidth:.2f} GB/s, below min_bandwidth ({floor:g} GB/s); with NCCL_DEBUG=INFO "
-                "NCCL says which network it uses: NET/IB is InfiniBand, NET/Socket is TCP"
+                f"the all-reduce reaches {bandwidth:.2f} GB/s, below min_bandwidth ({floor:g} GB/s); with "
+                "NCCL_DEBUG=INFO NCCL says which network it uses: NET/IB is InfiniBand, NET/Socket is TCP"
             )
         dist.destroy_process_group()
     except Exception as error:

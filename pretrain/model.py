@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 from data_prep.shards.reader import Dataset
 from exports.tokenizer import training_tokenizer_sha256
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
+from sharebert.kernels import FLEX_FROM, flex_serves
 from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import STRICT
 
@@ -126,13 +127,13 @@ def refuse_other_tokenizer(choice: ModelChoice, dataset: Dataset) -> None:
             )
 
 
-def refuse_dropout_within_documents(choice: ModelChoice, within_documents: bool, device: torch.device) -> None:
-    """Raise BadInput where attention within documents is asked for with dropout on CUDA, where it has none."""
+def refuse_dropout_within_documents(choice: ModelChoice, seq_len: int, device: torch.device) -> None:
+    """Raise BadInput where attention within documents would have to run with dropout in FlexAttention."""
     dropout = choice.config.attention_probs_dropout_prob
-    if within_documents and dropout and device.type == "cuda":
+    if dropout and flex_serves(device, seq_len):
         raise BadInput(
             f"model.attention_probs_dropout_prob: {dropout:g}, but on CUDA data.within_documents has no dropout "
-            "on attention probabilities: set it to 0"
+            f"on attention probabilities in rows of {FLEX_FROM} tokens or more: set it to 0"
         )
 
 

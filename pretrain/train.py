@@ -66,7 +66,8 @@ def accept(recipe: TrainRecipe, run: RunFolder, world: World) -> ResolvedTrainin
     refusal, training = None, None
     try:
         resolved = recipe.resolve(world.world_size)
-        refuse_dropout_within_documents(resolved.model, recipe.data.within_documents, world.device)
+        if recipe.data.within_documents:
+            refuse_dropout_within_documents(resolved.model, resolved.seq_len, world.device)
         if world.is_main:
             run.occupy()
         training = resolved

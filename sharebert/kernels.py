@@ -18,11 +18,17 @@ from torch.autograd.function import once_differentiable
 from .config import ShareBertError
 from .kernels_cpu import Dropout, DropoutAttention
 from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype
-from .shared_linear import linear
+from .shared_linear import linear, matmul
 from .tracing import is_traced
 
-CHUNK_LOGITS = 2**24
-"""How many logits `linear_cross_entropy` holds at a time: 64 MiB in float32, 549 rows of a 30,528-word vocabulary."""
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+"""How many logits `linear_cross_entropy` holds at a time, by the type of the device. A CPU's 2^24 are 64 MiB in float32
+and 549 rows of a 30,528-word vocabulary. Each chunk reads and writes the decoder's whole gradient, so that a GPU, which
+has the memory, takes 8,793 rows: 512 MiB in bfloat16."""
+
+FLEX_FROM = 257
+"""Shortest row for which FlexAttention serves. It skips blocks of 128 positions, so shorter rows have little to skip,
+and SDPA has dropout."""
 
 
 class TritonKernels(NamedTuple):
@@ -58,8 +64,7 @@ def cpu_kernels_for(x: Tensor) -> bool:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x·W + b) with the exact (erf) GELU; shapes as in `linear`."""
     if fused := triton_for(x):
-        product = x.flatten(0, -2) @ weight
-        return fused.bias_gelu(product, bias).view(*x.shape[:-1], weight.shape[1])  # type: ignore[no-any-return]
+        return fused.bias_gelu(matmul(x, weight), bias).view(*x.shape[:-1], weight.shape[1])  # type: ignore[no-any-return]
     return F.gelu(linear(x, weight, bias))
 
 
@@ -92,9 +97,9 @@ def add_dropout_norm(
     return stream, normed.to(compute_dtype(normed))
 
 
-def flex_serves(x: Tensor) -> bool:
-    """Whether FlexAttention keeps documents apart on the device of `x`: on CUDA. Elsewhere SDPA does, with a mask."""
-    return x.is_cuda
+def flex_serves(device: torch.device, length: int) -> bool:
+    """Whether FlexAttention keeps documents apart in rows of `length` tokens: on CUDA, in long rows. Else SDPA does."""
+    return device.type == "cuda" and length >= FLEX_FROM
 
 
 def document_mask(document_ids: Tensor) -> Any:
@@ -103,7 +108,7 @@ def document_mask(document_ids: Tensor) -> Any:
     Args:
         document_ids: [B, T], the number of each position's document. Padding counts as one more document.
     """
-    if flex_serves(document_ids):
+    if flex_serves(document_ids.device, document_ids.shape[1]):
         from .kernels_flex import document_mask as flex_mask
 
         return flex_mask(document_ids)
@@ -120,13 +125,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float
         scale: the factor on scores.
         dropout: probability with which an attention probability is dropped; 0 outside training.
 
-    Raises ShareBertError for dropout within documents on CUDA: FlexAttention has no dropout.
+    Raises ShareBertError for dropout with FlexAttention's mask: it has no dropout.
     """
     if mask is not None and not isinstance(mask, Tensor):
         if dropout:
             raise ShareBertError(
                 f"attention_probs_dropout_prob: {dropout:g}, but attention within documents has no dropout on "
-                "probabilities on CUDA: set it to 0 (hidden_dropout_prob may stay)"
+                f"probabilities in rows of {FLEX_FROM} tokens or more on CUDA: set it to 0 (hidden_dropout_prob may "
+                "stay)"
             )
         from .kernels_flex import attention_within
 
@@ -219,7 +225,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         fused = triton_for(x)
         one_chunk = fused.chunk_cross_entropy if fused else chunk_cross_entropy
-        rows_at_once = max(1, CHUNK_LOGITS // len(weight))
+        chunk = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cpu"])
+        rows_at_once = max(1, chunk // len(weight))
         for first in range(0, len(hidden), rows_at_once):
             rows = slice(first, first + rows_at_once)
             logits = x[rows] @ w.t()

@@ -51,6 +51,15 @@ class SharedGradients:
             self._sums, self._backward_pass = [None] * len(self._sums), this
 
 
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] · weight [in, out] as [rows, out], without a bias; else as `linear`."""
+    dtype = compute_dtype(x)
+    flat, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
+    if is_traced() or not torch.is_grad_enabled():
+        return flat @ weight
+    return _Linear.apply(None, flat, weight)  # type: ignore[no-any-return]
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [..., in] · weight [in, out] + bias [out].
 
@@ -70,11 +79,11 @@ class _Linear(torch.autograd.Function):
     """If the node that made the weight has `shared_gradients`, adds to them and gives autograd no gradient for it."""
 
     @staticmethod
-    def forward(ctx: Any, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = bias.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.shared, ctx.index = getattr(weight.grad_fn, "shared_gradients", None), weight.output_nr
-        return torch.addmm(bias.to(x.dtype), x, weight)
+        return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
 
     @staticmethod
     @once_differentiable

@@ -22,8 +22,9 @@ CHUNK_BYTES = 16 << 20
 def write_direct(path: Path, data: memoryview) -> None:
     """Write bytes to a new file and fsync it.
 
-    The write is buffered where the file system has no direct writes, where the kernel cannot use the memory of `data`, or where `data` does not start at a multiple of
-    BLOCK_BYTES in memory. Raises OSError where the disk does not take the bytes.
+    The write is buffered where the file system has no direct writes, where the kernel cannot use the memory of `data`,
+    or where `data` does not start at a multiple of BLOCK_BYTES in memory. Raises OSError where the disk does not take
+    the bytes.
     """
     with path.open("wb", buffering=0) as out:
         done = _write_blocks(out.fileno(), data[: len(data) // BLOCK_BYTES * BLOCK_BYTES])

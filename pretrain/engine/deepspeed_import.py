@@ -21,6 +21,7 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
+
     if not torch.cuda.is_available():
         from deepspeed.ops import __compatible_ops__  # tries a compiler for each op
 

@@ -28,6 +28,6 @@ def set_numerics(attention_dropout: float, *, deterministic: bool) -> None:
     rounds = (attention_dropout * CUDNN_DROPOUT_STEPS) % 1 != 0
     torch.backends.cuda.enable_cudnn_sdp(not rounds and not deterministic)
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # else it fills each tensor
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is loaded

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -108,3 +111,13 @@ def test_a_run_directory_without_room(tmp_path: Path) -> None:
     said = preflight._no_room(Training(tmp_path, (), (), ClusterRecipe(free_gb=1e9)))
     assert said is not None
     assert "GB free, the recipe wants 1e+09 (free_gb)" in said
+
+
+@pytest.mark.parametrize(("floor", "code"), [("0", 0), ("1.5", 1)])
+def test_a_network_below_the_floor_fails(floor: str, code: int, port: int) -> None:
+    """A rank alone sends nothing, so it reaches 0 GB/s."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "cluster.collective", floor]
+    done = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("reaches 0.00 GB/s, below min_bandwidth (1.5 GB/s)" in done.stderr) == bool(code)

@@ -40,7 +40,7 @@ def plain_loss(given: list[Tensor], labels: Tensor, weights: Tensor) -> tuple[Te
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows_at_once", [1, 4, 13, 100])
 def test_chunked_cross_entropy_is_the_plain_one(monkeypatch: pytest.MonkeyPatch, rows_at_once: int, bias: bool) -> None:
-    monkeypatch.setattr(kernels, "CHUNK_LOGITS", rows_at_once * V + 1)
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", dict.fromkeys(("cpu", "cuda"), rows_at_once * V + 1))
     given, labels, weights = head_inputs(torch.float64, bias)
     labels[3] = int(F.linear(*given)[3].argmax())  # one right guess at least
     loss, correct = chunked_loss(given, labels, weights)
@@ -79,7 +79,7 @@ def test_bfloat16_loss_is_summed_in_float32(way: str) -> None:
 
 
 def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CHUNK_LOGITS", 4 * 1000)
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", dict.fromkeys(("cpu", "cuda"), 4 * 1000))
     hidden = torch.randn(64, K, requires_grad=True)
     weight = torch.randn(1000, K, requires_grad=True)
     labels = torch.zeros(64, dtype=torch.int64)
@@ -209,3 +209,13 @@ def test_attention_dropout_is_on_probabilities() -> None:
     output = attention(query, key, torch.ones(1, 50, 200, 4), None, 1.0, 0.1)
     assert output.mean().item() == pytest.approx(1, abs=0.002)
     assert output[..., 0].std().item() == pytest.approx((0.1 / 0.9 / 200) ** 0.5, rel=0.05)
+
+
+def test_short_rows_keep_documents_apart_by_sdpa_also_on_cuda() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [kernels.flex_serves(cuda, length) for length in (128, 256, 257, 512)] == [False, False, True, True]
+    assert not kernels.flex_serves(cpu, 512)
+
+
+def test_a_gpu_takes_larger_chunks_of_logits() -> None:
+    assert kernels.CHUNK_LOGITS["cuda"] // 30_528 >= 8_192

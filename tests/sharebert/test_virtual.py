@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from sharebert import ShareBertConfig
-from sharebert.shared_linear import linear
+from sharebert.shared_linear import linear, matmul
 from sharebert.virtual import blocks, generate
 
 
@@ -163,7 +163,8 @@ def test_the_gradients_of_all_layers_are_summed_in_float32() -> None:
     embedding = torch.zeros(config.vocab_size, 32, dtype=torch.bfloat16, requires_grad=True)
     (weight,) = generate(blocks(config)[:1], embedding, None, None)
     x, bias = torch.ones(1, 32, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.bfloat16)
-    sum(linear(x, weight, bias).sum() for _ in range(400)).backward()
+    uses = [linear(x, weight, bias) for _ in range(200)] + [matmul(x, weight) for _ in range(200)]
+    sum(use.sum() for use in uses).backward()
     used = embedding.grad[embedding.grad != 0]
     assert len(used) == 32 * 32
     assert (used == 400).all()

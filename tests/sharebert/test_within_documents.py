@@ -75,13 +75,13 @@ def test_flex_attention_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = batch()
     with torch.no_grad():
         expected = model.logits(packed["tokens"], DOCUMENT_IDS, document_ids=DOCUMENT_IDS)
-        monkeypatch.setattr(kernels, "flex_serves", lambda x: True)
+        monkeypatch.setattr(kernels, "flex_serves", lambda *_: True)
         made = model.logits(packed["tokens"], DOCUMENT_IDS, document_ids=DOCUMENT_IDS)
     torch.testing.assert_close(made[DOCUMENT_IDS > 0], expected[DOCUMENT_IDS > 0], rtol=1e-4, atol=1e-4)
 
 
 def test_flex_attention_refuses_dropout_on_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "flex_serves", lambda x: True)
+    monkeypatch.setattr(kernels, "flex_serves", lambda *_: True)
     model = tiny_model(attention_probs_dropout_prob=0.1)
     with pytest.raises(ShareBertError, match=r"attention_probs_dropout_prob: 0\.1, but .* set it to 0"):
         model.logits(batch()["tokens"], document_ids=DOCUMENT_IDS)
