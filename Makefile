@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLAYS := $(VENV)/.plays
 
-.PHONY: install demo demo-quick test test-slow test-slurm soak lint clean
+.PHONY: install demo demo-quick test test-slow test-slurm soak gpu gpu-wheels lint clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,14 @@ test-slurm: $(VENV)/.installed
 # A training under 44 injected faults, and the table of what became of them; at most 15 minutes.
 soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.faults
+
+# The first hour on a GPU: is it right, how fast is it, and where does the time go? About 35 minutes.
+gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu
+
+# What a machine with torch, transformers and tensorboard, but without a network, lacks for `python -m benchmarks.gpu`.
+gpu-wheels: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu.wheels $(if $(GPU_PYTHON),--python $(GPU_PYTHON))
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 import venv
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from benchmarks.gpu.wheels import required
 
 ROOT = Path(__file__).resolve().parent.parent
 ONLY = ("torch", "transformers", "safetensors")
-LEFT_OUT = {"triton"}
+LEFT_OUT = frozenset({"triton"})
 """A CUDA build of torch requires it; without it, torch still works."""
 
 PAGES = ("README.md", "docs/exports.md")
@@ -80,30 +80,16 @@ print("as it should be")
 """
 
 
-def make(folder: Path) -> Path:
-    """Make the environment in `folder`; returns its Python."""
+def make(folder: Path, only: Sequence[str] = ONLY, left_out: frozenset[str] = LEFT_OUT) -> Path:
+    """Make an environment in `folder` with `only` and all that they require; returns its Python."""
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python3*/site-packages")
-    for distribution in _required():
+    for distribution in required(only, left_out).values():
         for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
             source = Path(str(distribution.locate_file(top)))
             if source.exists() and source.suffix != ".pth" and not (site / top).exists():
                 (site / top).symlink_to(source)
     return folder / "bin" / "python"
-
-
-def _required() -> list[metadata.Distribution]:
-    """ONLY and all that they require, without extras."""
-    found: dict[str, metadata.Distribution] = {}
-    waiting = list(ONLY)
-    while waiting:
-        name = waiting.pop().lower().replace("_", "-")
-        if name in found or name in LEFT_OUT:
-            continue
-        found[name] = metadata.distribution(name)
-        requirements = map(Requirement, found[name].requires or [])
-        waiting += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return list(found.values())
 
 
 def snippets(compact: Path, dense: Path, copy: Path) -> list[tuple[str, str]]:
