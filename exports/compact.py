@@ -22,7 +22,10 @@ from exports.export import Export
 from exports.files import CARD, CONFIG, write_json
 from exports.tokenizer import write_tokenizer
 from exports.weight_files import write_weights
+from exports.weight_source import TensorWeights, WeightSource, whole
 from sharebert.config import MODEL_TYPE
+from sharebert.stored import stored_tensors
+from sharebert.virtual import used_rows
 
 AUTO_MAP = {
     "AutoConfig": "hub.ShareBertHubConfig",
@@ -34,6 +37,15 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "hub.ShareBertForTokenClassification",
 }
 """Where the Auto classes of transformers find the code, in the export's own files."""
+
+
+def stored_weights(export: Export) -> WeightSource:
+    """What the file holds: all tensors, or, of a trimmed model, those that are not zero by construction."""
+    if not export.other_keys.get("trimmed"):
+        return export.weights
+    tensors = {name: whole(export.weights, name) for name in export.weights.specs}
+    pooler = bool(export.other_keys.get("trimmed_pooler", True))
+    return TensorWeights(stored_tensors(tensors, used_rows(export.config, pooler=pooler), pooler=pooler))
 
 
 @dataclass(frozen=True)
@@ -62,4 +74,4 @@ class Compact:
         (folder / CARD).write_text(model_card(export.config, export.kind, export.card_sections), encoding="utf-8")
         for source in sorted(Path(sharebert.__file__).parent.glob("*.py")):
             shutil.copyfile(source, folder / source.name)
-        write_weights(folder, export.weights, export.provenance, self.dtype)
+        write_weights(folder, stored_weights(export), export.provenance, self.dtype)

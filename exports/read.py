@@ -24,6 +24,7 @@ from exports.weight_files import read_metadata, read_weights
 from exports.weight_source import TensorWeights
 from sharebert.config import ShareBertConfig, ShareBertError
 from sharebert.heads import ShareBertForMaskedLM
+from sharebert.stored import full_tensors
 from sharebert_common.errors import BadInput
 
 MODEL_KEYS = frozenset(field.name for field in dataclasses.fields(ShareBertConfig)) | {"model_type"}
@@ -60,7 +61,10 @@ def read_export(folder: Path) -> Export:
     if given.head_is_unknown:
         print(f"{folder}: {given.architecture}: the head is left out, the encoder is read", file=sys.stderr)
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("sharebert.")}
-    order = [*tensor_shapes(given.config), *kind.further_shapes(given.config)]
+    shapes = tensor_shapes(given.config) | kind.further_shapes(given.config)
+    if given.other_keys.get("trimmed") and tensors:
+        tensors = full_tensors(shapes, tensors)
+    order = list(shapes)
     ordered = {name: tensors.pop(name) for name in order if name in tensors}
     tokenizer, card = folder / TOKENIZER, folder / CARD
     export = Export(
