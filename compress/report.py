@@ -179,8 +179,9 @@ def check(folder: Path) -> str:
             else:
                 lines.append(f"{row.name}: not checked, {place} has changed since")
             continue
-        found = dict(
-            zip(("parameters", "nonzeros", "bytes", "gzip_bytes"), (*counts(place), *sizes(place)), strict=True)
+        numbers = (*counts(place), *sizes(place))
+        found: dict[str, float | None] = dict(
+            zip(("parameters", "nonzeros", "bytes", "gzip_bytes"), numbers, strict=True)
         )
         if row.loss is not None:
             found["loss"] = masked_lm_loss(place, recipe.validation)

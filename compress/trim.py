@@ -23,7 +23,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from compress.step import FormName, Source, Tools
-from exports.export import Export, tensor_shapes
+from exports.compact import stored_weights
+from exports.export import Export
 from exports.forms import write_export
 from exports.kinds import MaskedLM
 from exports.read import load_model, read_export
@@ -64,8 +65,6 @@ class Trim:
 
 
 def _kept(export: Export) -> dict[str, Any]:
-    from exports.compact import stored_weights
-
     stored = sum(torch.Size(spec.shape).numel() for spec in stored_weights(export).specs.values())
     return {"parameters_after": stored}
 
@@ -81,7 +80,8 @@ def folded(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         layer_weights = OneGeneratedSet(model.config)(model, pooler=False)
         changed: dict[str, Tensor] = {}
-        for index, layer in enumerate(model.layers):
+        for index, module in enumerate(model.layers):
+            layer: Any = module
             weights = layer_weights.of_layer(index)
             beta, ffn_beta = layer.attention_norm.bias, layer.ffn_norm.bias
             value = layer.value_bias + beta @ weights.value
@@ -95,5 +95,4 @@ def folded(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 "ffn_norm.bias": torch.zeros_like(beta),
             }
             changed |= {f"sharebert.layers.{index}.{name}": value for name, value in new.items()}
-    assert changed.keys() <= tensor_shapes(model.config).keys()
     return {name: value.to(tensors[name].dtype) for name, value in changed.items()}
