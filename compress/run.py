@@ -63,8 +63,10 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
     """Raise BadInput for what can be known before the first step."""
     steps[0][1].check(source)
     form = source.form
-    for _, step in steps:
+    for name, step in steps:
         form = step.result_form(form)
+        if step.needs_calibration and recipe.calibration.dataset is None:
+            raise BadInput(f"calibration.dataset: {name} looks at rows of text as it is set here; name a dataset")
     for key in ("calibration", "validation"):
         rows = getattr(recipe, key)
         if rows.dataset is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compress.quantise.step import Quantise
 from compress.step import Step
 from compress.trim import Trim
 from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import describe, parse
 
-STEPS: dict[str, type[Any]] = {"trim": Trim}
+STEPS: dict[str, type[Any]] = {"trim": Trim, "quantise": Quantise}
 
 
 def step_of(given: Any, where: str) -> tuple[str, Step]:

@@ -41,6 +41,11 @@ class Trim:
     keep_pooler: bool | None = None
     """Keep the pooler's rows of W_all; none: only where the model is no masked language model."""
 
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Step.needs_calibration`."""
+        return False
+
     def check(self, source: Source) -> None:
         """See `Step.check`."""
         self.result_form(source.form)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -59,6 +59,14 @@ class Compact:
     def check(self, export: Export) -> None:
         """Every model has this form."""
 
+    def weights(self, export: Export) -> WeightSource:
+        """What the files hold."""
+        return stored_weights(export)
+
+    def further_keys(self) -> dict[str, Any]:
+        """Keys of `config.json` that say how the weights are stored."""
+        return {}
+
     def write(self, export: Export, folder: Path) -> None:
         """See `Form.write`. The weights are streamed."""
         pad_token_id = 0 if export.tokenizer is None else write_tokenizer(folder, export.tokenizer, export.config)
@@ -69,9 +77,10 @@ class Compact:
             "pad_token_id": pad_token_id,
             **export.kind.config_keys(),
             **export.other_keys,
+            **self.further_keys(),
         }
         write_json(folder / CONFIG, config)
         (folder / CARD).write_text(model_card(export.config, export.kind, export.card_sections), encoding="utf-8")
         for source in sorted(Path(sharebert.__file__).parent.glob("*.py")):
             shutil.copyfile(source, folder / source.name)
-        write_weights(folder, stored_weights(export), export.provenance, self.dtype)
+        write_weights(folder, self.weights(export), export.provenance, self.dtype)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import MODEL_TYPE, ShareBertConfig, ShareBertError
 from .encoder import Encoded, Layer, ShareBert
 from .heads import MlmHead
+from .packed import unpack_all
 from .plain_modules import embedding_matrix
 from .roles import ZERO_BIAS, Normal, Uniform, own_roles, set_roles, weight_role
 from .stored import full_tensors
@@ -80,6 +81,9 @@ except ImportError:  # before 4.53
 
 
 POOLINGS = ("pooler", "mean")
+
+STORAGE_KEYS = {"packing", "trimmed", "trimmed_pooler"}
+"""Keys of `config.json` that say how an export stores its tensors."""
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of `from_pretrained` that say where files come from."""
@@ -157,10 +161,16 @@ class ShareBertPreTrainedModel(PreTrainedModel):
         hub = {name: options[name] for name in HUB_OPTIONS if name in options}
         if config is None:
             config = cls.config_class.from_pretrained(place, **hub)
-        if place is None or "state_dict" in options or not getattr(config, "trimmed", False):
+        packing = getattr(config, "packing", None)
+        if place is None or "state_dict" in options or not (packing or getattr(config, "trimmed", False)):
             return super().from_pretrained(place, *given, config=config, **options)
+        config = copy.deepcopy(config)
         config.name_or_path = str(place)
+        for name in STORAGE_KEYS & vars(config).keys():  # a copy that is saved from here stores all, as numbers
+            delattr(config, name)
         stored = _stored(place, hub)
+        if packing:
+            stored = unpack_all(packing, stored)
         for name in ("subfolder", "variant"):
             options.pop(name, None)
         shapes = {name: tensor.shape for name, tensor in _on_meta(cls, config).items()}
@@ -296,7 +306,9 @@ def _stored(place: Any, hub: dict[str, Any]) -> dict[str, Tensor]:
             files = sorted(set(json.load(lines)["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors.update(load_file(cached_file(place, file, **hub)))
+        path = cached_file(place, file, **hub)
+        assert path is not None
+        tensors.update(load_file(path))
     return tensors
 
 
