@@ -79,6 +79,26 @@ def evaluate(given: argparse.Namespace) -> int:
     return FINISHED
 
 
+def compress(given: argparse.Namespace) -> int:
+    from compress.recipe import CompressRecipe
+
+    words, overrides = split_words(given.words, CompressRecipe)
+    if given.check:
+        from compress.report import check
+
+        if len(words) != 1 or overrides:
+            raise BadInput("--check: takes one folder, the OUT of an earlier call")
+        print(check(_path(words[0])))
+        return FINISHED
+    from compress.run import compress as run
+
+    if len(words) != 3:
+        raise BadInput("compress takes SOURCE RECIPE OUT, and key=value for what differs from the recipe")
+    source, recipe, out = words
+    print(run(_path(source), load(CompressRecipe, recipe, overrides), _path(out)))
+    return FINISHED
+
+
 def fill(given: argparse.Namespace) -> int:
     from exports.fill import fill
 
@@ -288,6 +308,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", help="path or shipped name of a recipe")
     sub.add_argument("--save", type=_path, metavar="OUT", help="save the best fine-tuned classifier as an export")
     sub.set_defaults(schema="scoring.recipe:EvaluateRecipe", words_are="models")
+    sub = verb("compress", compress, "Make an export smaller or faster, step by step, with a report after each.")
+    sub.add_argument(
+        "words",
+        nargs="+",
+        metavar="SOURCE RECIPE OUT [key=value ...]",
+        help="folder of an export or of a Hugging Face encoder; a recipe, such as compress/int8; a new folder",
+    )
+    sub.add_argument("--check", action="store_true", help="compute the numbers of the report in OUT again")
+    sub.set_defaults(help_text="compress.recipe:describe_all", words_are="words")
     sub = verb("fill", fill, "Fill [MASK] in a text.")
     sub.add_argument("text", help="a text with [MASK]")
     sub.add_argument("export", type=_path, help="directory of an export")
@@ -331,9 +360,12 @@ def _add_keys_to_help(parser: argparse.ArgumentParser, name: str) -> None:
 
     verbs = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     sub = verbs.get(name)
-    if sub is not None and sub.get_default("schema"):
-        module, _, attribute = sub.get_default("schema").partition(":")
-        sub.epilog = "keys:\n" + describe(getattr(import_module(module), attribute))
+    if sub is None:
+        return
+    for default, text_of in (("schema", describe), ("help_text", lambda function: function())):
+        if sub.get_default(default):
+            module, _, attribute = sub.get_default(default).partition(":")
+            sub.epilog = "keys:\n" + text_of(getattr(import_module(module), attribute))
 
 
 if __name__ == "__main__":

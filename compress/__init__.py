@@ -1,4 +1,15 @@
 """Steps from export to export that make a model smaller: `sharebert compress`.
 
-step.py    the protocol of a step, and what it is given
+run           the command: steps one after the other, a report after each
+recipe        its keys
+step          the protocol of a step, and what it is given
+steps         all steps by name
+source        which form of a model a folder holds
+step_folders  the results of steps, kept so that a killed command goes on
+tools         what the frame gives to a step; the masked-language-model loss of any form
+measure       what a report says about one model
+latency       time and memory of a model, in a process of its own
+report        the report as a table, JSON, a picture and curves, and its check
+quantise      the step that stores the factors in a few bits a number
+trim          the step that leaves out parameters that change no output
 """

@@ -50,6 +50,11 @@ class Tools(Protocol):
 class Step(Protocol):
     """One step. It is a frozen pydantic dataclass: its fields are its keys in a recipe, each with a docstring."""
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it asks for calibration rows, so that a recipe without a dataset is refused before any work."""
+        ...
+
     def check(self, source: Source) -> None:
         """Raise BadInput, with one line, if this step cannot take `source`. Called before any work."""
         ...

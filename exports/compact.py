@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,7 +22,10 @@ from exports.export import Export
 from exports.files import CARD, CONFIG, write_json
 from exports.tokenizer import write_tokenizer
 from exports.weight_files import write_weights
+from exports.weight_source import TensorWeights, WeightSource, whole
 from sharebert.config import MODEL_TYPE
+from sharebert.stored import stored_tensors
+from sharebert.virtual import used_rows
 
 AUTO_MAP = {
     "AutoConfig": "hub.ShareBertHubConfig",
@@ -36,6 +39,15 @@ AUTO_MAP = {
 """Where the Auto classes of transformers find the code, in the export's own files."""
 
 
+def stored_weights(export: Export) -> WeightSource:
+    """What the file holds: all tensors, or, of a trimmed model, those that are not zero by construction."""
+    if not export.other_keys.get("trimmed"):
+        return export.weights
+    tensors = {name: whole(export.weights, name) for name in export.weights.specs}
+    pooler = bool(export.other_keys.get("trimmed_pooler", True))
+    return TensorWeights(stored_tensors(tensors, used_rows(export.config, pooler=pooler), pooler=pooler))
+
+
 @dataclass(frozen=True)
 class Compact:
     """The learned parameters as they are."""
@@ -47,6 +59,14 @@ class Compact:
     def check(self, export: Export) -> None:
         """Every model has this form."""
 
+    def weights(self, export: Export) -> WeightSource:
+        """What the files hold."""
+        return stored_weights(export)
+
+    def further_keys(self) -> dict[str, Any]:
+        """Keys of `config.json` that say how the weights are stored."""
+        return {}
+
     def write(self, export: Export, folder: Path) -> None:
         """See `Form.write`. The weights are streamed."""
         pad_token_id = 0 if export.tokenizer is None else write_tokenizer(folder, export.tokenizer, export.config)
@@ -57,9 +77,10 @@ class Compact:
             "pad_token_id": pad_token_id,
             **export.kind.config_keys(),
             **export.other_keys,
+            **self.further_keys(),
         }
         write_json(folder / CONFIG, config)
         (folder / CARD).write_text(model_card(export.config, export.kind, export.card_sections), encoding="utf-8")
         for source in sorted(Path(sharebert.__file__).parent.glob("*.py")):
             shutil.copyfile(source, folder / source.name)
-        write_weights(folder, export.weights, export.provenance, self.dtype)
+        write_weights(folder, self.weights(export), export.provenance, self.dtype)

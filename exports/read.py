@@ -24,6 +24,8 @@ from exports.weight_files import read_metadata, read_weights
 from exports.weight_source import TensorWeights
 from sharebert.config import ShareBertConfig, ShareBertError
 from sharebert.heads import ShareBertForMaskedLM
+from sharebert.packed import unpack_all
+from sharebert.stored import full_tensors
 from sharebert_common.errors import BadInput
 
 MODEL_KEYS = frozenset(field.name for field in dataclasses.fields(ShareBertConfig)) | {"model_type"}
@@ -60,7 +62,16 @@ def read_export(folder: Path) -> Export:
     if given.head_is_unknown:
         print(f"{folder}: {given.architecture}: the head is left out, the encoder is read", file=sys.stderr)
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("sharebert.")}
-    order = [*tensor_shapes(given.config), *kind.further_shapes(given.config)]
+    shapes = tensor_shapes(given.config) | kind.further_shapes(given.config)
+    other_keys = dict(given.other_keys)
+    if packing := other_keys.pop("packing", None):
+        try:
+            tensors = unpack_all(packing, tensors)
+        except (ShareBertError, TypeError, KeyError, AttributeError) as error:
+            raise BadInput(f"{folder}: {error}") from error
+    if other_keys.get("trimmed") and tensors:
+        tensors = full_tensors(shapes, tensors)
+    order = list(shapes)
     ordered = {name: tensors.pop(name) for name in order if name in tensors}
     tokenizer, card = folder / TOKENIZER, folder / CARD
     export = Export(
@@ -70,7 +81,7 @@ def read_export(folder: Path) -> Export:
         tokenizer=tokenizer if tokenizer.is_file() else None,
         card_sections=sections_of(card.read_text(encoding="utf-8")) if card.is_file() else {},
         provenance=read_metadata(folder),
-        other_keys=given.other_keys,
+        other_keys=other_keys,
     )
     export.check(str(folder))
     return export

@@ -44,6 +44,12 @@ def pieces(source: WeightSource, names: Sequence[str]) -> Iterator[tuple[str, Te
             yield name, source.read(name, first, min(PIECE_ELEMENTS, elements - first))
 
 
+def whole(source: WeightSource, name: str) -> Tensor:
+    """The whole tensor `name`."""
+    shape = source.specs[name].shape
+    return source.read(name, 0, math.prod(shape)).view(shape)
+
+
 class TensorWeights:
     """Weights that are in memory, or mapped into it."""
 

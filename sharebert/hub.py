@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from .config import MODEL_TYPE, ShareBertConfig, ShareBertError
 from .encoder import Encoded, Layer, ShareBert
 from .heads import MlmHead
+from .packed import unpack_all
 from .plain_modules import embedding_matrix
 from .roles import ZERO_BIAS, Normal, Uniform, own_roles, set_roles, weight_role
+from .stored import full_tensors
 
 if TYPE_CHECKING:  # transformers before 5.10 copies only the files that this one names
     from .init import initialize  # noqa: F401
@@ -47,6 +50,7 @@ try:
         SequenceClassifierOutput,
         TokenClassifierOutput,
     )
+    from transformers.utils import cached_file
 except ImportError as error:
     raise ImportError(
         "ShareBERT for transformers needs its version 4.48 or newer: pip install 'transformers>=5'"
@@ -78,6 +82,12 @@ except ImportError:  # before 4.53
 
 
 POOLINGS = ("pooler", "mean")
+
+STORAGE_KEYS = {"packing", "trimmed", "trimmed_pooler"}
+"""Keys of `config.json` that say how an export stores its tensors."""
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments of `from_pretrained` that say where files come from."""
 
 HEADS = {
     "mlm": r"^mlm_head\.",
@@ -142,6 +152,31 @@ class ShareBertPreTrainedModel(PreTrainedModel):
             bias = self.sharebert.pooler_bias.data
             del self.sharebert.pooler_bias
             self.sharebert.register_buffer("pooler_bias", bias)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *given: Any, config: Any = None, **options: Any
+    ) -> Any:
+        """As in transformers; an export that does not store all tensors as they are is completed first."""
+        place = pretrained_model_name_or_path
+        hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+        if config is None:
+            config = cls.config_class.from_pretrained(place, **hub)
+        packing = getattr(config, "packing", None)
+        if place is None or "state_dict" in options or not (packing or getattr(config, "trimmed", False)):
+            return super().from_pretrained(place, *given, config=config, **options)
+        config = copy.deepcopy(config)
+        config.name_or_path = str(place)
+        for name in STORAGE_KEYS & vars(config).keys():  # a copy that is saved from here stores all, as numbers
+            delattr(config, name)
+        stored = _stored(place, hub)
+        if packing:
+            stored = unpack_all(packing, stored)
+        for name in ("subfolder", "variant"):
+            options.pop(name, None)
+        shapes = {name: tensor.shape for name, tensor in _on_meta(cls, config).items()}
+        options["state_dict"] = full_tensors(shapes, stored)
+        return super().from_pretrained(None, *given, config=config, **options)
 
     @property
     def base_model(self) -> nn.Module:
@@ -258,6 +293,29 @@ class ShareBertPreTrainedModel(PreTrainedModel):
         """A linear layer from hidden states to scores, that starts as the model's weights do."""
         layer = nn.Linear(self.config.hidden_size, labels)
         return set_roles(layer, weight=weight_role(self.config.initializer_range), bias=ZERO_BIAS)
+
+
+def _stored(place: Any, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors in the safetensors files of a folder, or of a repository on the hub."""
+    from safetensors.torch import load_file
+
+    files = ["model.safetensors"]
+    index = cached_file(place, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if index is not None:
+        with open(index, encoding="utf-8") as lines:  # noqa: PTH123
+            files = sorted(set(json.load(lines)["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        path = cached_file(place, file, **hub)
+        assert path is not None
+        tensors.update(load_file(path))
+    return tensors
+
+
+def _on_meta(cls: Any, config: ShareBertHubConfig) -> dict[str, Tensor]:
+    """The tensors of a model of this class, without values."""
+    with torch.device("meta"):
+        return dict(cls(config).state_dict())
 
 
 class ShareBertModel(ShareBertPreTrainedModel):

@@ -65,6 +65,12 @@ def blocks(config: ShareBertConfig) -> Blocks:
     )
 
 
+def used_rows(config: ShareBertConfig, *, pooler: bool) -> int:
+    """Rows of W_all, the last ones, that make columns of a block; with the pooler's block or without it."""
+    cut = blocks(config) if pooler else blocks(config)[:-1]
+    return config.hidden_size - min(block.first for block in cut)
+
+
 def generate(
     cut: Sequence[Block], embedding: Tensor, projection: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, ...]:

@@ -1,0 +1,113 @@
+"""How long a model takes, and how much memory: in a process of its own.
+
+    python -m compress.latency FOLDER RUNTIME THREADS REPEATS SHAPE [SHAPE ...]     prints JSON
+
+A shape is rows x tokens. The batch is made of random ordinary words, without padding.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sharebert_common.errors import BadInput
+
+
+def runtimes(form: str) -> list[str]:
+    """The runtimes that apply to a form, of those that are installed."""
+    from compress.tools import installed
+
+    if form != "onnx":
+        return ["transformers"]
+    return [runtime for runtime in ("onnxruntime", "openvino") if installed(runtime)]
+
+
+def measure(folder: Path, runtime: str, shapes: Sequence[str], threads: int, repeats: int) -> dict[str, Any]:
+    """{"ms": {shape: median}, "peak_bytes": of the process} of the model in `folder`.
+
+    Shapes with more tokens than the model has positions are left out. Raises BadInput where it fails.
+    """
+    command = [sys.executable, "-m", "compress.latency", str(folder), runtime, str(threads), str(repeats), *shapes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise BadInput(f"{folder}: cannot be timed in {runtime}: {said[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+class Opened(NamedTuple):
+    """A model that can be timed."""
+
+    call: Callable[[Any], Any]
+    """Takes token ids [B, T] int64."""
+    words: int
+    positions: int
+
+
+def opened(folder: Path, runtime: str, threads: int) -> Opened:
+    """The model in `folder`, ready in a runtime."""
+    if runtime in ("onnxruntime", "openvino"):
+        from compress.dense.runtime import session_of
+
+        session = session_of(folder, runtime=runtime, threads=threads)
+        return Opened(session.run_ids, session.words, session.positions)
+    import torch
+
+    torch.set_num_threads(threads)
+    from compress.source import open_source
+
+    if open_source(folder).form == "compact":
+        from exports.read import load_model
+
+        encoder = load_model(folder).sharebert
+
+        def run_compact(ids: Any) -> Any:
+            with torch.no_grad():
+                return encoder(ids)
+
+        return Opened(run_compact, encoder.config.vocab_size, encoder.config.max_position_embeddings)
+    import transformers
+
+    given = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
+    model = transformers.AutoModel.from_pretrained(folder, **given).eval()
+
+    def run(ids: Any) -> Any:
+        with torch.no_grad():
+            return model(input_ids=ids)
+
+    return Opened(run, model.config.vocab_size, model.config.max_position_embeddings)
+
+
+def main(folder: str, runtime: str, threads: str, repeats: str, *shapes: str) -> None:
+    """Time and print."""
+    import torch
+
+    model = opened(Path(folder), runtime, int(threads))
+    call, words = model.call, model.words
+    found = {}
+    for shape in shapes:
+        rows, tokens = map(int, shape.split("x"))
+        if tokens > model.positions:
+            continue
+        ids = torch.randint(min(1000, words // 2), words, (rows, tokens), generator=torch.Generator().manual_seed(0))
+        call(ids)
+        call(ids)
+        times = []
+        for _ in range(int(repeats)):
+            began = time.perf_counter()
+            call(ids)
+            times.append(time.perf_counter() - began)
+        found[shape] = statistics.median(times) * 1e3
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+    print(json.dumps({"ms": found, "peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,6 @@
+"""The step `quantise`: the factors E and W_all in a few bits a number, in a file that is really small.
+
+step        the step and its keys
+rounding    numbers → codes and scales: to the nearest, with a search for the clip, or with GPTQ
+hessians    how much an error of each factor costs, in closed form
+"""

@@ -1,0 +1,193 @@
+"""The step `quantise`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from compress.quantise.hessians import Statistics, collect, of_embedding, of_projection
+from compress.quantise.rounding import Rounded, gptq, searched, to_nearest
+from compress.step import FormName, Source, Tools
+from exports.compact import stored_weights
+from exports.export import Export
+from exports.forms import write_export
+from exports.packed import Packed
+from exports.read import load_model, read_export
+from exports.weight_source import TensorWeights, whole
+from sharebert.heads import ShareBertForMaskedLM
+from sharebert.packed import ROTATED, ROTATION, Packing, stored, unpack
+from sharebert.stored import full_tensors
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
+
+FACTORS = (*ROTATED, "sharebert.factor_linear.weight", "mlm_head.dense.weight", "mlm_head.decoder.weight")
+"""The matrices that are quantised. All others are vectors, or have a row a position or a token type."""
+
+EMBEDDING, PROJECTION = ROTATED
+
+SMALL = 2_000_000
+"""Numbers below which a matrix is small. An untied head's dense [H, H] is not, at the published sizes."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class Quantise:
+    """Store the factors in a few bits a number, and all vectors in 16 or 8; products are as before."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 8
+    """Bits of a number of E, and of an untied head's matrices."""
+    small_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    """Bits of the small matrices: W_all, factor_linear and a tied head's; none: as `bits`. They are a few percent of
+    the numbers, and do much of the damage at few bits."""
+    scheme: Literal["symmetric", "asymmetric", "midpoint"] = "asymmetric"
+    """How a range becomes codes; see sharebert/packed.py."""
+    group: Annotated[int, Field(ge=-1)] = 0
+    """Neighbours of a row that share a scale; 0: a whole row; -1: the whole matrix."""
+    vectors: Literal[8, 16] = 16
+    """Bits of biases, norms and position embeddings."""
+    rounding: Literal["nearest", "search", "gptq"] = "search"
+    """nearest; search: the range of each group with the least error; gptq: also move each error into later columns, by
+    what calibration rows say."""
+    centre: bool = False
+    """Subtract the mean row of E before rounding, and add it again at the load: rows of E have much in common."""
+    frequent: Annotated[int, Field(ge=0)] = 0
+    """Keep 8 bits for the rows of E of so many words, those that are most frequent in the calibration rows."""
+    rotate: bool = False
+    """Rotate the columns of E and W_all before rounding, which spreads large numbers over all columns."""
+    coded: bool = False
+    """Compress the codes by Huffman's code."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Step.needs_calibration`."""
+        return self.rounding == "gptq" or self.frequent > 0
+
+    def check(self, source: Source) -> None:
+        """See `Step.check`."""
+        self.result_form(source.form)
+        if self.rotate and read_export(source.folder).config.sharing == "eps":
+            raise BadInput(
+                "quantise.rotate: with sharing: eps the layers are cut from E itself, which cannot be rotated"
+            )
+
+    def result_form(self, source: FormName) -> FormName:
+        """See `Step.result_form`."""
+        if source != "compact":
+            raise BadInput(f"quantise: takes a compact export, this one is {source}")
+        return source
+
+    def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
+        """See `Step.apply`."""
+        export = read_export(source.folder)
+        kept = stored_weights(export)
+        tensors = {name: whole(kept, name).float() for name in kept.specs}
+        model = load_model(source.folder)
+        statistics = collect(model, tools.calibration()) if self.rounding == "gptq" else None
+        packings = {name: self.packing_of(name, tensor) for name, tensor in tensors.items()}
+        parts: dict[str, Tensor] = {}
+        back = None
+        if self.rotate:
+            rotation = random_rotation(export.config.factor_size, tools.seed)
+            parts[ROTATION] = rotation.half()
+            back = parts[ROTATION].float().t()  # what a loader multiplies by; its inverse makes the stored factors
+            for name in ROTATED:
+                tensors[name] = torch.linalg.solve(back.double(), tensors[name].double(), left=False).float()
+        values = dict(tensors)
+        errors: dict[str, float] = {}
+        for name, packing in packings.items():
+            if packing is None:
+                continue
+            matrix = tensors[name].view(packing.matrix)
+            further: dict[str, Tensor] = {}
+            if packing.centred:
+                further[f"{name}.mean"] = matrix.mean(0).half()
+                matrix = matrix - further[f"{name}.mean"].float()
+            rounded = self.round(name, matrix, packing, model, statistics, back, values)
+            codes = rounded.codes
+            if packing.exact:
+                rows = frequent_rows(tools.calibration(), packing.shape[0], packing.exact)
+                codes[rows] = packing.zero  # nobody reads them, and equal codes are short ones
+                exact = to_nearest(matrix[rows], packing.of_exact)
+                further[f"{name}.exact_rows"] = rows.to(torch.int32)
+                further |= stored(f"{name}.exact", packing.of_exact, exact.codes, exact.scales, exact.offsets)
+            parts |= further | stored(name, packing, codes, rounded.scales, rounded.offsets)
+            values[name] = unpack(name, packing, parts)
+            errors[name] = float((values[name] - tensors[name]).norm() / tensors[name].norm().clamp(min=1e-12))
+        form = Packed(
+            dtype=None,
+            packings={name: packing for name, packing in packings.items() if packing is not None},
+            parts=parts,
+        )
+        halves = {name: tensor.half() for name, tensor in tensors.items() if packings[name] is None}
+        write_export(with_tensors(export, halves), out, form)
+        return {f"relative error of {name}": errors[name] for name in FACTORS if name in errors}
+
+    def packing_of(self, name: str, tensor: Tensor) -> Packing | None:
+        """How a tensor is packed; None where it is stored in 16 bits."""
+        shape = tuple(tensor.shape)
+        if name in FACTORS:
+            exact, centre = (min(self.frequent, shape[0]), self.centre) if name == EMBEDDING else (0, False)
+            small = name not in (EMBEDDING, "mlm_head.decoder.weight") and shape[0] * shape[1] < SMALL
+            bits = self.small_bits or self.bits if small else self.bits
+            return Packing(shape, bits, self.scheme, self.group, self.coded, centre, exact)
+        if self.vectors == 16:
+            return None
+        return Packing(shape, 8, "asymmetric", 0, False)
+
+    def round(
+        self,
+        name: str,
+        matrix: Tensor,
+        packing: Packing,
+        model: ShareBertForMaskedLM,
+        statistics: Statistics | None,
+        back: Tensor | None,
+        values: dict[str, Tensor],
+    ) -> Rounded:
+        """A matrix as codes. `values` are all tensors as they stand: W_all is rounded for an E that is rounded."""
+        keep = None if self.rounding == "nearest" or name not in FACTORS else searched(matrix, packing)
+        if statistics is None or name not in ROTATED or self.rounding != "gptq":
+            return to_nearest(matrix, packing, keep)
+        turn = torch.eye(matrix.shape[1]) if back is None else back
+        if name == EMBEDDING:
+            plain = of_embedding(model, statistics, full_projection(model, values[PROJECTION], turn))
+            return gptq(matrix, packing, lambda rows: turn @ plain(rows) @ turn.t(), keep, rows_at_once=256)
+        missing = model.config.hidden_size - len(matrix)
+        plain = of_projection(model, statistics, values[EMBEDDING] @ turn)
+
+        def some_rows(rows: slice) -> Tensor:
+            return turn @ plain(slice(rows.start + missing, rows.stop + missing)) @ turn.t()
+
+        return gptq(matrix, packing, some_rows, keep, rows_at_once=256)
+
+
+def frequent_rows(tokens: Tensor, words: int, count: int) -> Tensor:
+    """The `count` most frequent words of some rows, ascending; among equals those with the lowest id."""
+    counts = torch.bincount(tokens.flatten(), minlength=words)
+    return torch.sort(counts, descending=True, stable=True).indices[:count].sort().values
+
+
+def full_projection(model: ShareBertForMaskedLM, projection: Tensor, turn: Tensor) -> Tensor:
+    """W_all [H, F] before the rotation, with zeros where rows are not stored."""
+    full = torch.zeros(model.config.hidden_size, projection.shape[1])
+    full[len(full) - len(projection) :] = projection @ turn
+    return full
+
+
+def random_rotation(size: int, seed: int) -> Tensor:
+    """A random orthogonal matrix [size, size]."""
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float()
+
+
+def with_tensors(export: Export, tensors: dict[str, Tensor]) -> Export:
+    """The export with some tensors in place of its own, given as a trimmed export stores them."""
+    own = {name: whole(export.weights, name) for name in export.weights.specs}
+    full = full_tensors({name: tensor.shape for name, tensor in own.items() if name in tensors}, tensors)
+    return dataclasses.replace(export, weights=TensorWeights(own | full))

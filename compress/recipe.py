@@ -1,0 +1,72 @@
+"""The recipe of `sharebert compress`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import field
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from scoring.recipe import EvaluateRecipe
+from sharebert_common.recipe import STRICT, describe
+
+
+@dataclass(config=STRICT, kw_only=True)
+class RowsRecipe:
+    """Rows of a dataset that `sharebert prep` made."""
+
+    dataset: str | None = None
+    """Folder of the dataset; its tokenizer must be the model's."""
+    rows: PositiveInt = 1024
+    """How many rows are used."""
+
+
+def _shape(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise ValueError(f"'{text}' is no shape; write rows x tokens as 1x128")
+    return text
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ReportRecipe:
+    """What the report measures, beside what it always does."""
+
+    latency: list[Annotated[str, AfterValidator(_shape)]] = field(default_factory=lambda: ["1x16", "1x128", "32x128"])
+    """Batches that are timed, as rows x tokens; an empty list times none."""
+    repeats: PositiveInt = 10
+    """A latency is the median of this many calls."""
+    threads: PositiveInt = 1
+    """Threads of a timed call."""
+    references: list[str] = field(default_factory=list)
+    """Further models to measure beside: folders, and with a task `tfidf`, `majority` or `random:FOLDER`."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class CompressRecipe:
+    """Steps from one model to the next, and what is measured after each."""
+
+    SHORTHAND: ClassVar[dict[str, str]] = {"calibration": "dataset", "validation": "dataset"}
+
+    steps: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
+    """The steps in their order, each a name or a name with its keys: [trim, {quantise: {bits: 8}}]."""
+    calibration: RowsRecipe = field(default_factory=RowsRecipe)
+    """Rows of a train split for steps that look at activations; a plain value means calibration.dataset."""
+    validation: RowsRecipe = field(default_factory=RowsRecipe)
+    """Held-out rows for the masked-language-model loss; a plain value means validation.dataset."""
+    task: EvaluateRecipe | None = None
+    """A task that every model is fine-tuned and scored on: the keys of `sharebert evaluate`; none: no task."""
+    report: ReportRecipe = field(default_factory=ReportRecipe)
+    """What the report measures."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides every random choice of the steps."""
+    keep_steps: bool = False
+    """Keep the result of every step in OUT.steps; otherwise it is removed once OUT is whole."""
+
+
+def describe_all() -> str:
+    """All keys, then all steps with theirs, for `--help`."""
+    from compress.steps import describe_steps
+
+    return f"{describe(CompressRecipe)}\n\nsteps:\n{describe_steps()}"

@@ -1,0 +1,147 @@
+"""`sharebert compress`: the steps of a recipe one after the other, a report after each, and OUT whole or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from compress.measure import Measured, is_baseline, measure, measure_baseline
+from compress.recipe import CompressRecipe
+from compress.report import JSON, model_files, table, write_report
+from compress.source import open_source
+from compress.step import Source, Step
+from compress.step_folders import StepFolder, checksums, digest
+from compress.steps import step_of
+from compress.tools import RecipeTools, open_rows
+from sharebert_common.errors import BadInput
+from sharebert_common.files import make_folders, whole_or_absent_folder, write_atomically
+from sharebert_common.recipe import plain
+
+ROOM = 3
+"""Free space that a result needs, as a multiple of its source: the result, what it is made from, and a report."""
+
+
+def compress(folder: Path, recipe: CompressRecipe, out: Path) -> str:
+    """Compress the model in `folder` into the new folder `out`; the table of the report.
+
+    The result of every step is kept in `out`.steps, and taken up again if the command is called again after it was
+    killed. It is removed once `out` is whole, unless the recipe keeps it.
+
+    Raises BadInput before the first step: no model in `folder`, a step that cannot take what it would get, a dataset
+    of another tokenizer, too little disk, `out` holds something else.
+    """
+    source = open_source(folder)
+    steps = [step_of(given, f"steps.{number}") for number, given in enumerate(recipe.steps)]
+    check_all(source, recipe, steps, out)
+    parent = out.with_name(f"{out.name}.steps")
+    make_folders(parent)
+    rows = Rows(recipe, parent, say)
+    rows.add("source", "source", source.folder, {})
+    current = source
+    for number, (name, step) in enumerate(steps, 1):
+        place = StepFolder(parent, f"{number}-{name}")
+        notes = run_step(name, step, current, place, recipe)
+        current = open_source(place.model)
+        rows.add(f"{number} {name}", "step", current.folder, notes)
+        say(table(rows.rows))
+    for reference in recipe.report.references:
+        rows.add_reference(reference)
+    with whole_or_absent_folder(out) as whole:
+        shutil.copytree(current.folder, whole, dirs_exist_ok=True)
+        text = write_report(whole, rows.rows, recipe, rows.files)
+    if not recipe.keep_steps:
+        shutil.rmtree(parent, ignore_errors=True)
+    return text
+
+
+def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Step]], out: Path) -> None:
+    """Raise BadInput for what can be known before the first step."""
+    steps[0][1].check(source)
+    form = source.form
+    for name, step in steps:
+        form = step.result_form(form)
+        if step.needs_calibration and recipe.calibration.dataset is None:
+            raise BadInput(f"calibration.dataset: {name} looks at rows of text as it is set here; name a dataset")
+    for key in ("calibration", "validation"):
+        rows = getattr(recipe, key)
+        if rows.dataset is not None:
+            open_rows(key, rows, source.folder)
+    for reference in recipe.report.references:
+        if not is_baseline(reference):
+            open_source(Path(reference))
+    if out.resolve() == source.folder.resolve():
+        raise BadInput(f"{out}: is the source; choose another folder for the result")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / JSON).is_file())):
+        raise BadInput(f"{out}: exists and is no result of `compress`; choose another folder, or remove it first")
+    needed = ROOM * sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())
+    nearest = next(place for place in (out.parent, *out.parent.parents, Path()) if place.is_dir())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise BadInput(f"{out}: its disk has {free / 1e6:,.0f} MB left, and this may need {needed / 1e6:,.0f} MB")
+
+
+def run_step(name: str, step: Step, source: Source, place: StepFolder, recipe: CompressRecipe) -> dict[str, Any]:
+    """Run a step, or take its result from before; its notes."""
+    identity = {
+        "step": name,
+        "keys": plain(step),
+        "seed": recipe.seed,
+        "calibration": plain(recipe.calibration),
+        "source": digest(checksums(source.folder)),
+        "version": version("sharebert"),
+    }
+    record = place.result(identity, say)
+    if record is None:
+        step.check(source)
+        place.open()
+        with whole_or_absent_folder(place.model) as folder:
+            notes = step.apply(source, RecipeTools(recipe, source.folder, place.scratch, say), folder)
+        record = place.finish(identity, notes)
+    else:
+        say(f"{place.model}: whole already")
+    return dict(record["notes"])
+
+
+class Rows:
+    """The rows of the report. Each is kept in a file as soon as it was measured."""
+
+    def __init__(self, recipe: CompressRecipe, parent: Path, say: Callable[[str], None]) -> None:
+        self.rows: list[Measured] = []
+        self.files: dict[str, str] = {}
+        self._recipe, self._parent, self._say = recipe, parent, say
+        given = plain(recipe)
+        self._asked = {key: given[key] for key in ("validation", "task", "report")}
+
+    def add(self, name: str, role: str, folder: Path, notes: dict[str, Any]) -> None:
+        """Measure the model in `folder`, or take the row from before if its files and the recipe are the same."""
+        self.files[str(folder)] = digest(model_files(folder))
+        kept = self._parent / f"{name.replace(' ', '-').replace('/', '-')}.row.json"
+        asked = {"files": self.files[str(folder)], "asked": self._asked, "notes": notes}
+        try:
+            record = json.loads(kept.read_text(encoding="utf-8"))
+            if record["asked"] == json.loads(json.dumps(asked)):
+                self.rows.append(Measured(**record["row"]))
+                return
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        self._say(f"measuring {name}")
+        row = measure(name, folder, self._recipe, self._parent / "scores", {"role": role, **notes})
+        self.rows.append(row)
+        write_atomically(kept, json.dumps({"asked": asked, "row": vars(row)}) + "\n")
+
+    def add_reference(self, name: str) -> None:
+        """Measure a model beside."""
+        if is_baseline(name):
+            self.rows.append(measure_baseline(name, self._recipe, self._parent / "scores"))
+        else:
+            self.add(f"reference {Path(name).name}", "reference", Path(name), {})
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)

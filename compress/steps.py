@@ -1,0 +1,40 @@
+"""All steps by their names in a recipe. A new step is one class, and its name here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.quantise.step import Quantise
+from compress.step import Step
+from compress.trim import Trim
+from sharebert_common.errors import BadInput, nearest
+from sharebert_common.recipe import describe, parse
+
+STEPS: dict[str, type[Any]] = {"trim": Trim, "quantise": Quantise}
+
+
+def step_of(given: Any, where: str) -> tuple[str, Step]:
+    """Name and step of an entry of `steps`: a name, or a mapping of one name to its keys.
+
+    Raises BadInput, naming `where`: another form of entry, an unknown step or key.
+    """
+    entry = {given: {}} if isinstance(given, str) else given
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise BadInput(f"{where}: a step is a name, or one name with its keys, such as 'quantise: {{bits: 8}}'")
+    ((name, keys),) = entry.items()
+    if name not in STEPS:
+        raise BadInput(f"{where}: no step '{name}'{nearest(str(name), STEPS)} (there are: {', '.join(STEPS)})")
+    if not isinstance(keys or {}, Mapping):
+        raise BadInput(f"{where}.{name}: its keys are a mapping, not {keys!r}")
+    return name, parse(STEPS[name], keys or {}, f"{where}.{name}")
+
+
+def describe_steps() -> str:
+    """Every step with its keys, for `--help`."""
+    parts = []
+    for name, step in STEPS.items():
+        summary = " ".join(str(step.__doc__).split("\n\n")[0].split())
+        keys = "\n".join(f"  {line}" for line in describe(step).splitlines())
+        parts.append(f"  {name}: {summary}\n{keys}")
+    return "\n".join(parts)
