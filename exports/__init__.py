@@ -5,6 +5,7 @@ kinds.py                 what a model is for: masked language modelling, an enco
 weight_source.py         where weights are read from, a piece at a time
 forms.py                 the protocol of a form, the table of forms, and the one write
 compact.py               the form with the learned parameters and the code of the model
+packed.py                the compact form with a few bits a number
 dense.py                 the form that plain transformers loads as `megatron_bert`
 dense_model.py           the dense model itself, and its tensors computed from the compact ones
 onnx.py                  the form for ONNX Runtime
