@@ -35,11 +35,17 @@ def train(given: argparse.Namespace) -> int:
 
 
 def plan(given: argparse.Namespace) -> int:
-    from pretrain.plan import PLAN_DEFAULTS, report
+    from pretrain.plan.command import plan
+    from pretrain.plan.estimate import PLAN_DEFAULTS, Assumptions
     from pretrain.recipe import TrainRecipe
 
+    assumed = Assumptions(
+        network_bytes_per_s=given.network_gbit * 1e9 / 8,
+        price=given.price,
+        **({"utilisations": given.utilisation} if given.utilisation else {}),
+    )
     recipe = load(TrainRecipe, given.config, given.overrides, defaults=PLAN_DEFAULTS)
-    print(report(recipe, gpus=given.gpus, gpu=given.gpu))
+    print(plan(recipe, given.gpus, given.gpu, assumed, with_measure=given.measure, as_json=given.json))
     return FINISHED
 
 
@@ -177,6 +183,19 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _numbers(kind: type[int] | type[float]) -> Any:
+    """A type of argparse: positive numbers with commas between them."""
+
+    def parse(text: str) -> list[float]:
+        numbers = [kind(part) for part in text.split(",")]
+        if min(numbers) <= 0:
+            raise argparse.ArgumentTypeError(f"'{text}': numbers above 0, with commas between them")
+        return numbers
+
+    parse.__name__ = "number"
+    return parse
+
+
 def _task(text: str) -> tuple[int, int]:
     """The two numbers of `I/N`."""
     number, _, count = text.partition("/")
@@ -216,8 +235,26 @@ def build_parser() -> argparse.ArgumentParser:
     _with_config(verb("train", train, "Train in one process, or resume a run."), "pretrain.recipe:TrainRecipe")
     sub = verb("plan", plan, "Estimate what a training costs: parameters, memory, FLOPs, hours.")
     _with_config(sub, "pretrain.recipe:TrainRecipe")
-    sub.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
-    sub.add_argument("--gpu", default="h100", help="kind of GPU (default h100)")
+    sub.add_argument("--gpus", type=_numbers(int), default=[8], metavar="N[,N ...]", help="numbers of GPUs (default 8)")
+    sub.add_argument(
+        "--gpu",
+        type=lambda text: text.split(","),
+        default=["h100"],
+        metavar="KIND[,KIND ...]",
+        help="kinds of GPU (default h100); several kinds or numbers give one table",
+    )
+    sub.add_argument(
+        "--utilisation",
+        type=_numbers(float),
+        metavar="U[,U ...]",
+        help="shares of the GPU's peak that the run reaches (default 0.4,0.55,0.7)",
+    )
+    sub.add_argument(
+        "--network-gbit", type=float, default=400.0, metavar="G", help="Gbit/s of each GPU to the others (default 400)"
+    )
+    sub.add_argument("--price", type=float, metavar="P", help="price of a GPU for an hour, in any currency")
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+    sub.add_argument("--measure", action="store_true", help="run a few steps here, and show them beside the plan")
     sub = verb(
         "submit",
         submit,

@@ -5,7 +5,7 @@
 Prints, in this order:
 
     tests      the tests marked gpu, and those of the Triton kernels and of the model's parity, on the device
-    kernels    the time of each kernel, its bytes by `pretrain.plan.traffic`, its share of the data sheet's bandwidth
+    kernels    the time of each kernel, its bytes by `pretrain.plan.tables.traffic`, its share of the bandwidth
     products   the products of the virtual weights: 138 and 275 columns wide as they are, and padded to 144 and 280
     attention  attention within documents by FlexAttention, and by SDPA with a mask; forward and backward
     steps      a step of each size, bf16 autocast, dropout 0.1, a bare loop with fused AdamW: tokens/s, share of the
@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from pretrain.plan.gpus import Gpu, gpu_of_device
+
 ROOT = Path(__file__).parents[1]
 
 SEQ_LEN, MASK_RATE = 128, 0.15
@@ -47,10 +49,9 @@ def measured(run: Callable[[], Any], device: str, repeats: int) -> float:
     return statistics.median(times)
 
 
-def known_gpu(table: dict[str, float], device: str) -> float | None:
-    """The data sheet's figure of this device in a table of `pretrain.plan`."""
-    name = torch.cuda.get_device_name().lower() if device == "cuda" else ""
-    return next((figure for gpu, figure in table.items() if gpu in name), None)
+def known_gpu(device: str) -> Gpu | None:
+    """The data sheet of this device."""
+    return gpu_of_device(torch.cuda.get_device_name()) if device == "cuda" else None
 
 
 def share(value: float, whole: float | None) -> str:
@@ -67,7 +68,7 @@ def tests() -> None:
 
 def kernels(rows: int, device: str, repeats: int) -> None:
     """Forward and backward of each operation of `sharebert.kernels` on this device, in bf16."""
-    from pretrain.plan import BANDWIDTH, traffic
+    from pretrain.plan.tables import traffic
     from sharebert import SIZES, ShareBertConfig
     from sharebert.kernels import add_dropout_norm, attention, chunk_cross_entropy, triton_for
 
@@ -106,10 +107,10 @@ def kernels(rows: int, device: str, repeats: int) -> None:
     times["cross-entropy and its gradient"] = measured(
         lambda: rows_of_logits(logits, None, labels, weights, True), device, repeats
     )
-    bandwidth = known_gpu(BANDWIDTH, device)
+    gpu = known_gpu(device)
     for name, seconds in times.items():
         moved = traffic(config, MASK_RATE, SEQ_LEN)[name][0] * tokens
-        reached = share(moved / seconds, bandwidth)
+        reached = share(moved / seconds, gpu.bandwidth if gpu else None)
         print(f"{name:38} {seconds * 1e6:9.0f} µs, {moved / seconds / 1e9:6.0f} GB/s, {reached}")
 
 
@@ -154,7 +155,7 @@ def documents(rows: int, device: str, repeats: int) -> None:
 
 def step(size: str, rows: int, device: str, steps: int, compiled: bool) -> None:
     from pretrain.engine.optimizer import OptimizerRecipe, optimizer_groups
-    from pretrain.flops import PEAK_FLOPS, flops_per_token
+    from pretrain.flops import flops_per_token
     from sharebert import SIZES, ShareBertConfig, ShareBertForMaskedLM, initialize
 
     torch.manual_seed(0)
@@ -181,7 +182,7 @@ def step(size: str, rows: int, device: str, steps: int, compiled: bool) -> None:
     flops = rate * flops_per_token(config, SEQ_LEN, MASK_RATE, rows * SEQ_LEN)
     memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
     how = "torch.compile" if compiled else "kernels of this project"
-    peak = share(flops, known_gpu(PEAK_FLOPS, device))
+    peak = share(flops, gpu.peak_flops if (gpu := known_gpu(device)) else None)
     print(f"{size}, {how}: {rate:,.0f} tokens/s, {flops / 1e12:.1f} TFLOP/s, {peak}, peak {memory:.2f} GB")
 
 
