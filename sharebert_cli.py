@@ -49,6 +49,13 @@ def plan(given: argparse.Namespace) -> int:
     return FINISHED
 
 
+def report(given: argparse.Namespace) -> int:
+    from pretrain.report.report import report
+
+    print(report(given.runs, given.out))
+    return FINISHED
+
+
 def consolidate(given: argparse.Namespace) -> int:
     from pretrain.export.consolidate import consolidate
 
@@ -283,6 +290,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-follow", dest="follow", action="store_false", help="print the log as it is now, and end")
     sub = verb("stop", stop, "Ask a submitted run to save and end, without a requeue.")
     sub.add_argument("run", type=_path, help="directory of the run")
+    sub = verb("report", report, "Write one page of what happened in a run, or in several side by side.")
+    sub.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="directories of runs")
+    sub.add_argument(
+        "--out",
+        type=_path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="an .html file, which needs no network, or an .md file (default report.html)",
+    )
     sub = verb("consolidate", consolidate, "Turn a run's newest whole checkpoint into an export.")
     sub.add_argument(
         "source",

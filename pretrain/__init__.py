@@ -14,5 +14,6 @@ engine/       the model under DeepSpeed
 checkpoint/   saving and resuming
 faults/       what is done about everything that goes wrong
 run/          the files of a run, and what is measured
+report/       one page of what happened in a run
 export/       checkpoint → export
 """

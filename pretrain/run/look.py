@@ -19,6 +19,9 @@ from pretrain.run.draw import attention_image, curves_image
 from sharebert import ShareBertForMaskedLM
 from sharebert.shared_linear import linear
 
+SAMPLES_TAG = "samples/fill_mask"
+"""TensorBoard's tag of the sentences."""
+
 TOP = 5
 """Words that are shown for each mask."""
 
@@ -73,7 +76,7 @@ class Looker:
         limit = model.config.max_position_embeddings
         fitting = [(text, ids) for text, ids in self._sentences if len(ids) <= limit]
         if fitting:
-            texts["samples/fill_mask"] = self._fill(model, fitting)
+            texts[SAMPLES_TAG] = self._fill(model, fitting)
             images["samples/attention_last_layer"] = self._attention(model, fitting[0][1])
         return Look(
             step=step,
