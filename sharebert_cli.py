@@ -218,14 +218,38 @@ def _with_config(parser: argparse.ArgumentParser, schema: str) -> None:
     parser.set_defaults(schema=schema, words_are="overrides")
 
 
+EXAMPLES = {
+    "prep": "prep corpus source.paths=texts/*.txt output=data/corpus",
+    "train": "train sharebert-small data.dataset=data/corpus run=runs/small",
+    "plan": "plan sharebert-small --gpus 8,64 --gpu h100,a100",
+    "submit": "submit sharebert-small run=/shared/runs/small --nodes 4 --gpus-per-node 8 --time 24:00:00",
+    "status": "status /shared/runs/small",
+    "logs": "logs /shared/runs/small",
+    "stop": "stop /shared/runs/small",
+    "report": "report runs/small --out small.html",
+    "consolidate": "consolidate runs/small exports/small",
+    "import-authors": "import-authors downloads/sharebert exports/authors",
+    "evaluate": "evaluate exports/small --task sst2 --data glue/SST-2",
+    "fill": "fill 'The capital of France is [MASK].' exports/small",
+}
+"""One example of each verb, shown in its help."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
-    parser = argparse.ArgumentParser(prog="sharebert", description="Pretrain compact ShareBERT encoders.")
+    parser = argparse.ArgumentParser(
+        prog="sharebert",
+        description="Pretrain compact ShareBERT encoders. `sharebert VERB --help` shows keys and an example.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=18, width=100),
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=f"{summary}\n\nexample: sharebert {EXAMPLES[name]}" if name in EXAMPLES else summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("--debug", action="store_true", help="show tracebacks, and warnings of libraries")
         sub.set_defaults(verb=run)
@@ -352,6 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return BAD_INPUT
     if arguments and {"-h", "--help"} & set(arguments[1:]):
         _add_keys_to_help(parser, arguments[0])
     given, later = parser.parse_known_args(arguments)

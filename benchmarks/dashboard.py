@@ -1,6 +1,6 @@
 """What TensorBoard's looks into the model cost, as a share of the steps between two of them.
 
-    python -m benchmarks.dashboard [RECIPE ...]
+    python -m benchmarks.dashboard [RECIPE ...]            default: the demo and sharebert-small
 
 For each recipe: the seconds of a step (measured in a process of its own), those of a look with its event file, and the
 share at the recipe's `validate.every`. Between validations a run does nothing for the looks.
@@ -24,6 +24,9 @@ from pretrain.run.event_file import EventFile
 from pretrain.run.look import Looker
 from sharebert_common.recipe import load
 
+SIZES_OF_DATA = {"demo": ["model.vocab_size=4096", "model.max_position_embeddings=32"]}
+"""What a dataset would give: here those of the demo. For other recipes 30,528 words."""
+
 REPEATS = 5
 MOST_ROWS = 32
 """Of the measured micro-batch; a step takes as many as it needs, one after another."""
@@ -33,10 +36,10 @@ def main(recipes: list[str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     for name in recipes:
-        recipe = load(TrainRecipe, name, ["model.vocab_size=30528"], defaults=PLAN_DEFAULTS)
+        recipe = load(TrainRecipe, name, SIZES_OF_DATA.get(name, ["model.vocab_size=30528"]), defaults=PLAN_DEFAULTS)
         training = recipe.resolve(1, needs_data=False)
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        words = [*special, *(f"w{number}" for number in range(30_000))]
+        words = [*special, *(f"w{number}" for number in range(training.model.config.vocab_size - len(special)))]
         tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.add_special_tokens(special)

@@ -36,6 +36,7 @@ from pretrain.run.look import Looker
 from pretrain.run.meter import Meter
 from pretrain.run.metric_log import MetricLog
 from pretrain.run.profiles import profiled
+from pretrain.run.terminal import introduction
 from pretrain.validate import validate
 from sharebert_common.errors import FINISHED, STOPPED, BadInput
 from sharebert_common.recipe import plain, to_yaml
@@ -161,8 +162,9 @@ class Trainer:
             self.watchdog.__exit__(*raised)
 
     def start_run(self) -> None:
-        """Note this attempt in the run directory."""
+        """Note this attempt in the run directory, and say what it is."""
         if self.world.is_main:
+            self.run.say(introduction(self.recipe, self.training, self.first_step, self.world.world_size))
             report_changes(self.run.config, plain(self.recipe), self.report)
             self.run.start(
                 step=self.first_step,

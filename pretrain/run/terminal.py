@@ -6,8 +6,33 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pretrain.plan.estimate import count_parameters
+
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from pretrain.recipe import ResolvedTraining, TrainRecipe
+
+
+def introduction(recipe: TrainRecipe, training: ResolvedTraining, step: int, ranks: int) -> str:
+    """What a run is, how much is left of it, and where its curves are: the first line that people see."""
+    config = training.model.config
+    tokens = (recipe.steps - step) * recipe.data.global_batch * training.seq_len
+    parameters = count_parameters(config)["all"]
+    return (
+        f"{config.sharing}, {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"{parameters / 1e6:,.1f} M parameters, {recipe.precision}, ZeRO {recipe.zero.stage}\n"
+        f"{tokens / 1e6:,.1f} M tokens in {recipe.steps - step:,} steps to go on {ranks} rank{'s' * (ranks > 1)}; "
+        f"curves: tensorboard --logdir {recipe.run}/tensorboard"
+    )
+
+
+def time_left(seconds: float) -> str:
+    """A duration in its two largest units: `2 d 3 h`, `3 h 5 min`, `5 min 10 s`."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {int(seconds % 60)} s"
 
 
 class Terminal:
@@ -41,6 +66,8 @@ class Terminal:
             return
         loss, norm = values.get("loss", float("nan")), values.get("grad_norm", float("inf"))
         text = f"loss {loss:.4f}  lr {values['lr']:.2e}  grad norm {norm:.2f}  {values['tokens_per_s']:,.0f} tokens/s"
+        if self._bar is None and "step_s" in values:
+            text += f"  {time_left(values['step_s'] * (self._steps - step))} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=text)
         else:
