@@ -32,11 +32,11 @@ from pretrain.objective import MaskedLanguageModelling, Objective
 from pretrain.recipe import ResolvedTraining, TrainRecipe
 from pretrain.run.environment import environment
 from pretrain.run.folder import RunFolder
+from pretrain.run.introduction import introduction
 from pretrain.run.look import Looker
 from pretrain.run.meter import Meter
 from pretrain.run.metric_log import MetricLog
 from pretrain.run.profiles import profiled
-from pretrain.run.terminal import introduction
 from pretrain.validate import validate
 from sharebert_common.errors import FINISHED, STOPPED, BadInput
 from sharebert_common.recipe import plain, to_yaml

@@ -6,7 +6,8 @@ import pytest
 
 from pretrain.plan.estimate import PLAN_DEFAULTS
 from pretrain.recipe import TrainRecipe
-from pretrain.run.terminal import Terminal, introduction, time_left
+from pretrain.run.introduction import introduction
+from pretrain.run.terminal import Terminal, time_left
 from sharebert_common.recipe import load
 
 
