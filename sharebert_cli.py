@@ -35,11 +35,24 @@ def train(given: argparse.Namespace) -> int:
 
 
 def plan(given: argparse.Namespace) -> int:
-    from pretrain.plan import PLAN_DEFAULTS, report
+    from pretrain.plan.command import plan
+    from pretrain.plan.estimate import PLAN_DEFAULTS, Assumptions
     from pretrain.recipe import TrainRecipe
 
+    assumed = Assumptions(
+        network_bytes_per_s=given.network_gbit * 1e9 / 8,
+        price=given.price,
+        **({"utilisations": given.utilisation} if given.utilisation else {}),
+    )
     recipe = load(TrainRecipe, given.config, given.overrides, defaults=PLAN_DEFAULTS)
-    print(report(recipe, gpus=given.gpus, gpu=given.gpu))
+    print(plan(recipe, given.gpus, given.gpu, assumed, with_measure=given.measure, as_json=given.json))
+    return FINISHED
+
+
+def report(given: argparse.Namespace) -> int:
+    from pretrain.report.report import report
+
+    print(report(given.runs, given.out))
     return FINISHED
 
 
@@ -197,6 +210,19 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _numbers(kind: type[int] | type[float]) -> Any:
+    """A type of argparse: positive numbers with commas between them."""
+
+    def parse(text: str) -> list[float]:
+        numbers = [kind(part) for part in text.split(",")]
+        if min(numbers) <= 0:
+            raise argparse.ArgumentTypeError(f"'{text}': numbers above 0, with commas between them")
+        return numbers
+
+    parse.__name__ = "number"
+    return parse
+
+
 def _task(text: str) -> tuple[int, int]:
     """The two numbers of `I/N`."""
     number, _, count = text.partition("/")
@@ -212,14 +238,39 @@ def _with_config(parser: argparse.ArgumentParser, schema: str) -> None:
     parser.set_defaults(schema=schema, words_are="overrides")
 
 
+EXAMPLES = {
+    "prep": "prep corpus source.paths=texts/*.txt output=data/corpus",
+    "train": "train sharebert-small data.dataset=data/corpus run=runs/small",
+    "plan": "plan sharebert-small --gpus 8,64 --gpu h100,a100",
+    "submit": "submit sharebert-small run=/shared/runs/small --nodes 4 --gpus-per-node 8 --time 24:00:00",
+    "status": "status /shared/runs/small",
+    "logs": "logs /shared/runs/small",
+    "stop": "stop /shared/runs/small",
+    "report": "report runs/small --out small.html",
+    "consolidate": "consolidate runs/small exports/small",
+    "import-authors": "import-authors downloads/sharebert exports/authors",
+    "evaluate": "evaluate exports/small --task sst2 --data glue/SST-2",
+    "compress": "compress exports/small compress/int8 exports/small-int8",
+    "fill": "fill 'The capital of France is [MASK].' exports/small",
+}
+"""One example of each verb, shown in its help."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
-    parser = argparse.ArgumentParser(prog="sharebert", description="Pretrain compact ShareBERT encoders.")
+    parser = argparse.ArgumentParser(
+        prog="sharebert",
+        description="Pretrain compact ShareBERT encoders. `sharebert VERB --help` shows keys and an example.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=18, width=100),
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=f"{summary}\n\nexample: sharebert {EXAMPLES[name]}" if name in EXAMPLES else summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("--debug", action="store_true", help="show tracebacks, and warnings of libraries")
         sub.set_defaults(verb=run)
@@ -236,8 +287,26 @@ def build_parser() -> argparse.ArgumentParser:
     _with_config(verb("train", train, "Train in one process, or resume a run."), "pretrain.recipe:TrainRecipe")
     sub = verb("plan", plan, "Estimate what a training costs: parameters, memory, FLOPs, hours.")
     _with_config(sub, "pretrain.recipe:TrainRecipe")
-    sub.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
-    sub.add_argument("--gpu", default="h100", help="kind of GPU (default h100)")
+    sub.add_argument("--gpus", type=_numbers(int), default=[8], metavar="N[,N ...]", help="numbers of GPUs (default 8)")
+    sub.add_argument(
+        "--gpu",
+        type=lambda text: text.split(","),
+        default=["h100"],
+        metavar="KIND[,KIND ...]",
+        help="kinds of GPU (default h100); several kinds or numbers give one table",
+    )
+    sub.add_argument(
+        "--utilisation",
+        type=_numbers(float),
+        metavar="U[,U ...]",
+        help="shares of the GPU's peak that the run reaches (default 0.4,0.55,0.7)",
+    )
+    sub.add_argument(
+        "--network-gbit", type=float, default=400.0, metavar="G", help="Gbit/s of each GPU to the others (default 400)"
+    )
+    sub.add_argument("--price", type=float, metavar="P", help="price of a GPU for an hour, in any currency")
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+    sub.add_argument("--measure", action="store_true", help="run a few steps here, and show them beside the plan")
     sub = verb(
         "submit",
         submit,
@@ -266,6 +335,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-follow", dest="follow", action="store_false", help="print the log as it is now, and end")
     sub = verb("stop", stop, "Ask a submitted run to save and end, without a requeue.")
     sub.add_argument("run", type=_path, help="directory of the run")
+    sub = verb("report", report, "Write one page of what happened in a run, or in several side by side.")
+    sub.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="directories of runs")
+    sub.add_argument(
+        "--out",
+        type=_path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="an .html file, which needs no network, or an .md file (default report.html)",
+    )
     sub = verb("consolidate", consolidate, "Turn a run's newest whole checkpoint into an export.")
     sub.add_argument(
         "source",
@@ -328,6 +406,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return BAD_INPUT
     if arguments and {"-h", "--help"} & set(arguments[1:]):
         _add_keys_to_help(parser, arguments[0])
     given, later = parser.parse_known_args(arguments)

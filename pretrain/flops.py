@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pretrain.plan.gpus import gpu_of_device
 from sharebert import ShareBertConfig
-
-PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "a40": 150e12, "v100": 125e12}
-"""Dense bf16 (V100: fp16) FLOP/s of one GPU, from the makers' data sheets (SXM where there is a choice)."""
 
 
 def generated_elements(config: ShareBertConfig) -> int:
@@ -35,5 +33,5 @@ def peak_flops_of(device: torch.device) -> float:
     """Data-sheet FLOP/s of this device, or 0 where it is not known (every CPU)."""
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(device).lower()
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0.0)
+    gpu = gpu_of_device(torch.cuda.get_device_name(device))
+    return gpu.peak_flops if gpu else 0.0

@@ -33,8 +33,11 @@ from pretrain.objective import MaskedLanguageModelling, Objective
 from pretrain.recipe import ResolvedTraining, TrainRecipe
 from pretrain.run.environment import environment
 from pretrain.run.folder import RunFolder
+from pretrain.run.introduction import introduction
+from pretrain.run.look import Looker
 from pretrain.run.meter import Meter
 from pretrain.run.metric_log import MetricLog
+from pretrain.run.profiles import profiled
 from pretrain.validate import validate
 from sharebert_common.errors import FINISHED, STOPPED, BadInput
 from sharebert_common.recipe import plain, to_yaml
@@ -99,6 +102,8 @@ class Trainer:
         self.meter = Meter(
             world, training.model.config, training.seq_len, recipe.data, training.micro_rows, recipe.monitor
         )
+        self.looker: Looker | None = None
+        self._at_step = 0
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Trainer:
@@ -147,6 +152,9 @@ class Trainer:
             self.first_step = self.state.load(found, recipe.seed) if found else self.state.begin()
             self.start_run()
             self.metric_log.open(self.first_step, to_yaml(recipe))
+            self.metric_log.event(self.first_step, f"resumed from step {self.first_step}" if found else "started")
+            if recipe.monitor.look and recipe.zero.stage < 3 and self.world.is_main:
+                self.looker = Looker(self.training.datasets[0].tokenizer_path, recipe.monitor.sentences)
             opened.callback(self.metric_log.close)
             self.watchdog.__enter__()
             self._open = opened.pop_all()
@@ -160,8 +168,9 @@ class Trainer:
             self.watchdog.__exit__(*raised)
 
     def start_run(self) -> None:
-        """Note this attempt in the run directory."""
+        """Note this attempt in the run directory, and say what it is."""
         if self.world.is_main:
+            self.run.say(introduction(self.recipe, self.training, self.first_step, self.world.world_size))
             report_changes(self.run.config, plain(self.recipe), self.report)
             self.run.start(
                 step=self.first_step,
@@ -183,7 +192,9 @@ class Trainer:
             batch = next(self.loader)
             self.shard_check.raise_damage()
             step += 1
-            stopping = self.step(step, batch)
+            self._at_step = step
+            with profiled(self.run.path, step, wanted=self.world.is_main and step in self.recipe.monitor.profile):
+                stopping = self.step(step, batch)
             if self.skips.too_many:
                 step, save_due = self.return_to_checkpoint(step), False
                 continue
@@ -210,7 +221,8 @@ class Trainer:
             with self.meter.own_work():
                 losses = self.objective(self.engine, micro)
             self.watchdog.at(f"step {step}, backward")
-            masked, stops = sums()
+            with self.meter.waiting_for("ranks"):
+                masked, stops = sums()
             # DeepSpeed averages gradients over the ranks. Times the world size, over the masked tokens of all ranks,
             # that average is the gradient of the global mean.
             self.engine.backward(losses.loss * (self.world.world_size / masked))
@@ -245,13 +257,18 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.world_size,
         )
-        self.engine.train()
         self.metric_log.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
+        if self.looker is not None:
+            self.metric_log.look(self.looker.look(step, self.engine.module))
+        self.engine.train()
         self.meter.skip_time()
 
     def save(self, step: int) -> None:
         """Start to save. Waits for an earlier save that is still being written."""
-        with self.watchdog.patient(f"checkpoint of step {step}", self.recipe.checkpoint.write_timeout_s):
+        with (
+            self.watchdog.patient(f"checkpoint of step {step}", self.recipe.checkpoint.write_timeout_s),
+            self.meter.waiting_for("saves"),
+        ):
             self.state.save(step)
 
     def return_to_checkpoint(self, step: int) -> int:
@@ -267,12 +284,14 @@ class Trainer:
             self.state.load(found, self.recipe.seed)
         self.meter.reset()
         self.metric_log.return_to(found.step)
+        self.metric_log.event(found.step, f"returned from step {step} to the checkpoint of step {found.step}")
         return found.step
 
     def end(self, step: int) -> int:
         """Wait for the last save, end what runs beside the training, and note how the run stands; an exit code."""
         with self.watchdog.patient("the last checkpoint", self.recipe.checkpoint.write_timeout_s):
             saved = self.state.finish()
+            self.metric_log.event(step, "finished" if step == self.recipe.steps else f"stopped: {self.stop.reason}")
             self._open.close()
         finished = step == self.recipe.steps
         if finished and not saved:
@@ -286,3 +305,4 @@ class Trainer:
         """A line for people, once for all ranks."""
         if self.world.is_main:
             self.run.say(text)
+            self.metric_log.event(self._at_step, text)

@@ -18,6 +18,8 @@ from sharebert_common.files import write_atomically
 
 STATE_FILE = "state.json"
 LOG_FILE = "log.jsonl"
+EVENTS_FILE = "events.jsonl"
+"""What happened to a run: `time`, `step` and `text` a line."""
 LOCK_FILE = ".lock"
 """An attempt locks this file while it lives."""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
+
 import pytest
 
 import sharebert_cli
 from sharebert_common.errors import BAD_INPUT, FAILED, BadInput, CommandError
+from sharebert_common.recipe import find
 
 
 @pytest.mark.parametrize("words", [["demo", "stepz=3", "--gpus", "4"], ["demo", "--gpus", "4", "stepz=3"]])
@@ -43,3 +47,23 @@ def test_an_error_of_the_model_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(sharebert_cli, "fill", fill)
     assert sharebert_cli.main(["fill", "a [MASK]", "export"]) == BAD_INPUT
+
+
+def test_without_a_verb_the_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sharebert_cli.main([]) == BAD_INPUT
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) <= 24
+    assert any(line.split()[:1] == ["report"] for line in shown)
+
+
+def test_every_example_is_a_command_that_parses() -> None:
+    """Each names a recipe that exists, and options that the verb has."""
+    parser = sharebert_cli.build_parser()
+    verbs = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    assert set(verbs) - {"compress", "compare"} == set(sharebert_cli.EXAMPLES)
+    for verb, example in sharebert_cli.EXAMPLES.items():
+        words = shlex.split(example)
+        assert words[0] == verb
+        given, _ = parser.parse_known_args(words)
+        if hasattr(given, "config") and isinstance(given.config, str):
+            find(given.config)

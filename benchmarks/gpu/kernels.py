@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.timing import gradients_of, milliseconds
-from pretrain.plan import traffic
+from pretrain.plan.tables import traffic
 from sharebert import SIZES, ShareBertConfig
 from sharebert.kernels import add_dropout_norm, attention, chunk_cross_entropy, linear_gelu, triton_for
 from sharebert.virtual import blocks, generate
@@ -93,7 +93,7 @@ def errors(config: ShareBertConfig, device: str) -> Iterator[dict[str, Any]]:
 
 
 def cases(config: ShareBertConfig, rows: int, device: str, dropout: float) -> dict[str, Case]:
-    """The operations of a layer on `rows` rows, by the names of `pretrain.plan.traffic`."""
+    """The operations of a layer on `rows` rows, by the names of `pretrain.plan.tables.traffic`."""
     hidden, inner, heads, tokens = (
         config.hidden_size,
         config.intermediate_size,

@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from pretrain.run.look import Look
+
+MOST_NATS = 50.0
+"""A perplexity above e to this is shown as that."""
+
+LAYOUT = {
+    "learning": {
+        "loss": ["Multiline", ["train/loss", "valid/loss"]],
+        "perplexity": ["Multiline", ["train/perplexity", "valid/perplexity"]],
+        "masked accuracy": ["Multiline", ["train/accuracy", "valid/accuracy"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "norms of weights": ["Multiline", ["weights/norm_E", "weights/norm_W_all"]],
+        "change between validations": ["Multiline", ["weights/change_E", "weights/change_W_all"]],
+    },
+    "speed": {
+        "tokens a second": ["Multiline", ["speed/tokens_per_s"]],
+        "share of the peak": ["Multiline", ["speed/mfu"]],
+        "seconds of a step": ["Multiline", ["speed/step_s"]],
+        "waiting, shares of a step": ["Multiline", ["wait/rows", "wait/ranks", "wait/saves"]],
+    },
+    "health": {
+        "goodput": ["Multiline", ["health/goodput"]],
+        "skipped steps": ["Multiline", ["health/skipped"]],
+        "loss scale": ["Multiline", ["train/loss_scale"]],
+        "memory": ["Multiline", ["health/memory_bytes"]],
+        "loss, standard deviations from its recent mean": ["Multiline", ["health/loss_deviations"]],
+        "slowest rank": ["Multiline", ["health/slowest_rank_factor"]],
+    },
+}
+"""The page "custom scalars": titles of its parts and charts, and the tags of each chart."""
+
+COMPARED = ("train/loss", "valid/loss", "valid/accuracy", "speed/tokens_per_s", "health/goodput")
+"""Tags that the page "hparams" compares runs by."""
+
+WAITS = {"data_wait_s": "wait/rows", "rank_wait_s": "wait/ranks", "save_wait_s": "wait/saves"}
+"""Tags for shares of the seconds of a step."""
 
 TAGS = {
     "loss": "train/loss",
@@ -28,6 +68,7 @@ TAGS = {
     "memory_bytes": "health/memory_bytes",
     "valid_loss": "valid/loss",
     "valid_accuracy": "valid/accuracy",
+    "goodput": "health/goodput",
 }
 """TensorBoard's tag for each key of a line of `log.jsonl`."""
 
@@ -40,33 +81,94 @@ class EventFile:
         self.waiting: list[dict[str, Any]] = []
         self._writer: SummaryWriter | None = None
         self._config_yaml = "" if resumed_from else config_yaml
+        self.looks: list[Look] = []
+        self.notes: list[tuple[int, str]] = []
         self._purge_step = resumed_from + 1 if resumed_from else 0  # an earlier attempt may have died at once
 
     def write(self) -> None:
         """Write the points of the lines that wait. Raises OSError where the disk does not take them."""
+        first = min([*(line["step"] for line in self.waiting), *(look.step for look in self.looks)], default=None)
         try:
             if self._writer is None:
                 self._writer = open_writer(self.path, self._purge_step)
                 if self._config_yaml:
                     self._writer.add_text("config", f"```yaml\n{self._config_yaml}\n```", 0)
+                    self._writer.add_custom_scalars(exact(LAYOUT))
+                    for summary in hyperparameters(self._config_yaml):
+                        self._writer._get_file_writer().add_summary(summary)
             for values in self.waiting:
-                for key, tag in TAGS.items():
-                    if key in values:
-                        self._writer.add_scalar(tag, values[key], values["step"])
+                for tag, value in scalars(values).items():
+                    self._writer.add_scalar(tag, value, values["step"])
+            for look in self.looks:
+                _write_look(self._writer, look)
+            for step, note in self.notes:
+                self._writer.add_text("events", note, step)
             self._writer.flush()
         except OSError:
-            self._purge_step = self.waiting[0]["step"]
+            self._purge_step = self._purge_step if first is None else first
             self.close()
             self._writer = None
             raise
         self._config_yaml = ""
-        self.waiting.clear()
+        for waiting in (self.waiting, self.looks, self.notes):
+            waiting.clear()
 
     def close(self) -> None:
         """Close the file."""
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()
+
+
+def scalars(values: dict[str, Any]) -> dict[str, float]:
+    """The points of a line of the log, by tag."""
+    found = {tag: values[key] for key, tag in TAGS.items() if key in values}
+    for key, part in (("loss", "train"), ("valid_loss", "valid")):
+        if key in values:
+            found[f"{part}/perplexity"] = math.exp(min(values[key], MOST_NATS))
+    for key, tag in WAITS.items():
+        if key in values and values.get("step_s"):
+            found[tag] = values[key] / values["step_s"]
+    return found
+
+
+def exact(layout: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A layout in which each tag matches itself alone: TensorBoard takes tags for regular expressions."""
+    return {
+        part: {title: [kind, [f"^{tag}$" for tag in tags]] for title, (kind, tags) in charts.items()}
+        for part, charts in layout.items()
+    }
+
+
+def hyperparameters(config_yaml: str) -> Iterator[Any]:
+    """Summaries that tell TensorBoard's page "hparams" the keys of a config and the tags to compare."""
+    from omegaconf import OmegaConf
+    from torch.utils.tensorboard.summary import hparams
+
+    flat = flatten(OmegaConf.to_container(OmegaConf.create(config_yaml)))
+    experiment, start, _ = hparams(flat, dict.fromkeys(COMPARED, 0.0))
+    yield from (experiment, start)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values as `key.subkey`; a list is its text."""
+    if not isinstance(values, dict):
+        return {prefix: values if isinstance(values, (bool, int, float, str)) else str(values)}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _write_look(writer: SummaryWriter, look: Look) -> None:
+    for tag, value in look.scalars.items():
+        writer.add_scalar(tag, value, look.step)
+    for tag, text in look.texts.items():
+        writer.add_text(tag, text, look.step)
+    for tag, image in look.images.items():
+        writer.add_image(tag, image, look.step, dataformats="HWC")
+    for tag, histogram in look.histograms.items():
+        writer.add_histogram(tag, histogram, look.step, bins=64)  # type: ignore[arg-type]
 
 
 def open_writer(folder: Path, purge_step: int) -> SummaryWriter:

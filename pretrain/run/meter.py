@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,7 @@ class Meter:
         """Begin a new interval."""
         self._sums.zero_()
         self._steps, self._waited_s, self._skipped_s, self._forward_s = 0, 0.0, 0.0, 0.0
+        self._ranks_s, self._saves_s = 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._started = self._paused_from = time.perf_counter()
 
@@ -69,6 +70,17 @@ class Meter:
             started = time.perf_counter()
             yield
             self._forward_s += time.perf_counter() - started
+
+    @contextmanager
+    def waiting_for(self, what: Literal["ranks", "saves"]) -> Iterator[None]:
+        """Time what this rank waits for."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        if what == "ranks":
+            self._ranks_s += seconds
+        else:
+            self._saves_s += seconds
 
     def end_step(self, batch: StepBatch, *, skipped: bool) -> None:
         """Count one optimizer step. The loss of a skipped step is not a number and is left out."""
@@ -107,6 +119,8 @@ class Meter:
             "tokens_per_s": tokens_per_s,
             "mfu": tokens_per_s * self._flops / (self._peak * self._world.world_size) if self._peak else None,
             "data_wait_s": self._waited_s / self._steps,
+            "rank_wait_s": self._ranks_s / self._steps,
+            "save_wait_s": self._saves_s / self._steps,
             "step_s": seconds / self._steps,
             "memory_bytes": _peak_memory_bytes(self._world.device),
         }

@@ -5,17 +5,35 @@ A full disk or a failing write loses no line and never ends the run: lines wait 
 
 from __future__ import annotations
 
+import json
 import time
-from typing import Annotated, Any
+from contextlib import suppress
+from dataclasses import field
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pretrain.run.event_file import EventFile
 from pretrain.run.folder import RunFolder
+from pretrain.run.goodput import Goodput, first_start
 from pretrain.run.terminal import Terminal
 from sharebert_common.recipe import STRICT
-from sharebert_common.run_files import LogWriter
+from sharebert_common.run_files import EVENTS_FILE, LogWriter, read_log
+
+if TYPE_CHECKING:
+    from pretrain.run.look import Look
+
+
+SENTENCES = (
+    "The capital of France is [MASK].",
+    "She opened the [MASK] and went into the house.",
+    "Water is made of hydrogen and [MASK].",
+    "The king and the [MASK] ruled the country.",
+    "He was very [MASK] because he had not slept.",
+    "Two plus two is [MASK].",
+)
+"""What TensorBoard shows the likeliest words of."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -26,6 +44,13 @@ class MonitorRecipe:
     """Optimizer steps between lines. The loss of a line is the mean over its steps."""
     peak_flops: Annotated[float, Field(ge=0)] = 0.0
     """Peak FLOP/s of one device, for the utilisation (mfu); 0 takes the device's from a table."""
+    sentences: list[str] = field(default_factory=lambda: list(SENTENCES))
+    """Sentences with [MASK], whose likeliest words TensorBoard shows at each validation. An empty list shows none."""
+    look: bool = True
+    """Show sentences, weights and attention in TensorBoard at each validation. ZeRO 3 has no whole weights on a
+    rank, so there they are left out."""
+    profile: list[Annotated[int, Field(gt=0)]] = field(default_factory=list)
+    """Optimizer steps of which rank 0 writes a trace, RUN/profiles/step-N.json.gz, which Perfetto and Chrome open."""
 
 
 class MetricLog:
@@ -42,6 +67,7 @@ class MetricLog:
         if self._enabled:
             self._outputs = [LogWriter(self._run.log), EventFile(self._run.tensorboard, step, config_yaml)]
             self._terminal = self._terminal or Terminal(self._steps, step)
+            self._goodput = Goodput(read_log(self._run.path), first_start(self._run.environment))
 
     def return_to(self, step: int) -> None:
         """Drop what was logged after `step`, and continue from there."""
@@ -56,10 +82,29 @@ class MetricLog:
         if self._terminal is None:
             return
         values = {key: value for key, value in values.items() if value is not None} | {"time": time.time()}
+        if (goodput := self._goodput.add(values)) is not None:
+            values["goodput"] = goodput
         for output in self._outputs:
             output.waiting.append(values)
             self._write(output)
         self._terminal.show(values)
+
+    def look(self, look: Look) -> None:
+        """Show a look into the model in TensorBoard."""
+        for output in self._outputs:
+            if isinstance(output, EventFile):
+                output.looks.append(look)
+                self._write(output)
+
+    def event(self, step: int, text: str) -> None:
+        """Note what happened to the run: in events.jsonl, and in TensorBoard with the next points."""
+        if not self._enabled:
+            return
+        with suppress(OSError), (self._run.path / EVENTS_FILE).open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"time": time.time(), "step": step, "text": text}) + "\n")
+        for output in self._outputs:
+            if isinstance(output, EventFile):
+                output.notes.append((step, text))
 
     def sync(self) -> None:
         """Make durable what is in `log.jsonl`, so that after a power cut a checkpoint has no step that the log lacks.
@@ -78,7 +123,7 @@ class MetricLog:
         well; what cannot be written now is lost.
         """
         for output in self._outputs:
-            if output.waiting:
+            if output.waiting or (isinstance(output, EventFile) and (output.looks or output.notes)):
                 self._write(output)
         if self._terminal is not None:
             self._terminal.close()

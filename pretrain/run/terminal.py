@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+def time_left(seconds: float) -> str:
+    """A duration in its two largest units: `2 d 3 h`, `3 h 5 min`, `5 min 10 s`."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {int(seconds % 60)} s"
+
+
 class Terminal:
     """Shows the lines of the log."""
 
@@ -41,6 +49,8 @@ class Terminal:
             return
         loss, norm = values.get("loss", float("nan")), values.get("grad_norm", float("inf"))
         text = f"loss {loss:.4f}  lr {values['lr']:.2e}  grad norm {norm:.2f}  {values['tokens_per_s']:,.0f} tokens/s"
+        if self._bar is None and "step_s" in values:
+            text += f"  {time_left(values['step_s'] * (self._steps - step))} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=text)
         else:

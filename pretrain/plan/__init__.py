@@ -1,0 +1,10 @@
+"""What a run will cost, before it runs.
+
+estimate   all numbers of a plan: parameters, memory, speed, network, price
+memory     the memory of a rank, part by part
+text       a plan as text, and as a table of several GPUs
+command    what `sharebert plan` prints
+measure    a few steps on this machine, to hold a plan against
+gpus       the data sheets of GPUs
+tables     the tables of docs/performance.md
+"""
