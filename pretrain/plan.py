@@ -49,7 +49,7 @@ def report(recipe: TrainRecipe, gpus: int, gpu: str) -> str:
         raise BadInput(f"--gpu: no '{gpu}' known{nearest(gpu, PEAK_FLOPS)} (known: {', '.join(PEAK_FLOPS)})")
     training = recipe.resolve(gpus, needs_data=False)
     config, seq_len, micro_rows = training.model.config, training.seq_len, training.micro_rows
-    per_token = flops_per_token(config, seq_len, recipe.data.mask_rate, micro_rows * seq_len)
+    per_token = flops_per_token(config, seq_len, recipe.data.highest_mask_rate, micro_rows * seq_len)
     tokens = recipe.steps * recipe.data.global_batch * seq_len
     parameters = count_parameters(config)
     lines = [

@@ -110,8 +110,10 @@ class ShareBert(nn.Module):
             # E has standard deviation `initializer_range`; with W_all N(0, 1/F) the matrices have the same.
             start = weight.start._replace(variance=Normal(1 / sqrt(factor)))
             self.factor_linear_all = set_roles(
-                nn.Linear(factor, hidden), weight=weight._replace(start=start), bias=ZERO_BIAS
+                nn.Linear(factor, hidden), weight=weight._replace(start=start, generates=True), bias=ZERO_BIAS
             )
+        else:
+            set_roles(self.word_embeddings, weight=weight._replace(generates=True))
         self.pos_factor_norm = _factor_norm(hidden, config)
         self.position_embeddings = set_roles(nn.Embedding(config.max_position_embeddings, hidden), weight=weight)
         self.token_type_embeddings = set_roles(nn.Embedding(config.type_vocab_size, hidden), weight=weight)
