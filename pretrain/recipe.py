@@ -111,5 +111,9 @@ class TrainRecipe:
 
     def _check_engine(self) -> None:
         check_zero(self.zero)
+        if self.optimizer.muon.generated and (self.zero.stage == 3 or self.precision == "fp16"):
+            raise BadInput(
+                "optimizer.muon.generated: not with zero.stage 3 or precision fp16; use stage 0 to 2 and bf16"
+            )
         if self.compile and self.zero.stage == 3:
             raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")

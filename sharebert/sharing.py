@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import ShareBertConfig
 from .plain_modules import embedding_matrix, is_plain
-from .virtual import blocks, generate
+from .virtual import GradientChange, blocks, generate
 
 
 class Weights(NamedTuple):
@@ -81,15 +81,18 @@ class OneGeneratedSet:
         self.virtual = config.sharing == "veps"
         self.words = config.vocab_size
         self.blocks = blocks(config)
+        self.change_gradients: GradientChange | None = None
+        """Called in the backward pass of training with the gradients of the matrices that were made."""
 
     def __call__(self, encoder: Encoder, pooler: bool) -> SameForAll:
         """Each matrix is one product (EPS: one copy), made here."""
         wanted = self.blocks if pooler else self.blocks[:-1]
         embedding = embedding_matrix(encoder.word_embeddings, self.words)
         if not self.virtual:
-            matrices = generate(wanted, embedding, None, None)
+            matrices = generate(wanted, embedding, None, None, self.change_gradients)
         elif is_plain(encoder.factor_linear_all):
-            matrices = generate(wanted, embedding, encoder.factor_linear_all.weight, encoder.factor_linear_all.bias)
+            all_rows = encoder.factor_linear_all
+            matrices = generate(wanted, embedding, all_rows.weight, all_rows.bias, self.change_gradients)
         else:  # an adapter or a quantiser has changed it: make the whole virtual matrix with it, and cut that
             matrices = generate(wanted, encoder.factor_linear_all(embedding), None, None)
         count = len(Weights._fields)

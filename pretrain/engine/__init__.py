@@ -4,6 +4,7 @@ engine              the model with its optimizer: forward, backward, step, state
 config              precision, ZeRO and batch sizes as DeepSpeed's keys
 optimizer           AdamW's settings, its parameter groups, the learning rate of a step
 fragments           which elements of weights and moments this rank holds, at every ZeRO stage
+generated_muon      orthogonal gradients of generated matrices, and their momenta
 loss_scaler         fp16's dynamic loss scale
 deepspeed_import    importing DeepSpeed without its side effects
 """

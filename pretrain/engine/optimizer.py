@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from pretrain.engine.generated_muon import MuonRecipe
 from sharebert import parameter_roles
 from sharebert_common.recipe import STRICT
 
@@ -27,6 +29,8 @@ class OptimizerRecipe:
     """Decoupled weight decay, on everything except biases and the LayerNorms of layers and head."""
     clip: Annotated[float, Field(ge=0)] = 0.5
     """Highest norm of the whole gradient; 0 does not clip."""
+    muon: MuonRecipe = field(default_factory=MuonRecipe)
+    """Orthogonal gradients of the generated matrices."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -75,7 +75,7 @@ def test_scale_gives_generated_weights_scale_over_root_of_width(sharing: str, in
     model = ShareBertForMaskedLM(config)
     initialize(model, init, 0, 0.35)
     intermediate = model.sharebert.layer_weights().of_layer(0).intermediate
-    assert intermediate.std().item() == pytest.approx(0.35 / sqrt(96), rel=0.05)
+    assert intermediate.std().item() == pytest.approx(0.35 / sqrt(96), rel=0.12)  # of 320 draws
     with pytest.raises(ShareBertError, match="init_scale: must be above 0"):
         initialize(model, init, 0, 0.0)
 
