@@ -60,7 +60,8 @@ class ModelRecipe:
     initializer_range: float | None = None
     """Standard deviation of the weights at the start."""
     sharing: str | None = None
-    """Where layers take their matrices from: `veps` the virtual matrix E·W_allᵀ + b_all, `eps` E itself."""
+    """Where layers take their matrices from: `veps` the virtual matrix E·W_allᵀ + b_all, `eps` E itself; `layers` one
+    set of parameters for all layers, `none` parameters of their own: the peers to compare with."""
     mlm_head: str | None = None
     """`untied`: a decoder of its own, [V, H]; `tied`: E and a bias [V]."""
     attention_scale: str | None = None

@@ -90,6 +90,10 @@ class TrainRecipe:
         exists = any("://" in entry.path or Path(entry.path).exists() for entry in self.data.dataset)
         datasets = open_datasets(self.data) if needs_data or exists else []
         micro_batches, micro_rows = micro_shape(self.data, world_size)
+        if self.optimizer.muon.generated and self.model.sharing in ("layers", "none"):
+            raise BadInput(
+                "optimizer.muon.generated: model.sharing generates no matrices; use veps or eps, or AdamW alone"
+            )
         if not datasets:
             model = choose_model(self.model, None, None)
             return ResolvedTraining([], model, model.config.max_position_embeddings, micro_batches, micro_rows)

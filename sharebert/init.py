@@ -50,12 +50,12 @@ def initialize(model: ShareBert | ShareBertForMaskedLM, init: str, seed: int, sc
 
 
 def generator_std(config: ShareBertConfig, scale: float) -> float:
-    """The standard deviation of W_all (EPS: of E) with which the generated matrices have scale / √H.
+    """The standard deviation of W_all (EPS: of E; else of the matrices) with which the matrices have scale / √H.
 
     An element of a generated matrix is a sum of F products of an element of E and one of W_all.
     """
     std = scale / sqrt(config.hidden_size)
-    return std if config.sharing == "eps" else std / (config.initializer_range * sqrt(config.factor_size))
+    return std if config.sharing != "veps" else std / (config.initializer_range * sqrt(config.factor_size))
 
 
 def fill(values: Tensor, distribution: Distribution, generator: torch.Generator | None = None) -> None:

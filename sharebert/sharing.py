@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .config import ShareBertConfig
 from .plain_modules import embedding_matrix, is_plain
+from .roles import set_roles, weight_role
 from .virtual import GradientChange, blocks, generate
 
 
@@ -97,3 +99,48 @@ class OneGeneratedSet:
             matrices = generate(wanted, encoder.factor_linear_all(embedding), None, None)
         count = len(Weights._fields)
         return SameForAll(Weights(*matrices[:count]), matrices[count] if pooler else None)
+
+
+class MatrixSet(nn.Module):
+    """The matrices of `Weights` as parameters."""
+
+    def __init__(self, config: ShareBertConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        role = weight_role(config.initializer_range)._replace(generates=True)
+        for name in Weights._fields:
+            shape = {"intermediate": (hidden, inner), "output": (inner, hidden)}.get(name, (hidden, hidden))
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        set_roles(self, **dict.fromkeys(Weights._fields, role))
+
+    def weights(self) -> Weights:
+        """The parameters themselves."""
+        return Weights(*(getattr(self, name) for name in Weights._fields))
+
+
+class OwnMatrices(nn.Module):
+    """Matrices that are parameters: one set for all layers (`layers`, as ALBERT, Lan et al., ICLR 2020), or a set for
+    each layer (`none`, as BERT). They are what generated matrices are compared with.
+    """
+
+    def __init__(self, config: ShareBertConfig) -> None:
+        super().__init__()
+        count = config.num_hidden_layers if config.sharing == "none" else 1
+        self.layers = nn.ModuleList(MatrixSet(config) for _ in range(count))
+        self.pooler = nn.Parameter(torch.zeros(config.hidden_size, config.hidden_size))
+        set_roles(self, pooler=weight_role(config.initializer_range)._replace(generates=True))
+
+    def forward(self, encoder: Encoder, pooler: bool) -> OwnSets:
+        """The parameters of all sets."""
+        return OwnSets([one.weights() for one in self.layers], self.pooler if pooler else None)  # type: ignore[operator]
+
+
+class OwnSets(NamedTuple):
+    """`LayerWeights` with as many sets as layers, or one for all."""
+
+    sets: list[Weights]
+    pooler: Tensor | None
+
+    def of_layer(self, index: int) -> Weights:
+        """The set of layer `index`."""
+        return self.sets[index % len(self.sets)]
