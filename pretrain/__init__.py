@@ -15,4 +15,5 @@ checkpoint/   saving and resuming
 faults/       what is done about everything that goes wrong
 run/          the files of a run, and what is measured
 export/       checkpoint → export
+sweep/        experiments: many trainings and the table that compares them
 """
