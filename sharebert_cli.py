@@ -56,6 +56,35 @@ def report(given: argparse.Namespace) -> int:
     return FINISHED
 
 
+def sweep(given: argparse.Namespace) -> int:
+    from pretrain.sweep.hparams import write_hparams
+    from pretrain.sweep.recipe import SweepRecipe, trials
+    from pretrain.sweep.runner import run_all
+    from pretrain.sweep.table import rows_of, to_text
+    from sharebert_common.files import make_folders, write_atomically
+
+    recipe = load(SweepRecipe, given.config, given.overrides)
+    made = trials(recipe)
+    if given.submit:
+        from cluster.recipe import load_cluster
+        from cluster.submit import submit as submit_trainings
+
+        for run, job in submit_trainings([trial.recipe for trial in made], load_cluster(given.submit, [])):
+            print(f"{run}: job {job}")
+        return FINISHED
+    code = FINISHED if given.table else run_all(made, lambda text: print(text, flush=True))
+    runs: dict[str, list[Path]] = {}
+    for trial in made:
+        runs.setdefault(trial.row, []).append(trial.run)
+    rows = rows_of(runs, recipe.reference)
+    text = to_text(rows, unfinished=len(made) - sum(row.seeds for row in rows))
+    make_folders(Path(recipe.folder))
+    write_atomically(Path(recipe.folder) / "TABLE.md", text + "\n")
+    write_hparams(made, Path(recipe.folder) / "tensorboard")
+    print(text)
+    return code
+
+
 def consolidate(given: argparse.Namespace) -> int:
     from pretrain.export.consolidate import consolidate
 
@@ -250,6 +279,7 @@ EXAMPLES = {
     "consolidate": "consolidate runs/small exports/small",
     "import-authors": "import-authors downloads/sharebert exports/authors",
     "evaluate": "evaluate exports/small --task sst2 --data glue/SST-2",
+    "sweep": "sweep ladder",
     "compress": "compress exports/small compress/int8 exports/small-int8",
     "fill": "fill 'The capital of France is [MASK].' exports/small",
 }
@@ -285,6 +315,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="do only the I-th of N shares of the work (I from 0); a last call without --task completes the dataset",
     )
     _with_config(verb("train", train, "Train in one process, or resume a run."), "pretrain.recipe:TrainRecipe")
+    sub = verb("sweep", sweep, "Train what a sweep recipe varies, or resume it, and compare the runs in a table.")
+    _with_config(sub, "pretrain.sweep.recipe:SweepRecipe")
+    sub.add_argument("--table", action="store_true", help="train nothing: the table of the runs as they are now")
+    sub.add_argument("--submit", metavar="CLUSTER", help="submit the trainings as an array, with this cluster recipe")
     sub = verb("plan", plan, "Estimate what a training costs: parameters, memory, FLOPs, hours.")
     _with_config(sub, "pretrain.recipe:TrainRecipe")
     sub.add_argument("--gpus", type=_numbers(int), default=[8], metavar="N[,N ...]", help="numbers of GPUs (default 8)")

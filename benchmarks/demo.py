@@ -62,7 +62,7 @@ def table() -> bool:
         model,
         datasets,
         recipe.validate,
-        mask_rate=recipe.data.mask_rate,
+        mask_rate=recipe.data.last_mask_rate,
         whole_word=recipe.data.whole_word,
         hide="all",
     ).loss

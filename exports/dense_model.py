@@ -187,8 +187,10 @@ def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
         yield "bert.embeddings.word_embeddings.weight", encoder.embed_words(factors)
     yield "bert.embeddings.position_embeddings.weight", encoder.position_embeddings.weight
     yield "bert.embeddings.token_type_embeddings.weight", encoder.token_type_embeddings.weight
-    made = _matrices(encoder)
+    made = _matrices(encoder, 0)
     for number, layer in enumerate(encoder.layers):
+        if config.sharing == "none" and number:
+            made = _matrices(encoder, number)
         assert isinstance(layer, Layer)
         yield from _layer(f"bert.encoder.layer.{number}.", layer, made, _query_factor(config))
     yield from _norm("bert.encoder.ln", encoder.final_norm)
@@ -198,10 +200,10 @@ def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
         yield from _head(model.mlm_head, encoder.word_embeddings.weight, config)
 
 
-def _matrices(encoder: ShareBert) -> dict[str, Tensor]:
-    """The generated matrices by name, [out, in] as `nn.Linear` stores them, the query with its factor."""
+def _matrices(encoder: ShareBert, layer: int) -> dict[str, Tensor]:
+    """The matrices of a layer and the pooler's, by name, [out, in] as in `nn.Linear`, the query with its factor."""
     weights = encoder.layer_weights()
-    given: dict[str, Tensor | None] = {**weights.of_layer(0)._asdict(), "pooler": weights.pooler}
+    given: dict[str, Tensor | None] = {**weights.of_layer(layer)._asdict(), "pooler": weights.pooler}
     del weights
     made = {}
     while given:  # takes each out before the next is copied, so that only one is in memory twice

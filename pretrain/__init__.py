@@ -16,4 +16,5 @@ faults/       what is done about everything that goes wrong
 run/          the files of a run, and what is measured
 report/       one page of what happened in a run
 export/       checkpoint → export
+sweep/        experiments: many trainings and the table that compares them
 """

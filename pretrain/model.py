@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
@@ -26,6 +27,11 @@ class ModelRecipe:
     init: Literal["variance", "authors"] = "variance"
     """How the weights start: `authors` as in their code; `variance` so that the generated weights have standard
     deviation `initializer_range`."""
+    init_scale: Annotated[float, Field(gt=0)] | None = None
+    """The generated weights start with standard deviation init_scale / √H, with either `init`, so that a value tuned
+    at a small width H holds at a large one. Without it, `init` alone decides: `authors` amounts to 0.20, 0.35 and 0.50
+    in the sizes small, base and large, `variance` to 0.90. (A start for generated weights needs a rule of its own:
+    Chang et al., "Principled Weight Initialization for Hypernetworks", ICLR 2020.)"""
     init_from: str | None = None
     """Folder of an export whose weights the model starts with."""
     vocab_size: int | None = None
@@ -55,7 +61,8 @@ class ModelRecipe:
     initializer_range: float | None = None
     """Standard deviation of the weights at the start."""
     sharing: str | None = None
-    """Where layers take their matrices from: `veps` the virtual matrix E·W_allᵀ + b_all, `eps` E itself."""
+    """Where layers take their matrices from: `veps` the virtual matrix E·W_allᵀ + b_all, `eps` E itself; `layers` one
+    set of parameters for all layers, `none` parameters of their own: the peers to compare with."""
     mlm_head: str | None = None
     """`untied`: a decoder of its own, [V, H]; `tied`: E and a bias [V]."""
     attention_scale: str | None = None
@@ -76,6 +83,8 @@ class ModelChoice:
     """How the weights start: `variance` or `authors`."""
     init_from: Path | None
     """An export whose weights are taken instead."""
+    init_scale: float | None = None
+    """The generated weights start with standard deviation init_scale / √H; None where `init` alone decides."""
 
 
 def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | None) -> ModelChoice:
@@ -112,7 +121,7 @@ def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | Non
             f"model.max_position_embeddings: {config.max_position_embeddings}, "
             f"and the dataset's rows have {seq_len} tokens"
         )
-    return ModelChoice(config, recipe.init, init_from)
+    return ModelChoice(config, recipe.init, init_from, recipe.init_scale)
 
 
 def refuse_other_tokenizer(choice: ModelChoice, dataset: Dataset) -> None:
@@ -143,7 +152,7 @@ def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:
     Raises BadInput where `init_from` is no export, or has another shape.
     """
     model = ShareBertForMaskedLM(choice.config)
-    initialize(model, choice.init, seed)
+    initialize(model, choice.init, seed, choice.init_scale)
     if choice.init_from is not None:
         _take_weights(model, choice.init_from)
     return model

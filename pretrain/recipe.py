@@ -92,6 +92,10 @@ class TrainRecipe:
         exists = any("://" in entry.path or Path(entry.path).exists() for entry in self.data.dataset)
         datasets = open_datasets(self.data) if needs_data or exists else []
         micro_batches, micro_rows = micro_shape(self.data, world_size)
+        if self.optimizer.muon.generated and self.model.sharing in ("layers", "none"):
+            raise BadInput(
+                "optimizer.muon.generated: model.sharing generates no matrices; use veps or eps, or AdamW alone"
+            )
         if not datasets:
             model = choose_model(self.model, None, None)
             return ResolvedTraining([], model, model.config.max_position_embeddings, micro_batches, micro_rows)
@@ -113,5 +117,9 @@ class TrainRecipe:
 
     def _check_engine(self) -> None:
         check_zero(self.zero)
+        if self.optimizer.muon.generated and (self.zero.stage == 3 or self.precision == "fp16"):
+            raise BadInput(
+                "optimizer.muon.generated: not with zero.stage 3 or precision fp16; use stage 0 to 2 and bf16"
+            )
         if self.compile and self.zero.stage == 3:
             raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")

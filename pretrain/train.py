@@ -89,7 +89,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.run, self.world, self.stop, self.training = recipe, run, world, stop, training
         self.identity = identity(training.model.config, training.datasets[0])
-        self.loader = Loader(training.datasets, recipe.data, recipe.seed, world.rank, world.world_size)
+        self.loader = Loader(training.datasets, recipe.data, recipe.seed, world.rank, world.world_size, recipe.steps)
         self.shard_check = ShardCheck(training.datasets, world.rank, world.world_size)
         self.bad_rows = BadRowsFile(run.bad_rows, world, self.report)
         self.skips = SkippedSteps(recipe.faults, self.bad_rows, self.report)
@@ -252,7 +252,7 @@ class Trainer:
             self.engine,
             self.training.datasets,
             self.recipe.validate,
-            mask_rate=self.recipe.data.mask_rate,
+            mask_rate=self.recipe.data.last_mask_rate,
             whole_word=self.recipe.data.whole_word,
             rank=self.world.rank,
             world_size=self.world.world_size,

@@ -11,7 +11,7 @@ from typing import Any
 MODEL_TYPE = "sharebert"
 
 CHOICES = {
-    "sharing": ("veps", "eps"),
+    "sharing": ("veps", "eps", "layers", "none"),
     "mlm_head": ("untied", "tied", "none"),
     "attention_scale": ("authors", "standard"),
 }
@@ -63,7 +63,8 @@ class ShareBertConfig:
     initializer_range: float = 0.02
     """Standard deviation of the weights of a new model."""
     sharing: str = "veps"
-    """`veps`: the matrices of all layers are cut from the virtual matrix E·W_allᵀ + b_all; `eps`: from E itself."""
+    """`veps`: the matrices of all layers are cut from the virtual matrix E·W_allᵀ + b_all; `eps`: from E itself.
+    `layers`: all layers use one set of matrices, which are parameters; `none`: every layer has a set of its own."""
     mlm_head: str = "untied"
     """`untied`: the head has its own decoder [V, H]; `tied`: it uses E and a bias [V]; `none`: there is no head."""
     attention_scale: str = "authors"
@@ -84,13 +85,18 @@ class ShareBertConfig:
                 f"must equal hidden_size ({self.hidden_size})"
             )
         square, wide = self.square_columns, self.wide_columns
-        if 5 * square + 2 * wide > self.hidden_size:
+        if self.generates and 5 * square + 2 * wide > self.hidden_size:
             raise ShareBertError(
                 f"vocab_size {self.vocab_size} is too small for hidden_size H = {self.hidden_size} and "
                 f"intermediate_size I = {self.intermediate_size}: with h = ⌈H²/V⌉ = {square} and f = ⌈H·I/V⌉ = {wide} "
                 f"columns, 5h + 2f = {5 * square + 2 * wide} > H = {self.hidden_size}; take a larger vocabulary "
                 f"(about 5H + 2I = {5 * self.hidden_size + 2 * self.intermediate_size} words) or smaller H and I"
             )
+
+    @property
+    def generates(self) -> bool:
+        """Whether the matrices of layers are cut from the virtual matrix. Otherwise they are parameters."""
+        return self.sharing in ("veps", "eps")
 
     @property
     def head_size(self) -> int:

@@ -14,7 +14,7 @@ from .config import ShareBertConfig, ShareBertError
 from .kernels import add_dropout_norm, attention, document_mask, linear_gelu
 from .roles import FACTOR_NORM_WEIGHT, LAYER_BIAS, NORM_WEIGHT, ZERO_BIAS, Normal, set_roles, weight_role
 from .shared_linear import linear
-from .sharing import LayerWeights, OneGeneratedSet, Sharing, Weights
+from .sharing import LayerWeights, OneGeneratedSet, OwnMatrices, Sharing, Weights
 
 
 class Encoded(NamedTuple):
@@ -101,17 +101,20 @@ class ShareBert(nn.Module):
     def __init__(self, config: ShareBertConfig) -> None:
         super().__init__()
         self.config = config
-        self.sharing: Sharing = OneGeneratedSet(config)
+        self.sharing: Sharing = OneGeneratedSet(config) if config.generates else OwnMatrices(config)
         hidden, factor, weight = config.hidden_size, config.factor_size, weight_role(config.initializer_range)
         self.word_embeddings = set_roles(nn.Embedding(config.vocab_size, factor), weight=weight)
-        if config.sharing == "veps":
+        if config.sharing != "eps":
             self.pre_factor_norm = _factor_norm(factor, config)
             self.factor_linear = set_roles(nn.Linear(factor, hidden), weight=weight, bias=ZERO_BIAS)
+        if config.sharing == "veps":
             # E has standard deviation `initializer_range`; with W_all N(0, 1/F) the matrices have the same.
             start = weight.start._replace(variance=Normal(1 / sqrt(factor)))
             self.factor_linear_all = set_roles(
-                nn.Linear(factor, hidden), weight=weight._replace(start=start), bias=ZERO_BIAS
+                nn.Linear(factor, hidden), weight=weight._replace(start=start, generates=True), bias=ZERO_BIAS
             )
+        elif config.sharing == "eps":
+            set_roles(self.word_embeddings, weight=weight._replace(generates=True))
         self.pos_factor_norm = _factor_norm(hidden, config)
         self.position_embeddings = set_roles(nn.Embedding(config.max_position_embeddings, hidden), weight=weight)
         self.token_type_embeddings = set_roles(nn.Embedding(config.type_vocab_size, hidden), weight=weight)
@@ -184,7 +187,7 @@ class ShareBert(nn.Module):
 
     def embed_words(self, factors: Tensor) -> Tensor:
         """Rows of E [..., F] as they enter the residual stream, before position and type, [..., H]."""
-        if self.config.sharing == "veps":
+        if self.config.sharing != "eps":
             factors = self.factor_linear(self.pre_factor_norm(factors))
         return self.pos_factor_norm(factors)  # type: ignore[no-any-return]
 

@@ -49,6 +49,8 @@ class Role(NamedTuple):
     """Whether weight decay acts on it."""
     start: Start
     """How it starts."""
+    generates: bool = False
+    """Whether the standard deviation of the generated matrices is proportional to its own."""
 
 
 def weight_role(std: float) -> Role:

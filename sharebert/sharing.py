@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .config import ShareBertConfig
 from .plain_modules import embedding_matrix, is_plain
-from .virtual import blocks, generate
+from .roles import set_roles, weight_role
+from .virtual import GradientChange, blocks, generate
 
 
 class Weights(NamedTuple):
@@ -81,16 +83,64 @@ class OneGeneratedSet:
         self.virtual = config.sharing == "veps"
         self.words = config.vocab_size
         self.blocks = blocks(config)
+        self.change_gradients: GradientChange | None = None
+        """Called in the backward pass of training with the gradients of the matrices that were made."""
 
     def __call__(self, encoder: Encoder, pooler: bool) -> SameForAll:
         """Each matrix is one product (EPS: one copy), made here."""
         wanted = self.blocks if pooler else self.blocks[:-1]
         embedding = embedding_matrix(encoder.word_embeddings, self.words)
         if not self.virtual:
-            matrices = generate(wanted, embedding, None, None)
+            matrices = generate(wanted, embedding, None, None, self.change_gradients)
         elif is_plain(encoder.factor_linear_all):
-            matrices = generate(wanted, embedding, encoder.factor_linear_all.weight, encoder.factor_linear_all.bias)
+            all_rows = encoder.factor_linear_all
+            matrices = generate(wanted, embedding, all_rows.weight, all_rows.bias, self.change_gradients)
         else:  # an adapter or a quantiser has changed it: make the whole virtual matrix with it, and cut that
             matrices = generate(wanted, encoder.factor_linear_all(embedding), None, None)
         count = len(Weights._fields)
         return SameForAll(Weights(*matrices[:count]), matrices[count] if pooler else None)
+
+
+class MatrixSet(nn.Module):
+    """The matrices of `Weights` as parameters."""
+
+    def __init__(self, config: ShareBertConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        role = weight_role(config.initializer_range)._replace(generates=True)
+        for name in Weights._fields:
+            shape = {"intermediate": (hidden, inner), "output": (inner, hidden)}.get(name, (hidden, hidden))
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        set_roles(self, **dict.fromkeys(Weights._fields, role))
+
+    def weights(self) -> Weights:
+        """The parameters themselves."""
+        return Weights(*(getattr(self, name) for name in Weights._fields))
+
+
+class OwnMatrices(nn.Module):
+    """Matrices that are parameters: one set for all layers (`layers`, as ALBERT, Lan et al., ICLR 2020), or a set for
+    each layer (`none`, as BERT). They are what generated matrices are compared with.
+    """
+
+    def __init__(self, config: ShareBertConfig) -> None:
+        super().__init__()
+        count = config.num_hidden_layers if config.sharing == "none" else 1
+        self.layers = nn.ModuleList(MatrixSet(config) for _ in range(count))
+        self.pooler = nn.Parameter(torch.zeros(config.hidden_size, config.hidden_size))
+        set_roles(self, pooler=weight_role(config.initializer_range)._replace(generates=True))
+
+    def forward(self, encoder: Encoder, pooler: bool) -> OwnSets:
+        """The parameters of all sets."""
+        return OwnSets([one.weights() for one in self.layers], self.pooler if pooler else None)  # type: ignore[operator]
+
+
+class OwnSets(NamedTuple):
+    """`LayerWeights` with as many sets as layers, or one for all."""
+
+    sets: list[Weights]
+    pooler: Tensor | None
+
+    def of_layer(self, index: int) -> Weights:
+        """The set of layer `index`."""
+        return self.sets[index % len(self.sets)]

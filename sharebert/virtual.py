@@ -12,7 +12,7 @@ M itself is never made: each block is one product, which is contiguous, and the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ from .config import ShareBertConfig
 from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype
 from .shared_linear import SharedGradients
 from .tracing import is_traced
+
+GradientChange = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
+"""Maps the gradients of generated matrices, each [in, out], to those that are carried on to the parameters."""
 
 
 class Block(NamedTuple):
@@ -72,7 +75,11 @@ def used_rows(config: ShareBertConfig, *, pooler: bool) -> int:
 
 
 def generate(
-    cut: Sequence[Block], embedding: Tensor, projection: Tensor | None, bias: Tensor | None
+    cut: Sequence[Block],
+    embedding: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    change: GradientChange | None = None,
 ) -> tuple[Tensor, ...]:
     """One matrix for each block of `cut`, in the dtype in which products run.
 
@@ -81,6 +88,7 @@ def generate(
         embedding: E [V, F].
         projection: W_all [H, F] for VEPS; None for EPS.
         bias: b_all [H] for VEPS; None for EPS.
+        change: called in the backward pass; None carries the gradients on as they are.
 
     Returns:
         Contiguous views, each of its own product (EPS: of its own copy).
@@ -90,10 +98,10 @@ def generate(
     if projection is None or bias is None:
         if plain:
             return columns_of(embedding, cut, dtype)
-        return _Columns.apply(embedding, tuple(cut), dtype)  # type: ignore[no-any-return]
+        return _Columns.apply(embedding, tuple(cut), dtype, change)  # type: ignore[no-any-return]
     if plain:
         return products_of(embedding, projection, bias, cut, dtype)
-    return _Products.apply(embedding, projection, bias, tuple(cut), dtype)  # type: ignore[no-any-return]
+    return _Products.apply(embedding, projection, bias, tuple(cut), dtype, change)  # type: ignore[no-any-return]
 
 
 def products_of(
@@ -125,11 +133,17 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, embedding: Tensor, projection: Tensor, bias: Tensor, cut: tuple[Block, ...], dtype: torch.dtype
+        ctx: Any,
+        embedding: Tensor,
+        projection: Tensor,
+        bias: Tensor,
+        cut: tuple[Block, ...],
+        dtype: torch.dtype,
+        change: GradientChange | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(embedding, projection)
-        ctx.cut, ctx.dtype, ctx.bias_dtype = cut, dtype, bias.dtype
+        ctx.cut, ctx.dtype, ctx.bias_dtype, ctx.change = cut, dtype, bias.dtype, change
         ctx.shared_gradients = SharedGradients(len(cut))
         return products_of(embedding, projection, bias, cut, dtype)
 
@@ -142,7 +156,10 @@ class _Products(torch.autograd.Function):
         grad_e = torch.zeros(e.shape, dtype=sums, device=e.device)
         grad_w = torch.zeros(w.shape, dtype=sums, device=w.device)
         grad_b = torch.zeros(len(w), dtype=sums, device=w.device)
-        for block, gradient in zip(ctx.cut, ctx.shared_gradients.take(gradients), strict=True):
+        taken = ctx.shared_gradients.take(gradients)
+        if ctx.change is not None:
+            taken = ctx.change(taken)
+        for block, gradient in zip(ctx.cut, taken, strict=True):
             if gradient is None:
                 continue
             columns = slice(block.first, block.last)
@@ -156,16 +173,19 @@ class _Products(torch.autograd.Function):
                 grad_e[n] += rest @ w[started]
                 grad_w[started] += torch.outer(rest, e[n])
                 grad_b[started] += rest
-        return grad_e.to(embedding.dtype), grad_w.to(projection.dtype), grad_b.to(ctx.bias_dtype), None, None
+        return grad_e.to(embedding.dtype), grad_w.to(projection.dtype), grad_b.to(ctx.bias_dtype), None, None, None
 
 
 class _Columns(torch.autograd.Function):
     """EPS: blocks are columns of E. A row of E has H values, so to make a block contiguous takes one copy."""
 
     @staticmethod
-    def forward(ctx: Any, embedding: Tensor, cut: tuple[Block, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, embedding: Tensor, cut: tuple[Block, ...], dtype: torch.dtype, change: GradientChange | None
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.cut, ctx.shape, ctx.embedding_dtype = cut, embedding.shape, embedding.dtype
+        ctx.cut, ctx.change, ctx.device = cut, change, embedding.device
+        ctx.shape, ctx.embedding_dtype = embedding.shape, embedding.dtype
         ctx.shared_gradients = SharedGradients(len(cut))
         return columns_of(embedding, cut, dtype)
 
@@ -173,14 +193,15 @@ class _Columns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         taken = ctx.shared_gradients.take(gradients)
-        known = next(gradient for gradient in taken if gradient is not None)
-        grad_e = torch.zeros(ctx.shape, dtype=ctx.embedding_dtype, device=known.device)
+        if ctx.change is not None:
+            taken = ctx.change(taken)
+        grad_e = torch.zeros(ctx.shape, dtype=ctx.embedding_dtype, device=ctx.device)
         for block, gradient in zip(ctx.cut, taken, strict=True):
             if gradient is not None:
                 whole, rest = _rows(gradient, block)
                 grad_e[: len(whole), block.first : block.last] = whole
                 grad_e[len(whole) : len(whole) + 1, block.first : block.first + len(rest)] = rest
-        return grad_e, None, None
+        return grad_e, None, None, None
 
 
 def _rows(gradient: Tensor, block: Block) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,7 @@ def mask(
     special_ids: Sequence[int],
     mask_id: int,
     continues: Sequence[bool] | None = None,
+    below: tuple[int, int] = (3_435_973_836, 3_865_470_566),
 ) -> tuple[list[int], list[int]]:
     """(columns chosen, tokens as the model sees them)."""
     ordinary = [s != 0 and t not in special_ids for t, s in zip(tokens, document_ids, strict=True)]
@@ -111,8 +112,8 @@ def mask(
     seen = list(tokens)
     for column in columns:
         high, low = divmod(draw(k, 2**32 + column), 2**32)
-        if high < 3_435_973_836:
+        if high < below[0]:
             seen[column] = mask_id
-        elif high < 3_865_470_566:
+        elif high < below[1]:
             seen[column] = words[low * len(words) >> 32]
     return columns, seen

@@ -16,6 +16,7 @@ from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
 from pretrain.data.loader import Loader
 from pretrain.distributed import World
 from pretrain.engine.engine import Engine
+from pretrain.engine.fragments import MOMENTUM
 from pretrain.run.folder import RunFolder
 from sharebert_common.errors import BadInput
 
@@ -103,7 +104,11 @@ class TrainingState:
             found: from `find_checkpoint`.
             seed: of the run; on another world size than the checkpoint's, dropout is seeded from it.
         """
-        load_fragments(found, self.engine.writable_fragments(self.world))
+        wanted, saved = self.engine.writable_fragments(self.world), found.pieces()
+        here = [part for part in wanted if part.name in saved or MOMENTUM not in part.tensors]
+        load_fragments(found, here)
+        if len(here) < len(wanted):
+            self._report(f"checkpoint of step {found.step} has no momenta of generated matrices: they start at 0")
         self.files.branch_off(found.step)
         self.engine.load_state(found.step, found.training)
         self._report_changed_data(found)

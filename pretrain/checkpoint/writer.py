@@ -25,7 +25,7 @@ from pretrain.checkpoint.direct_io import BLOCK_BYTES
 from pretrain.checkpoint.format import FORMAT, RNG_STATE
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.saving import GivenUpElsewhere, RankSave
-from pretrain.engine.fragments import STATES, Fragment
+from pretrain.engine.fragments import MOMENTUM, STATES, Fragment
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, remove_unfinished, write_atomically
 from sharebert_common.recipe import STRICT
@@ -146,7 +146,10 @@ class CheckpointWriter:
     def allocate(self, fragments: Sequence[Fragment], rng_state: dict[str, torch.Tensor]) -> Layout:
         """Allocate the buffer for such a state and touch its pages, so that saves copy at the speed of memory."""
         specs: dict[str, tuple[torch.dtype, Sequence[int]]] = {
-            f"{state}/{part.name}": (torch.float32, (part.length,)) for state in STATES for part in fragments
+            f"{state}/{part.name}": (torch.float32, (part.length,))
+            for state in (*STATES, MOMENTUM)
+            for part in fragments
+            if state in part.tensors
         }
         specs |= {RNG_STATE + name: (torch.uint8, tuple(value.shape)) for name, value in rng_state.items()}
         layout = lay_out(specs, {"format": "sharebert-checkpoint", "slices": json.dumps(_spans(fragments))})
@@ -161,8 +164,8 @@ class CheckpointWriter:
         assert self._buffer is not None
         views = layout.views(self._buffer)
         for part in fragments:
-            for state in STATES:
-                views[f"{state}/{part.name}"].copy_(part.tensors[state], non_blocking=True)
+            for state, tensor in part.tensors.items():
+                views[f"{state}/{part.name}"].copy_(tensor, non_blocking=True)
         for name, value in rng_state.items():
             views[RNG_STATE + name].copy_(value)
         if torch.cuda.is_available():

@@ -20,7 +20,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes. `capacity` = rows × max(1, round(mask_rate × seq_len)) is fixed."""
+    """What one forward pass takes. `capacity` = rows × max(1, round(highest mask rate × seq_len)) is fixed."""
 
     tokens: torch.Tensor
     """[rows, seq_len] int64, with masks applied."""
@@ -50,7 +50,7 @@ class Batcher:
     Args:
         datasets: with the same seq_len and tokenizer.
         split: the split's name.
-        mask_rate: share of a row's tokens to choose.
+        mask_rate: share of a row's tokens to choose, the largest one where it varies.
         whole_word: whether whole words are chosen.
         seed: of the masks.
 
@@ -76,7 +76,16 @@ class Batcher:
         )
 
     def make(
-        self, dataset: I64, epochs: I64, rows: I64, *, counts: NDArray[np.bool_], micro_rows: int, hide: Hide
+        self,
+        dataset: I64,
+        epochs: I64,
+        rows: I64,
+        *,
+        counts: NDArray[np.bool_],
+        micro_rows: int,
+        hide: Hide,
+        rates: NDArray[np.float64] | None = None,
+        shares: NDArray[np.float64] | None = None,
     ) -> list[MicroBatch]:
         """Read and mask rows, in micro-batches of `micro_rows`.
 
@@ -87,9 +96,11 @@ class Batcher:
             counts: [n] false for rows that only fill up the shape, with weight 0.
             micro_rows: rows of a micro-batch.
             hide: what to put in place of the tokens.
+            rates: [n] of tokens to choose, and
+            shares: [n, 2] of [MASK] and random words among them, both as in `Masks.apply`.
         """
         tokens, document_ids = self._read(dataset, rows)
-        masked = self._masks.apply(tokens, document_ids, epochs, rows, hide)
+        masked = self._masks.apply(tokens, document_ids, epochs, rows, hide, rates, shares)
         used = masked.chosen & counts[:, None]
         row_start = np.arange(len(rows)) % micro_rows * tokens.shape[1]
         positions = np.where(used, masked.columns + row_start[:, None], 0)

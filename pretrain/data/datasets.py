@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
@@ -12,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from data_prep.shards.cache import CacheRecipe
 from data_prep.shards.dataset_files import LocalFiles
 from data_prep.shards.reader import Dataset, open_dataset
+from pretrain.data.mask_schedule import MaskScheduleRecipe
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -47,7 +49,9 @@ class DataRecipe:
     micro_batch: PositiveInt
     """Most rows that a rank computes at once; the share of a rank is cut into equal parts no larger than this."""
     mask_rate: Annotated[float, Field(gt=0, le=0.5)] = 0.15
-    """Share of a row's tokens that are masked and predicted."""
+    """Share of a row's tokens that are masked and predicted; with `mask_schedule.last_rate`, that of the first step."""
+    mask_schedule: MaskScheduleRecipe = field(default_factory=MaskScheduleRecipe)
+    """How the masks change over the steps, and what takes the place of a chosen token."""
     whole_word: bool = False
     """Mask whole words. The tokenizer must mark the pieces that continue a word, as WordPiece does."""
     within_documents: bool = False
@@ -62,6 +66,16 @@ class DataRecipe:
     may_change: bool = False
     """Resume also where datasets, weights or `window_shards` differ from those of the checkpoint (after shards were
     added, for instance): the run follows the new order from the position that it has reached."""
+
+    @property
+    def highest_mask_rate(self) -> float:
+        """The largest mask rate of the run. It fixes the shape of micro-batches."""
+        return max(self.mask_rate, self.last_mask_rate)
+
+    @property
+    def last_mask_rate(self) -> float:
+        """The mask rate at the end of the run."""
+        return self.mask_schedule.rate(self.mask_rate, 1.0)
 
 
 def open_datasets(recipe: DataRecipe) -> list[Dataset]:

@@ -19,6 +19,7 @@ import numpy as np
 from data_prep.shards.reader import Dataset
 from pretrain.data.batches import Batcher, MicroBatch
 from pretrain.data.datasets import DataRecipe, micro_shape
+from pretrain.data.mask_schedule import masks_of_steps
 from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order
 from sharebert_common.errors import BadInput
@@ -57,19 +58,32 @@ class Loader:
         seed: of order and masks, 0 ≤ seed < 2^64.
         rank: of this process.
         world_size: how many processes share a global batch.
+        steps: of the whole run, over which the masks change.
 
     Raises:
         BadInput: more ranks than rows in a global batch, a seed out of range, an empty train split;
             while iterating: a dataset is found damaged.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], recipe: DataRecipe, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        recipe: DataRecipe,
+        seed: int,
+        rank: int,
+        world_size: int,
+        steps: int = 1,
+    ) -> None:
         if not 0 <= seed < 2**64:
             raise BadInput(f"seed: {seed} is not in 0 … 2^64-1")
         self._count, self._micro_rows = micro_shape(recipe, world_size)
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._global_batch, self._may_change = recipe.global_batch, recipe.may_change
-        self._batcher = Batcher(datasets, "train", mask_rate=recipe.mask_rate, whole_word=recipe.whole_word, seed=seed)
+        self._mask_schedule, self._mask_rate = recipe.mask_schedule, recipe.mask_rate
+        self._run_rows = steps * recipe.global_batch
+        self._batcher = Batcher(
+            datasets, "train", mask_rate=recipe.highest_mask_rate, whole_word=recipe.whole_word, seed=seed
+        )
         for entry, split in zip(recipe.dataset, self._batcher.splits, strict=True):
             if split.rows == 0:
                 raise BadInput(f"data.dataset: {entry.path}: the train split is empty")
@@ -171,8 +185,15 @@ class Loader:
         for number in np.unique(dataset):
             here = dataset == number
             epochs[here], rows[here] = self._orders[number].at(places[here])
+        masks = masks_of_steps(self._mask_schedule, self._mask_rate, starts, self._run_rows)
         micro_batches = self._batcher.make(
-            dataset, epochs, rows, counts=counts.ravel(), micro_rows=self._micro_rows, hide="mixed"
+            dataset,
+            epochs,
+            rows,
+            counts=counts.ravel(),
+            micro_rows=self._micro_rows,
+            hide="mixed",
+            **{key: values.repeat(positions.shape[1], axis=0) for key, values in masks.items()},
         )
         return [
             self._step(int(end), micro_batches[number * self._count : (number + 1) * self._count])

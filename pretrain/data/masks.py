@@ -1,4 +1,5 @@
-"""Which tokens of a row are masked, and what stands in their place: a pure function of (seed, epoch, row, position).
+"""Which tokens of a row are masked, and what stands in their place: a pure function of (seed, epoch, row, position) and
+of the rate and the shares that a step asks for.
 
 The masked-language-model objective of Devlin et al., "BERT", NAACL 2019, section 3.1, with an exact
 number of masked tokens a row, so that shapes never change. docs/format.md carries the definition and
@@ -26,8 +27,9 @@ Hide = Literal["mixed", "chosen", "all"]
 `chosen`: every chosen token becomes [MASK]. `all`: every ordinary token of the row becomes [MASK].
 """
 
-MASK_BELOW = np.uint64(0.8 * 2**32)
-RANDOM_BELOW = np.uint64(0.9 * 2**32)
+DEFAULT_SHARES = (0.8, 0.1)
+"""Of the chosen tokens, how many become [MASK] and how many a random word; the rest stays (Devlin et al.)."""
+
 REPLACEMENTS = 2**32
 """Counter in a row's stream from which replacements are drawn. Choices are drawn from 0 on."""
 
@@ -60,7 +62,7 @@ class Masks:
     [UNK] among them, and padding are never chosen.
 
     Args:
-        rate: share of a row's non-padding tokens to choose, 0 < rate ≤ 0.5.
+        rate: share of a row's non-padding tokens to choose, 0 < rate ≤ 0.5; the largest one, where rates vary.
         seed: of the run, 0 ≤ seed < 2^64.
         seq_len: tokens of a row.
         vocab_size: of the tokenizer (not of a padded embedding); random words are drawn from it.
@@ -99,6 +101,8 @@ class Masks:
         epochs: NDArray[np.int64],
         rows: NDArray[np.int64],
         hide: Hide = "mixed",
+        rates: NDArray[np.float64] | None = None,
+        shares: NDArray[np.float64] | None = None,
     ) -> MaskedRows:
         """Choose and mask tokens.
 
@@ -108,7 +112,13 @@ class Masks:
             epochs: [n] of each row.
             rows: [n] the rows' numbers in their dataset.
             hide: what to put in place of the tokens.
+            rates: [n] of each row, none above the `rate` of these masks; that one for all rows where None.
+            shares: [n, 2] for `mixed`: of the chosen tokens, those that become [MASK] and those that become a random
+                word; 0.8 and 0.1 where None.
         """
+        rates = np.full(len(tokens), self._rate) if rates is None else rates
+        shares = np.broadcast_to(DEFAULT_SHARES, (len(tokens), 2)) if shares is None else shares
+        mask_below, random_below = (shares.cumsum(axis=1) * 2**32).astype(np.uint64).T[:, :, None]
         seen = tokens.astype(np.int64)
         columns = np.empty((len(tokens), self.slots), np.int64)
         labels = np.empty_like(columns)
@@ -116,13 +126,14 @@ class Masks:
         keys = key(self._seed, Stream.MASKS, epochs, rows)[:, None]
         for start in range(0, len(tokens), self._chunk_rows):
             here = slice(start, start + self._chunk_rows)
-            ordinary, chosen[here] = self._candidates(tokens[here], document_ids[here])
+            ordinary, chosen[here] = self._candidates(tokens[here], document_ids[here], rates[here])
             columns[here] = self._choose(tokens[here], ordinary, chosen[here], keys[here])
             original = np.take_along_axis(seen[here], columns[here], axis=1)
             labels[here] = np.where(chosen[here], original, 0)
             hidden = np.full_like(original, self._mask_id)
             if hide == "mixed":
-                hidden = self._replacements(original, columns[here], keys[here])
+                below = mask_below[here], random_below[here]
+                hidden = self._replacements(original, columns[here], keys[here], *below)
             row, slot = np.nonzero(chosen[here])
             seen[here][row, columns[here][row, slot]] = hidden[row, slot]
             if hide == "all":
@@ -130,12 +141,12 @@ class Masks:
         return MaskedRows(seen, columns, labels, chosen)
 
     def _candidates(
-        self, tokens: NDArray[Any], document_ids: NDArray[Any]
+        self, tokens: NDArray[Any], document_ids: NDArray[Any], rates: NDArray[np.float64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Which tokens may be chosen [n, seq_len], and which slots will be used [n, slots]."""
         real = document_ids != 0
         ordinary = self._ordinary.take(tokens) & real
-        wanted = np.maximum(1, np.rint(self._rate * real.sum(axis=1, dtype=np.int32)))
+        wanted = np.maximum(1, np.rint(rates * real.sum(axis=1, dtype=np.int32)))
         count = np.minimum(wanted, ordinary.sum(axis=1, dtype=np.int32))
         return ordinary, np.arange(self.slots) < count[:, None]
 
@@ -162,13 +173,21 @@ class Masks:
         return columns.astype(np.int64)
 
     def _replacements(
-        self, original: NDArray[np.int64], columns: NDArray[np.int64], keys: NDArray[np.uint64]
+        self,
+        original: NDArray[np.int64],
+        columns: NDArray[np.int64],
+        keys: NDArray[np.uint64],
+        mask_below: NDArray[np.uint64],
+        random_below: NDArray[np.uint64],
     ) -> NDArray[np.int64]:
-        """80/10/10 [n, slots] by the high half of a hash; the low half, scaled, picks the random word."""
+        """[MASK], random or kept [n, slots] by the high half of a hash, compared with bounds [n, 1].
+
+        The low half, scaled, picks the random word.
+        """
         luck = draw(keys, REPLACEMENTS + columns)
         share = luck >> HALF
-        result = np.where(share < MASK_BELOW, self._mask_id, original)
-        random = (share >= MASK_BELOW) & (share < RANDOM_BELOW)
+        result = np.where(share < mask_below, self._mask_id, original)
+        random = (share >= mask_below) & (share < random_below)
         low = luck[random] & np.uint64(2**32 - 1)
         result[random] = self._words[low * np.uint64(len(self._words)) >> HALF]
         return result

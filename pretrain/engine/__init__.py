@@ -5,6 +5,7 @@ config              precision, ZeRO and batch sizes as DeepSpeed's keys
 optimizer           AdamW's settings, its parameter groups, the learning rate of a step
 numerics            how CUDA rounds, and whether it repeats itself
 fragments           which elements of weights and moments this rank holds, at every ZeRO stage
+generated_muon      orthogonal gradients of generated matrices, and their momenta
 loss_scaler         fp16's dynamic loss scale
 deepspeed_import    importing DeepSpeed without its side effects
 """

@@ -15,6 +15,7 @@ from pretrain.distributed import World
 from pretrain.engine import fragments
 from pretrain.engine.deepspeed_import import import_deepspeed
 from pretrain.engine.fragments import Fragment
+from pretrain.engine.generated_muon import GeneratedMuon, MuonRecipe
 from pretrain.engine.loss_scaler import (
     let_the_lowest_scale_overflow,
     load_scaler_state,
@@ -34,8 +35,9 @@ class Engine:
     Everything that DeepSpeed names privately stays in this folder.
     """
 
-    def __init__(self, deepspeed_engine: Any, clip: float) -> None:
+    def __init__(self, deepspeed_engine: Any, clip: float, muon: GeneratedMuon | None = None) -> None:
         """`clip` is the highest norm of the whole gradient; 0 does not clip."""
+        self._muon = muon
         self._deepspeed = deepspeed_engine
         self._clip = clip
 
@@ -73,10 +75,14 @@ class Engine:
         itself and never looks at it; here it is computed once, for both.
         """
         skipped_before = self.skipped_steps
-        if self.stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
+        last = self._deepspeed.is_gradient_accumulation_boundary()
+        if self.stage == 0 and last:
             self._clip_at_stage_0()
         self._deepspeed.step()
-        return self.skipped_steps > skipped_before
+        skipped = self.skipped_steps > skipped_before
+        if self._muon is not None and last:
+            self._muon.end_step(skipped=skipped)
+        return skipped
 
     def _clip_at_stage_0(self) -> None:
         engine = self._deepspeed
@@ -124,11 +130,11 @@ class Engine:
 
     def fragments(self, world: World) -> list[Fragment]:
         """What this rank saves: over all ranks, every element of weights and moments exactly once. Live views."""
-        return fragments.owned(self._deepspeed, world)
+        return fragments.owned(self._deepspeed, world) + (self._muon.owned(world) if self._muon else [])
 
     def writable_fragments(self, world: World) -> list[Fragment]:
         """What this rank fills on a load, before `load_state`. Live views."""
-        return fragments.writable(self._deepspeed, world)
+        return fragments.writable(self._deepspeed, world) + (self._muon.writable() if self._muon else [])
 
     def shapes(self) -> dict[str, list[int]]:
         """The full shape of every parameter, by name."""
@@ -196,7 +202,19 @@ def open_engine(
         engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
     if timeout_s is not None:
         distributed.set_timeout(timeout_s)
+    muon = None
+    if optimizer.muon.generated:
+        muon = _give_muon(engine, optimizer.muon, config["gradient_accumulation_steps"])
     if stage == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # there is nobody to add to, and it copies every gradient twice
     let_the_lowest_scale_overflow(engine)
-    return Engine(engine, optimizer.clip)
+    return Engine(engine, optimizer.clip, muon)
+
+
+def _give_muon(engine: Any, recipe: MuonRecipe, micro_batches: int) -> GeneratedMuon:
+    """Let Muon change the gradients of the matrices that the model generates."""
+    sharing = engine.module.sharebert.sharing
+    shapes = {name: (block.rows, block.columns) for name, block in sharing.blocks._asdict().items() if name != "pooler"}
+    muon = GeneratedMuon(recipe, shapes, micro_batches, engine.device)
+    sharing.change_gradients = muon
+    return muon

@@ -22,6 +22,9 @@ DeepSpeedEngine = Any
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 """The three fp32 tensors of a parameter: its weight, and Adam's first and second moment."""
 
+MOMENTUM = "momentum"
+"""The fp32 tensor of a generated matrix that has a momentum."""
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -31,7 +34,7 @@ class Fragment:
     start: int
     length: int
     tensors: dict[str, torch.Tensor]
-    """For each of STATES a live fp32 view [length] into the engine's own memory."""
+    """For each of STATES, or for MOMENTUM alone, a live fp32 view [length] into the engine's own memory."""
 
     def overlap(self, start: int, length: int) -> range:
         """Which elements of the flattened parameter are in this fragment and in [start, start + length) too."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from pretrain.engine.generated_muon import MuonRecipe
 from sharebert import parameter_roles
 from sharebert_common.recipe import STRICT
 
@@ -27,16 +29,22 @@ class OptimizerRecipe:
     """Decoupled weight decay, on everything except biases and the LayerNorms of layers and head."""
     clip: Annotated[float, Field(ge=0)] = 0.5
     """Highest norm of the whole gradient; 0 does not clip."""
+    muon: MuonRecipe = field(default_factory=MuonRecipe)
+    """Orthogonal gradients of the generated matrices."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class ScheduleRecipe:
-    """Learning rate over the steps: linear warm-up from 0, then decay to `final`."""
+    """Learning rate over the steps: linear warm-up from 0, then one of four shapes that end at `final`."""
 
     warmup: Annotated[float, Field(ge=0)] = 0.06
     """Length of the warm-up: a fraction of all steps below 1, a number of steps from 1."""
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape after the warm-up."""
+    decay: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Shape after the warm-up. `wsd` (warm-up, stable, decay: Hu et al., "MiniCPM", COLM 2024, section 4) stays at the
+    highest rate up to the last `cooldown` steps, and falls linearly over these. So one long run serves several budgets:
+    each is a resume with fewer `steps`."""
+    cooldown: Annotated[float, Field(gt=0)] = 0.2
+    """Length of the decay of `wsd`: a fraction of all steps up to 1, a number of steps above 1."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Last learning rate as a fraction of the highest."""
 
@@ -48,8 +56,13 @@ def learning_rate(step: int, steps: int, highest: float, recipe: ScheduleRecipe)
         return highest * step / warmup
     if recipe.decay == "constant":
         return highest
+    if recipe.decay == "wsd":
+        cooldown = recipe.cooldown if recipe.cooldown > 1 else recipe.cooldown * steps
+        warmup = max(warmup, steps - cooldown)  # the decay begins here
+        if step < warmup:
+            return highest
     done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
-    shape = 1 - done if recipe.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    shape = 1 - done if recipe.decay != "cosine" else (1 + math.cos(math.pi * done)) / 2
     return highest * (recipe.final + (1 - recipe.final) * shape)
 
 

@@ -91,7 +91,7 @@ def make_plan(recipe: TrainRecipe, gpus: int, gpu: str, assumed: Assumptions) ->
     training = recipe.resolve(gpus, needs_data=False)
     config, seq_len = training.model.config, training.seq_len
     counted = count_parameters(config)
-    per_token = flops_per_token(config, seq_len, recipe.data.mask_rate, training.micro_rows * seq_len)
+    per_token = flops_per_token(config, seq_len, recipe.data.highest_mask_rate, training.micro_rows * seq_len)
     tokens = recipe.steps * recipe.data.global_batch * seq_len
     shape = shape_of(recipe, training, gpus)
     stages = {stage: replace(shape, stage=stage) for stage in range(4)}
@@ -126,7 +126,7 @@ def shape_of(recipe: TrainRecipe, training: ResolvedTraining, ranks: int, *, cud
         precision=recipe.precision,
         rows=training.micro_rows,
         seq_len=training.seq_len,
-        masked=max(1, round(recipe.data.mask_rate * training.seq_len)),
+        masked=max(1, round(recipe.data.highest_mask_rate * training.seq_len)),
         recompute=recipe.recompute,
         cuda=cuda,
     )
@@ -186,7 +186,7 @@ def roofline(
     other (Williams et al., CACM 2009)."""
     tokens = training.micro_rows * training.seq_len
     bytes_a_token = 0.0
-    for name, (size, times) in traffic(config, recipe.data.mask_rate, training.seq_len).items():
+    for name, (size, times) in traffic(config, recipe.data.highest_mask_rate, training.seq_len).items():
         share = 1 / tokens if name.endswith("a micro-batch") else 1.0
         share = 1 / (tokens * training.micro_batches) if name.endswith("an optimizer step") else share
         bytes_a_token += size * times * share

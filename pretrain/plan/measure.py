@@ -77,7 +77,7 @@ def _steps(recipe: TrainRecipe, training: ResolvedTraining, micro_batches: int, 
     cuda = world.device.type == "cuda"
     import_deepspeed()
     torch.nn.Linear(64, 64)(torch.zeros(64, 64)).sum().backward()  # threads and libraries that load at the first use
-    micro = _random_rows(training, recipe.data.mask_rate, micro_rows)
+    micro = _random_rows(training, recipe.data.highest_mask_rate, micro_rows)
     base = 0 if cuda else _reset_peak()
     model = build_model(training.model, recipe.seed)
     model.sharebert.recompute = recipe.recompute

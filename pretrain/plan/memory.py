@@ -118,7 +118,7 @@ def activation_bytes(config: ShareBertConfig, shape: Shape) -> int:
 def loss_bytes(config: ShareBertConfig, shape: Shape) -> int:
     """Bytes of the logits of a chunk, of their temporaries, and of the decoder's gradient, which is in fp32."""
     product = 4 if shape.precision == "fp32" else 2
-    chunk = min(CHUNK_LOGITS, shape.rows * shape.masked * config.vocab_size)
+    chunk = min(CHUNK_LOGITS["cuda" if shape.cuda else "cpu"], shape.rows * shape.masked * config.vocab_size)
     logits = product * chunk
     if not shape.cuda:  # the plain loss: a copy in fp32 in half precision, exponentials, and the cast back
         logits += 4 * chunk + (4 + product) * chunk * (product == 2)

@@ -35,7 +35,7 @@ class Meter:
         recipe: MonitorRecipe,
     ) -> None:
         self._world, self._seq_len, self._global_batch = world, seq_len, data.global_batch
-        self._flops = flops_per_token(model, seq_len, data.mask_rate, micro_rows * seq_len)
+        self._flops = flops_per_token(model, seq_len, data.highest_mask_rate, micro_rows * seq_len)
         self._peak = recipe.peak_flops or peak_flops_of(world.device)
         self._step_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)

@@ -53,7 +53,7 @@ def test_score_scales() -> None:
         ({"model_type": "bert"}, "'bert' is another model"),
         ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide hidden_size \(24\)"),
         ({"sharing": "eps", "factor_size": 8}, r"factor_size \(8\) must equal hidden_size \(24\)"),
-        ({"sharing": "both"}, "sharing: must be one of veps, eps"),
+        ({"sharing": "both"}, "sharing: must be one of veps, eps, layers, none"),
         ({"mlm_head": True}, "mlm_head: must be one of untied, tied, none"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob: must be a probability"),
         ({"layer_norm_eps": 0}, "layer_norm_eps: must be a number above 0"),

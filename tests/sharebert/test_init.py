@@ -68,6 +68,18 @@ def test_variance_start_gives_generated_weights_their_standard_deviation(sharing
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("_bias"))
 
 
+@pytest.mark.parametrize("init", ["authors", "variance"])
+@pytest.mark.parametrize("sharing", ["veps", "eps"])
+def test_scale_gives_generated_weights_scale_over_root_of_width(sharing: str, init: str) -> None:
+    config = tiny_config(**LARGER | ({"sharing": "eps", "factor_size": 96} if sharing == "eps" else {}))
+    model = ShareBertForMaskedLM(config)
+    initialize(model, init, 0, 0.35)
+    intermediate = model.sharebert.layer_weights().of_layer(0).intermediate
+    assert intermediate.std().item() == pytest.approx(0.35 / sqrt(96), rel=0.12)  # of 320 draws
+    with pytest.raises(ShareBertError, match="init_scale: must be above 0"):
+        initialize(model, init, 0, 0.0)
+
+
 def test_unknown_start_is_refused() -> None:
     with pytest.raises(ShareBertError, match="one of authors, variance"):
         started("zeros")

@@ -384,3 +384,26 @@ def test_memory_and_start_do_not_depend_on_the_number_of_rows() -> None:
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
     _, million, thousand_million = peaks
     assert thousand_million < 1.1 * million
+
+
+def test_masks_follow_their_schedule_alike_on_any_ranks_and_after_a_resume(dataset: Dataset) -> None:
+    """Step s (from 0) of 8 has rate 0.4 + s/8 · (0.1 - 0.4) and all chosen tokens are [MASK], as the recipe says."""
+    settings = recipe(mask_rate=0.4, mask_schedule={"last_rate": 0.1, "masked": 1.0, "random": 0.0})
+    made = [steps(Loader([dataset], settings, 5, rank, 3, 8), 8) for rank in range(3)]
+    alone = steps(Loader([dataset], settings, 5, 0, 1, 8), 8)
+    for number, step in enumerate(alone):
+        want = max(1, round((0.4 - 0.3 * number / 8) * SEQ_LEN))
+        found = real(step)
+        assert (found["columns"] >= 0).sum(axis=1).max() == want  # rows with padding have fewer
+        chosen = np.take_along_axis(found["seen"], np.maximum(found["columns"], 0), axis=1)
+        assert (chosen[found["columns"] >= 0] == SPECIAL_IDS["mask"]).all()
+        together = [real(share[number]) for share in made]
+        assert all((np.concatenate([part[key] for part in together]) == found[key]).all() for key in found)
+    later = Loader([dataset], settings, 5, 0, 1, 8)
+    later.load_state({"fingerprint": later.fingerprint, "seed": 5, "rows_consumed": 50})
+    assert torch.equal(steps(later, 1)[0].micro_batches[0].tokens, alone[5].micro_batches[0].tokens)
+
+
+def test_shares_above_1_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"mask_schedule: masked 1 and random 0.1 at the end are more than 1"):
+        recipe(mask_schedule={"last_masked": 1.0})

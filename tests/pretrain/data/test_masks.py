@@ -53,6 +53,21 @@ def test_vectors_of_the_document(vector: dict) -> None:
     assert result.tokens[0].tolist() == vector["seen"]
 
 
+@pytest.mark.parametrize("vector", by_hand.vectors("mask-shares"))
+def test_vectors_of_rates_and_shares(vector: dict) -> None:
+    row = by_hand.vectors("masks")[0]
+    result = masks(rate=0.5, seq_len=12, vocab_size=40, seed=7).apply(
+        np.array([row["tokens"]], np.uint16),
+        np.array([row["segments"]], np.uint8),
+        np.array([0]),
+        np.array([0]),
+        rates=np.array([vector["rate"]]),
+        shares=np.array([[vector["masked"], vector["random"]]]),
+    )
+    assert result.columns[result.chosen].tolist() == vector["columns"]
+    assert result.tokens[0].tolist() == vector["seen"]
+
+
 @settings(deadline=None)
 @given(
     seed=st.integers(0, 2**64 - 1),

@@ -42,6 +42,15 @@ def test_other_schedules() -> None:
     assert learning_rate(99, 110, 1.0, ScheduleRecipe(warmup=0, decay="constant")) == 1.0
 
 
+def test_wsd_stays_at_the_highest_rate_until_its_cooldown() -> None:
+    wsd = ScheduleRecipe(warmup=10, decay="wsd", cooldown=0.2, final=0.1)
+    assert learning_rate(5, 100, 1.0, wsd) == 0.5
+    assert {learning_rate(step, 100, 1.0, wsd) for step in range(10, 81)} == {1.0}
+    assert learning_rate(90, 100, 1.0, wsd) == pytest.approx(0.55)
+    assert learning_rate(100, 100, 1.0, wsd) == pytest.approx(0.1)
+    assert learning_rate(95, 100, 1.0, ScheduleRecipe(warmup=10, decay="wsd", cooldown=10)) == pytest.approx(0.5)
+
+
 def test_decay_acts_where_the_authors_have_it() -> None:
     """On all but biases and the layers' LayerNorms; their two factor norms are decayed."""
     config = ShareBertConfig(

@@ -1,0 +1,58 @@
+"""Trains the trials of a sweep, each in a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from pretrain.sweep.recipe import Trial
+from sharebert_common.errors import FAILED, FINISHED, STOPPED
+from sharebert_common.files import make_folders, write_atomically
+from sharebert_common.recipe import to_yaml
+from sharebert_common.run_files import peek_state
+
+
+def run_all(trials: Sequence[Trial], report: Callable[[str], None]) -> int:
+    """Train all trials that are not finished yet; one that was stopped or killed resumes.
+
+    A trial that fails is reported, and the others still run. SIGTERM and SIGINT stop the trial that runs, which saves.
+
+    Returns FINISHED, FAILED where some trial failed, or STOPPED.
+    """
+    failed = 0
+    for number, trial in enumerate(trials, 1):
+        if peek_state(trial.run)["state"] == "finished":
+            continue
+        report(f"trial {number} of {len(trials)}: {trial.run}")
+        code = _train(trial)
+        if code == STOPPED or code < 0:
+            return STOPPED
+        if code != FINISHED:
+            failed += 1
+            report(f"{trial.run}: failed with exit code {code}")
+    return FAILED if failed else FINISHED
+
+
+def _train(trial: Trial) -> int:
+    """Train one trial; the exit code of its process."""
+    recipe = trial.run.parent.parent / "recipes" / f"{trial.run.name}.yaml"
+    make_folders(recipe.parent)
+    write_atomically(recipe, to_yaml(trial.recipe))
+    process = subprocess.Popen([sys.executable, "-m", "pretrain", str(recipe)])
+    asked = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return STOPPED if asked and code != FINISHED else code

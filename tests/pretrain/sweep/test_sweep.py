@@ -1,0 +1,117 @@
+"""Trials are what the recipe varies; the table is what the runs' files say; a killed sweep resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from tiny_runs import log_of, train_arguments
+
+from pretrain.recipe import TrainRecipe
+from pretrain.sweep.hparams import FINAL_LOSS, write_hparams
+from pretrain.sweep.recipe import SweepRecipe, trials
+from pretrain.sweep.table import rows_of, to_text
+from sharebert_common.errors import STOPPED, BadInput
+from sharebert_common.recipe import load, to_yaml
+from sharebert_common.run_files import read_state
+
+
+@pytest.fixture
+def base(dataset: Path, tmp_path: Path) -> Path:
+    """A train recipe of a tiny model."""
+    file = tmp_path / "base.yaml"
+    recipe = load(TrainRecipe, None, train_arguments(dataset, tmp_path / "unused", steps=12, validate__every=4))
+    file.write_text(to_yaml(recipe))
+    return file
+
+
+def sweep_recipe(base: Path, tmp_path: Path, **keys: object) -> Path:
+    file = tmp_path / "sweep.yaml"
+    arms = {"plain": {}, "muon": {"optimizer.muon.generated": True}}
+    file.write_text(json.dumps({"folder": str(tmp_path / "out"), "base": str(base), "arms": arms} | keys))
+    return file
+
+
+def test_trials_are_arms_times_grid_times_seeds(base: Path, tmp_path: Path) -> None:
+    arms = {"plain": {}, "fixed": {"optimizer.lr": 0.5}}
+    file = sweep_recipe(base, tmp_path, arms=arms, grid={"optimizer.lr": [0.1, 0.2]}, seeds=[3, 4])
+    made = trials(load(SweepRecipe, file))
+    assert [(t.row, t.seed, t.recipe.optimizer.lr, t.recipe.seed) for t in made] == [
+        ("plain,lr=0.1", 3, 0.1, 3),
+        ("plain,lr=0.2", 3, 0.2, 3),
+        ("fixed", 3, 0.5, 3),
+        ("plain,lr=0.1", 4, 0.1, 4),
+        ("plain,lr=0.2", 4, 0.2, 4),
+        ("fixed", 4, 0.5, 4),
+    ]
+    assert len({t.run for t in made}) == 6
+    with pytest.raises(BadInput, match=r"arm plain: .*optimizer\.lrr: unknown key; did you mean 'lr'"):
+        trials(load(SweepRecipe, sweep_recipe(base, tmp_path, common={"optimizer.lrr": 1})))
+    with pytest.raises(BadInput, match="reference: no row 'plan'; did you mean 'plain'"):
+        trials(load(SweepRecipe, sweep_recipe(base, tmp_path, reference="plan")))
+
+
+def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
+    """Final losses 2.0 and 2.2 of the reference: their mean 2.1 is reached half way between 1,280 and 2,560 tokens."""
+    made = trials(load(SweepRecipe, sweep_recipe(base, tmp_path, seeds=[0, 1])))
+    finals = {("plain", 0): [4.0, 3.0, 2.0], ("plain", 1): [4.0, 3.0, 2.2], ("muon", 0): [2.6, 1.6, 1.5]}
+    runs: dict[str, list[Path]] = {}
+    for trial in made:
+        runs.setdefault(trial.row, []).append(trial.run)
+        found = finals.get((trial.row, trial.seed))
+        if found:
+            trial.run.mkdir(parents=True)
+            (trial.run / "config.yaml").write_text(to_yaml(trial.recipe))
+            lines = [{"step": 4 * n, "valid_loss": loss} for n, loss in enumerate(found, 1)]
+            lines += [{"step": 12, "loss": 1.0, "step_s": 0.5}]
+            (trial.run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain, muon = rows_of(runs, "plain")
+    assert (plain.seeds, muon.seeds) == (2, 1)
+    assert plain.loss == mean([2.0, 2.2])
+    assert plain.loss_sd == stdev([2.0, 2.2])
+    assert muon.loss_sd is None
+    assert plain.tokens_to_reference is None  # its second seed never gets to the mean of both
+    assert muon.tokens_to_reference == pytest.approx(4 * 10 * 32 * 1.5)
+    assert muon.share == pytest.approx(0.5)
+    assert muon.step_s == 0.5
+    text = to_text([plain, muon], unfinished=1)
+    assert "| plain | 2 | 2.1000 ± 0.1414 | never |" in text
+    assert "| muon | 1 | 1.5000 | 1,920 | 0.500 |" in text
+    assert text.endswith("1 trials are not finished")
+    write_hparams(made, tmp_path / "board")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "board" / "muon,seed=0"))
+    board.Reload()
+    assert [point.value for point in board.Scalars(FINAL_LOSS)] == [1.5]
+    assert "_hparams_/session_start_info" in board.PluginTagToContent("hparams")
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_resumes_and_its_table_is_that_of_the_runs(base: Path, tmp_path: Path) -> None:
+    file = sweep_recipe(base, tmp_path)
+    command = [sys.executable, "-m", "sharebert_cli", "sweep", str(file), "common={steps: 300, checkpoint.every: 20}"]
+    first = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    plain = tmp_path / "out" / "runs" / "plain,seed=0"
+    while not (plain / "log.jsonl").exists() or not log_of(plain):
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == STOPPED
+    stopped = read_state(plain)
+    assert stopped["state"] == "stopped"
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    assert read_state(plain)["resumed_from"] == stopped["step"]
+    table = (tmp_path / "out" / "TABLE.md").read_text()
+    assert table in again.stdout
+    for arm in ("plain", "muon"):
+        log = log_of(tmp_path / "out" / "runs" / f"{arm},seed=0")
+        final = [line["valid_loss"] for line in log if "valid_loss" in line][-1]
+        assert f"| {arm} | 1 | {final:.4f} |" in table
