@@ -16,14 +16,33 @@ GROUP = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_POR
 
 
 @pytest.mark.parametrize(
-    "left", [("WORLD_SIZE",), ("RANK",), ("MASTER_ADDR",), ("RANK", "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")]
+    "left",
+    [
+        ("WORLD_SIZE",),
+        ("RANK",),
+        ("MASTER_ADDR",),
+        ("RANK", "WORLD_SIZE"),
+        ("MASTER_ADDR", "MASTER_PORT"),
+        tuple(GROUP),
+    ],
 )
 def test_variables_left_in_the_environment_are_refused(left: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*GROUP, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name in left:
         monkeypatch.setenv(name, GROUP[name])
-    with pytest.raises(BadInput, match=f"unset {' '.join(left)}"):
+    with pytest.raises(BadInput, match=f"sets {', '.join(left)}, but not .*run `unset RANK"):
+        distributed.join(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", ""), ("WORLD_SIZE", "abc"), ("RANK", "-1"), ("LOCAL_RANK", "²"), ("RANK", "4"), ("WORLD_SIZE", "0")],
+)
+def test_values_that_are_no_numbers_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, whole in {**GROUP, "LOCAL_RANK": "0", name: value}.items():
+        monkeypatch.setenv(key, whole)
+    with pytest.raises(BadInput, match=f"the environment sets .*{name}.*{value}"):
         distributed.join(1.0)
 
 
