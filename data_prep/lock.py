@@ -12,6 +12,7 @@ from typing import IO
 
 from data_prep.progress import say
 from sharebert_common.errors import BadInput
+from sharebert_common.files import make_folders
 
 LOCK = "lock"
 
@@ -38,7 +39,7 @@ def _acquired(work: Path, shared: bool) -> IO[bytes]:
     said = False
     while True:
         try:
-            work.mkdir(parents=True, exist_ok=True)
+            make_folders(work)
             file = (work / LOCK).open("a+b")  # NFS gives a shared lock on readable files only
         except FileNotFoundError:  # the holder has deleted the folder just now
             continue

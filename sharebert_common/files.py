@@ -96,6 +96,9 @@ def flush(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems cannot flush folders
+            raise
     finally:
         os.close(opened)
 
