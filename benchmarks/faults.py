@@ -177,8 +177,15 @@ def kill_the_launcher_before_ranks_join(run: Run, chance: random.Random) -> None
     time.sleep(chance.random() * 2)
     ranks = [psutil.Process(pid) for pid in run.workers()]
     kill_the_launcher(run, chance)
-    if not wait_until(lambda: not any(rank.is_running() for rank in ranks), 30):
+    if not wait_until(lambda: not any(map(is_alive, ranks)), 30):
         run.wrong.append("a rank outlived its launcher")
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended, and whose parent has not asked for its exit code, does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def suspend_all(run: Run, chance: random.Random) -> None:
