@@ -66,6 +66,17 @@ def test_the_refusal_reaches_the_user_whatever_the_rank(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: the environment sets RANK, but not WORLD_SIZE")
 
 
+@pytest.mark.parametrize("left", [{"RANK": ""}, {"RANK": "x", "WORLD_SIZE": "abc"}])
+def test_what_is_no_number_is_one_line(left: dict[str, str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run: {tmp_path}/run\ndata: {{dataset: {tmp_path}, global_batch: 1, micro_batch: 1}}\n")
+    command = [sys.executable, "-m", "pretrain", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | left)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the environment sets RANK")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["sharebert", "data_prep", "scoring", "exports"])
 def test_a_folder_in_the_working_directory_hides_no_package(name: str, tmp_path: Path) -> None:
     """Such as the clone, seen from its parent."""
