@@ -130,6 +130,17 @@ def test_a_hub_folder_of_files_with_other_columns_is_one_line(tmp_path: Path) ->
     assert sorted(read(paths=tmp_path)[0]) == ["one"] * 3 + ["two"] * 3
 
 
+def test_a_hub_folder_that_looks_like_a_pattern_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "[a]"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": TEXTS}), folder / "train.parquet")
+    (tmp_path / "b").symlink_to(folder)
+    for hub in (folder, tmp_path / "b"):
+        with pytest.raises(BadInput, match=r"source\.hub: .*\[a\]: `datasets` takes .* for a pattern"):
+            read(hub=hub)
+    assert read(paths=folder)[0] == TEXTS
+
+
 @pytest.mark.parametrize("key", ["text", "meta.text", "text.raw"])
 def test_columns_with_a_dot_in_their_name(tmp_path: Path, key: str) -> None:
     columns = {"text": ["a"], "meta.text": ["b"], "meta": [{"text": "c"}], "text.raw": ["d"]}
