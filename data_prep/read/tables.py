@@ -55,8 +55,8 @@ def hub_table(hub: str, config: str | None, split: str) -> Any:
     saved = (Path(hub) / "state.json").is_file()
     if not saved and Path(hub).is_dir() and glob.has_magic(str(Path(hub).resolve())):  # it resolves links itself
         raise BadInput(
-            f"source.hub: {Path(hub).resolve()}: `datasets` takes [, ], * and ? in it for a pattern; rename it, or give "
-            "its files to source.paths"
+            f"source.hub: {Path(hub).resolve()}: `datasets` takes [, ], * and ? in it for a pattern; rename it, "
+            "or give its files to source.paths"
         )
     try:
         if saved:
