@@ -355,9 +355,11 @@ def inject(run: Run, fault: Fault, chance: random.Random) -> tuple[int, int | No
 
 
 def advance(run: Run, condition: Callable[[], bool]) -> bool:
-    """Start attempts until `condition` is true. Returns False if it does not become true for `STALL_S`."""
-    deadline = time.monotonic() + STALL_S
+    """Start attempts until `condition` is true. Returns False if the run makes no step for `STALL_S` before that."""
+    deadline, latest = time.monotonic() + STALL_S, run.step
     while not condition():
+        if run.step > latest:
+            deadline, latest = time.monotonic() + STALL_S, run.step
         if time.monotonic() > deadline:
             return False
         run.keep_alive()
