@@ -14,14 +14,15 @@ losses are as promised.
 
     python -m benchmarks.faults [--faults 44] [--minutes 15] [--seed 0]
 
-The full disk is a tmpfs of 16 MiB that holds the run. To mount it one must be root; otherwise this fault is left out,
-and a line says so.
+The full disk is a tmpfs of 16 MiB that holds the run. To mount it one must be root. Calls that fail, and a clock that
+is set back, need a C compiler (`failing_calls.py`). Faults that cannot be injected are left out, and a line says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -35,6 +36,9 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
+import psutil
+
+from benchmarks.failing_calls import FailingCalls, NoCompiler, compile_shim
 from benchmarks.faulty_run import EVERY, VALIDATE_EVERY, Run, make_dataset, wait_until
 
 ENOUGH = 40
@@ -50,6 +54,8 @@ STALL_S = 180.0
 TRIED_AGAIN = b"it is tried again in"
 """Part of the message of the checkpoint writer after a failed write."""
 DISK_BYTES = 16 << 20
+SUSPENDED_S = 25.0
+"""Longer than `faults.hang_s` of the run."""
 ELASTIC = 2e-6
 """The largest relative difference of losses in the elastic campaign."""
 WORLDS = [(2, 1, 8), (1, 3, 6), (3, 2, 8), (2, 0, 12), (1, 2, 24), (3, 3, 4)]
@@ -98,7 +104,7 @@ def kill_all_in_a_validation(run: Run, chance: random.Random) -> None:
 
 def damage_the_newest_checkpoint(run: Run, chance: random.Random) -> None:
     run.kill_group()
-    newest = max(run.folder.glob("checkpoints/step-*"), default=None)
+    newest = run.newest_checkpoint()
     if newest is None:
         return
     file = chance.choice(sorted(newest.iterdir()))
@@ -153,6 +159,103 @@ def stop_file(run: Run, chance: random.Random) -> None:
     wait_until(lambda: run.ended, 60)
 
 
+def stop_file_before_the_launch(run: Run, chance: random.Random) -> None:
+    """An attempt that finds a request to stop obeys it before its first step."""
+    run.kill_group()
+    before = run.step
+    (run.folder / "stop").touch()
+    run.launch()
+    if not wait_until(lambda: run.ended, 60) or run.state["state"] != "stopped" or run.step > before:
+        run.wrong.append("a stop that was asked for before the launch was not obeyed")
+
+
+def kill_the_launcher_before_ranks_join(run: Run, chance: random.Random) -> None:
+    """No rank may outlive it: such a rank could join the next attempt."""
+    run.kill_group()
+    run.launch()
+    wait_until(run.workers, 20)
+    time.sleep(chance.random() * 2)
+    ranks = [psutil.Process(pid) for pid in run.workers()]
+    kill_the_launcher(run, chance)
+    if not wait_until(lambda: not any(map(is_alive, ranks)), 30):
+        run.wrong.append("a rank outlived its launcher")
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended, and whose parent has not asked for its exit code, does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def suspend_all(run: Run, chance: random.Random) -> None:
+    """As `scontrol suspend` or a laptop's lid do, for longer than a rank may stand still."""
+    processes = run.processes()
+    run.send(signal.SIGSTOP, processes)
+    time.sleep(SUSPENDED_S)
+    run.send(signal.SIGCONT, processes)
+
+
+def fail_reads_of_the_newest_checkpoint(run: Run, chance: random.Random) -> None:
+    """They fail some times while the next attempt starts, and then work."""
+    run.kill_group()
+    assert run.calls is not None
+    if (newest := run.newest_checkpoint()) is not None:
+        run.calls.fail("open", errno.EIO, f"{newest.name}/", chance.randrange(1, 4))
+        run.launch()
+        wait_until(lambda: run.calls is None or not run.calls.left() or run.ended, 60)
+        if run.calls.left():
+            run.wrong.append("the newest checkpoint was not read")
+        run.calls.stop()
+
+
+def forbid_the_newest_checkpoint(run: Run, chance: random.Random) -> None:
+    """Permissions forbid to read it until the next attempt has resumed from another one, or refused to start."""
+    run.kill_group()
+    assert run.calls is not None
+    if (newest := run.newest_checkpoint()) is not None:
+        restarts = run.state["restarts"]
+        run.calls.fail("open", errno.EACCES, f"{newest.name}/")
+        run.launch()
+        wait_until(lambda: run.state["restarts"] > restarts or run.ended, 60)
+        run.calls.stop()
+
+
+def fail_fsync_and_rename_in_a_save(run: Run, chance: random.Random) -> None:
+    """Some flushes and some renames of the next save fail; each is tried again."""
+    assert run.calls is not None
+    run.calls.fail("fsync", errno.EIO, "/checkpoints", chance.randrange(1, 4))
+    run.calls.fail("rename", errno.EIO, "/checkpoints/.step-", chance.randrange(1, 3))
+    wait_until(lambda: run.calls is None or not run.calls.left() or run.ended, 60)
+    run.calls.stop()
+
+
+def fail_reads_for_seconds(run: Run, chance: random.Random) -> None:
+    """The file server does not answer for the file `stop` and `state.json`, while the run trains."""
+    assert run.calls is not None
+    run.calls.fail("stat", errno.ESTALE, "/stop")
+    run.calls.fail("open", errno.EIO, "/state.json")
+    time.sleep(1 + 4 * chance.random())
+    run.calls.stop()
+
+
+def fail_reads_while_it_starts(run: Run, chance: random.Random) -> None:
+    """The same while the next attempt starts."""
+    run.kill_group()
+    run.launch()
+    fail_reads_for_seconds(run, chance)
+    assert run.calls is not None
+    run.calls.fail("open", errno.EIO, "/state.json")
+    time.sleep(START_S)
+    run.calls.stop()
+
+
+def set_the_clock_back(run: Run, chance: random.Random) -> None:
+    """By an hour, before the next attempt."""
+    run.kill_group()
+    run.clock_shift_s -= 3600
+
+
 def change_the_ranks(run: Run, chance: random.Random) -> None:
     """A stop or a kill; the next attempt has another world size, ZeRO stage and micro-batch."""
     chance.choice((stop_file, kill_all))(run, chance)
@@ -174,8 +277,33 @@ EXACT: dict[Fault, int] = {
     fill_the_disk: 4,
     signals_in_bursts: 4,
     stop_file: 1,
+    stop_file_before_the_launch: 1,
+    kill_the_launcher_before_ranks_join: 2,
+    suspend_all: 1,
+    fail_reads_of_the_newest_checkpoint: 1,
+    forbid_the_newest_checkpoint: 1,
+    fail_fsync_and_rename_in_a_save: 2,
+    fail_reads_for_seconds: 1,
+    fail_reads_while_it_starts: 1,
+    set_the_clock_back: 1,
 }
 """The weight of each fault among all."""
+NEED_CALLS: tuple[Fault, ...] = (
+    fail_reads_of_the_newest_checkpoint,
+    forbid_the_newest_checkpoint,
+    fail_fsync_and_rename_in_a_save,
+    fail_reads_for_seconds,
+    fail_reads_while_it_starts,
+    set_the_clock_back,
+)
+"""Faults that are injected by `failing_calls.py`."""
+END_NO_ATTEMPT: tuple[Fault, ...] = (
+    fill_the_disk,
+    suspend_all,
+    fail_fsync_and_rename_in_a_save,
+    fail_reads_for_seconds,
+)
+"""Faults in which an attempt continues."""
 ELASTIC_FAULTS: dict[Fault, int] = {change_the_ranks: 6, damage_the_newest_checkpoint: 1, kill_a_rank: 2}
 
 
@@ -220,16 +348,18 @@ def inject(run: Run, fault: Fault, chance: random.Random) -> tuple[int, int | No
         state = run.state
         if not resumed_from and state.get("restarts", 0) > restarts:
             resumed_from.append(int(state["resumed_from"]))
-        return run.finished or (run.step > before and (bool(resumed_from) or fault is fill_the_disk))
+        return run.finished or (run.step > before and (bool(resumed_from) or fault in END_NO_ATTEMPT))
 
     survived = advance(run, further)
     return before, (resumed_from[0] if resumed_from else before) if survived else None
 
 
 def advance(run: Run, condition: Callable[[], bool]) -> bool:
-    """Start attempts until `condition` is true. Returns False if it does not become true for `STALL_S`."""
-    deadline = time.monotonic() + STALL_S
+    """Start attempts until `condition` is true. Returns False if the run makes no step for `STALL_S` before that."""
+    deadline, latest = time.monotonic() + STALL_S, run.step
     while not condition():
+        if run.step > latest:
+            deadline, latest = time.monotonic() + STALL_S, run.step
         if time.monotonic() > deadline:
             return False
         run.keep_alive()
@@ -259,6 +389,21 @@ def compare(run: Run, whole: Run) -> tuple[bool, float]:
             print(f"the log has {mine}, the log of the undisturbed run has {its}")
             return False, float("inf")
     return ours == theirs, max(abs(a[1] - b[1]) / b[1] for a, b in zip(ours, theirs, strict=True))
+
+
+def curve_is_whole(run: Run) -> bool:
+    """Whether TensorBoard's own reader finds each logged loss once, in the order of steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curve = EventAccumulator(str(run.folder / "tensorboard"), {"scalars": 0}).Reload().Scalars("train/loss")
+    logged = [(line["step"], line["loss"]) for line in run.log() if "loss" in line]
+    shown = [(point.step, point.value) for point in curve]
+    same = len(shown) == len(logged) and all(
+        step == at and abs(loss - value) < 1e-5 * loss for (step, loss), (at, value) in zip(logged, shown, strict=True)
+    )
+    if not same:
+        print(f"TensorBoard's curve has {len(shown)} points, the log has {len(logged)} losses, or they differ")
+    return same
 
 
 @contextmanager
@@ -303,6 +448,13 @@ def main() -> None:
         if not has_disk:
             del EXACT[fill_the_disk]
             print("cannot mount a small disk (not root): the fault 'fill the disk' is left out")
+        calls = None
+        try:
+            calls = FailingCalls(compile_shim(folder), folder / "failing-calls")
+        except NoCompiler as error:
+            for fault in NEED_CALLS:
+                del EXACT[fault]
+            print(f"{error}: failing calls and the clock are left out")
         elastic_count = given.faults // 4
         for campaign, kinds, count, dropout in (
             ("elastic", ELASTIC_FAULTS, elastic_count, 0.0),
@@ -310,7 +462,7 @@ def main() -> None:
         ):
             steps = (count + 2) * STEPS_A_FAULT
             place = folder / "disk" if campaign == "exact" else folder
-            run = Run(place / campaign, dataset, steps, dropout, folder / f"{campaign}.said")
+            run = Run(place / campaign, dataset, steps, dropout, folder / f"{campaign}.said", calls=calls)
             whole = Run(folder / f"whole-{campaign}", dataset, steps, dropout, folder / f"whole-{campaign}.said")
             whole.world_size = 1 if campaign == "elastic" else run.world_size
             print(f"{campaign}: {steps} steps, {count} faults", flush=True)
@@ -322,15 +474,18 @@ def main() -> None:
                     either.kill_group()
             same, worst = compare(run, whole)
             good = run.finished and (same if campaign == "exact" else worst <= ELASTIC)
+            good = curve_is_whole(run) and good and not run.wrong
+            for line in run.wrong:
+                print(f"WRONG: {line}")
             verdicts.append((campaign, good, same, worst))
             if not good:
                 print(run.said.read_text()[-4000:])
-    print(f"\n{'fault':32}{'injected':>10}{'survived':>10}{'steps lost, each':>24}")
+    print(f"\n{'fault':40}{'injected':>10}{'survived':>10}{'steps lost, each':>24}")
     for fault, entry in tally.items():
         lost = f"{min(entry.lost)} to {max(entry.lost)}, mean {sum(entry.lost) / len(entry.lost):.1f}"
-        print(f"{fault:32}{entry.injected:>10}{entry.survived:>10}{lost:>24}")
+        print(f"{fault:40}{entry.injected:>10}{entry.survived:>10}{lost:>24}")
     injected, survived = (sum(getattr(e, k) for e in tally.values()) for k in ("injected", "survived"))
-    print(f"{'all':32}{injected:>10}{survived:>10}")
+    print(f"{'all':40}{injected:>10}{survived:>10}")
     for campaign, good, same, worst in verdicts:
         print(f"{campaign}: losses {'bitwise equal' if same else f'differ by {worst:.1e} relative'} "
               f"to those of the undisturbed run: {'as promised' if good else 'NOT AS PROMISED'}")  # fmt: skip

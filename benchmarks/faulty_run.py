@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
+from benchmarks.failing_calls import FailingCalls
 from sharebert_common import run_files
 
 EVERY, VALIDATE_EVERY = 5, 7
@@ -81,6 +83,12 @@ class Run:
     stage: int = 1
     micro_batch: int = 8
     process: subprocess.Popen[bytes] | None = None
+    calls: FailingCalls | None = None
+    """Makes calls of the attempts fail; None where it cannot be built."""
+    clock_shift_s: int = 0
+    """The clock of the next attempt is this many seconds ahead."""
+    wrong: list[str] = field(default_factory=list)
+    """What an attempt did that it should not have done."""
 
     def launch(self) -> None:
         """Start an attempt with the command of a user; its output goes to `said`."""
@@ -112,10 +120,11 @@ class Run:
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world_size}",
                    "--max-restarts=3", "-m", "pretrain", self._empty_recipe()]  # fmt: skip
+        faulty = {**self.calls.environment, "CLOCK_SHIFT_S": str(self.clock_shift_s)} if self.calls else {}
         with self.said.open("ab") as said:
             self.process = subprocess.Popen(
                 [*command, *(f"{key}={value}" for key, value in keys.items())],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | faulty,
                 stderr=said,
                 stdout=said,
                 start_new_session=True,
@@ -176,6 +185,17 @@ class Run:
                 variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
                 found |= {int(v.removeprefix(b"RANK=")): int(child) for v in variables if v.startswith(b"RANK=")}
         return [found[rank] for rank in sorted(found)]
+
+    def processes(self) -> list[int]:
+        """Process ids of the launcher and of all that it started, directly or not."""
+        assert self.process is not None
+        with contextlib.suppress(psutil.Error):
+            return [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(True))]
+        return []
+
+    def newest_checkpoint(self) -> Path | None:
+        """The folder of the newest checkpoint; None where there is none."""
+        return max(self.folder.glob("checkpoints/step-*"), default=None)
 
     def send(self, number: int, pids: list[int]) -> None:
         """Send a signal to each process that is alive."""

@@ -12,6 +12,7 @@ from typing import IO
 
 from data_prep.progress import say
 from sharebert_common.errors import BadInput
+from sharebert_common.files import make_folders
 
 LOCK = "lock"
 
@@ -33,15 +34,23 @@ def locked(work: Path, shared: bool) -> Iterator[None]:
         file.close()
 
 
+_MOST_MISSING = 100
+"""A folder that is missing so often after it was made cannot be made here, in /proc for instance."""
+
+
 def _acquired(work: Path, shared: bool) -> IO[bytes]:
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     said = False
+    missing = 0
     while True:
         try:
-            work.mkdir(parents=True, exist_ok=True)
+            make_folders(work)
             file = (work / LOCK).open("a+b")  # NFS gives a shared lock on readable files only
-        except FileNotFoundError:  # the holder has deleted the folder just now
-            continue
+        except FileNotFoundError as error:
+            missing += 1
+            if missing < _MOST_MISSING:  # the holder has deleted the folder just now
+                continue
+            raise BadInput(f"output: {work.parent}: {error.strerror}") from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep.disk import flush
 from data_prep.job import WORK, Job, content_config, given_vocabulary
 from data_prep.parts import part_folder, part_stats
 from data_prep.progress import say
@@ -21,7 +20,7 @@ from data_prep.shards.format import MANIFEST, SPLITS, TOKENIZER, write_manifest
 from data_prep.shards.reader import open_dataset
 from data_prep.stages import layout, shards_of, stage_names
 from sharebert_common.errors import BadInput
-from sharebert_common.files import write_atomically
+from sharebert_common.files import flush, write_atomically
 
 _MANY_UNKNOWN = 0.1  # share of the tokens; in text that a vocabulary fits, it is under 0.01
 

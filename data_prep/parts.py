@@ -24,9 +24,10 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
-from data_prep.disk import flush, flush_below
+from data_prep.disk import flush_below
 from data_prep.progress import StageProgress, say
 from sharebert_common.errors import BadInput
+from sharebert_common.files import flush
 
 _STATS = "stats.json"
 _ENDING = 4  # parts that are moved to their place at once; a disk flushes four files in about the time of one

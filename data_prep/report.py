@@ -108,7 +108,7 @@ class Report:
 
     def _noticed(self) -> Table:
         names = [
-            ("documents with invalid UTF-8, repaired", "invalid_utf8"),
+            ("documents with invalid bytes, repaired", "invalid_utf8"),
             ("cuts made in long documents", "splits"),
             ("documents that overlap with evaluation sets", "overlap"),
         ]

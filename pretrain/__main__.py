@@ -41,8 +41,8 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
     except BadInput as error:
         if debug:
             traceback.print_exc()
-        rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or not (joined or under_torchrun):  # RANK may be left over from elsewhere
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not (joined or under_torchrun):  # RANK may be left over from elsewhere
             print(f"error: {error}", file=sys.stderr)
         elif joined and not isinstance(error, distributed.Refused):  # this rank alone knows of it
             print(f"error on rank {rank}: {error}", file=sys.stderr)

@@ -24,6 +24,11 @@ GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """The values in a process that is alone."""
 
+_UNSET = (
+    "start the processes of a group with torchrun, or, to train in one process, run "
+    f"`unset {' '.join(GROUP_VARIABLES)} LOCAL_RANK LOCAL_WORLD_SIZE` first"
+)
+
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
@@ -53,17 +58,18 @@ def join(timeout_s: float) -> World:
     machine both listen on its loopback interface, unless their variables say otherwise. A collective that a rank does
     not join within `timeout_s` ends the group.
 
-    Raises BadInput where the environment has only some of torchrun's variables: WORLD_SIZE alone, left over from
-    another program, would let this process train on a part of each batch.
+    Raises BadInput where the environment has only some of torchrun's variables, or values that are none: WORLD_SIZE
+    alone, left over from another program, would let this process train on a part of each batch.
     """
     _refuse_partial_group()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not rank < world_size:
+        raise BadInput(f"the environment sets RANK={rank} and WORLD_SIZE={world_size}; {_UNSET}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    on_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == world_size
+    on_one_machine = _number("LOCAL_WORLD_SIZE", 1) == world_size
     if on_one_machine:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, LOOPBACK)
@@ -85,14 +91,21 @@ def join(timeout_s: float) -> World:
 
 
 def _refuse_partial_group() -> None:
+    """LOCAL_RANK as well: a launcher sets it for each process, and without it the others are leftovers."""
     names = (*GROUP_VARIABLES, "LOCAL_RANK")
     given = [name for name in names if os.environ.get(name, ALONE.get(name)) != ALONE.get(name)]
-    missing = [name for name in GROUP_VARIABLES if name not in os.environ]
+    needed = GROUP_VARIABLES if os.environ.get("WORLD_SIZE", "1") == "1" else names
+    missing = [name for name in needed if name not in os.environ]
     if given and missing:
-        raise BadInput(
-            f"the environment sets {', '.join(given)}, but not {', '.join(missing)}; start the processes of a group "
-            f"with torchrun, or, to train in one process, run `unset {' '.join(given)}` first"
-        )
+        raise BadInput(f"the environment sets {', '.join(given)}, but not {', '.join(missing)}; {_UNSET}")
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """The number in an environment variable that describes the group."""
+    text = os.environ.get(name, str(default) if default is not None else ALONE[name])
+    if not (text.isascii() and text.isdigit()):
+        raise BadInput(f"the environment sets {name} to {text!r}, which is no number; {_UNSET}")
+    return int(text)
 
 
 def set_timeout(timeout_s: float) -> None:

@@ -20,6 +20,7 @@ from scoring.recipe import BLIMP, EvaluateRecipe
 from scoring.report import Result, by_metric, file_name, read_results, table, versions, write_result
 from scoring.trial import Trial, encode
 from sharebert_common.errors import BadInput
+from sharebert_common.files import make_folders
 
 BASELINES: dict[str, Callable[[TaskData], Baseline]] = {MAJORITY: fit_majority, TFIDF: fit_tfidf}
 
@@ -53,7 +54,7 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
     for encoder in encoders.values():
         encoder.build(data.task, 0)  # finds a damaged model before an hour is spent on another one
     folder = Path(recipe.output) / file_name(data.task.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     read_results(folder)  # refuses a folder with other files now, not after the first model
     for spec in models:
         if spec in BASELINES:

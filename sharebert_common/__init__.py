@@ -3,6 +3,7 @@
 errors       the base class of errors that end a command, and all exit codes
 files        files that are whole or absent, and checksums
 recipe       YAML recipes and `key=value` overrides become checked dataclasses
+key_types    what the type of a recipe's key says about a value
 remote_files files and URLs of every kind, opened and retried
 run_files    state.json and log.jsonl of a run: read and written here alone
 processes    stop signals, and what happens to a process whose parent dies

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,9 @@ def flush(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems cannot flush folders
+            raise
     finally:
         os.close(opened)
 
@@ -124,18 +128,29 @@ def _replace_folder(folder: Path, out: Path) -> None:
         _unlock(lock)
 
 
+_DEAD_S = 60.0
+"""A folder that another host moved aside this long ago, with none in its place since, was left by a dead writer."""
+
+
 def _clean_leftovers(out: Path) -> None:
-    """Remove the temporary folders of `out` whose writers are dead for sure: made on this host, and not locked."""
+    """Remove the temporary folders of `out` whose writers are dead for sure: made on this host, and not locked.
+
+    An old folder that was moved aside is put back where there is none in its place, also one of another host. Whether
+    its writer is alive, a lock may not tell there; but a writer needs a moment between its two moves.
+    """
     pattern = glob.escape(f".{out.name}.{socket.gethostname()}.") + "*"
-    for left in sorted(out.parent.glob(pattern), reverse=True):  # an `.old` folder before the one that replaces it
+    ours = sorted(out.parent.glob(pattern), reverse=True)  # an `.old` folder before the one that replaces it
+    theirs = [left for left in sorted(out.parent.glob(glob.escape(f".{out.name}.") + f"*{_OLD}")) if left not in ours]
+    for left in [*ours, *theirs]:
         lock = _lock(left)
         if lock is None:
             continue
         try:
             if left.suffix == _OLD and not out.exists():
-                left.replace(out)
-                flush(out.parent)
-            else:
+                if left in ours or time.time() - left.stat().st_ctime > _DEAD_S:
+                    left.replace(out)
+                    flush(out.parent)
+            elif left in ours:
                 shutil.rmtree(left, ignore_errors=True)
         finally:
             _unlock(lock)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from sharebert_common.errors import BadInput, nearest
+from sharebert_common.key_types import booleans_for_numbers, is_structure, key_path, takes_text, type_at
 
 T = TypeVar("T")
 
@@ -87,7 +88,8 @@ def load(
     Args:
         schema: a pydantic dataclass declared with `STRICT`.
         recipe: path or shipped name of a YAML file; None for defaults alone.
-        overrides: `key.subkey=value`, the value in YAML, but without comments: "#" is part of a value.
+        overrides: `key.subkey=value`. Where the key is a text, the value is that text (or a text in quotes); otherwise
+            it is YAML, but without comments: "#" is part of a value.
         defaults: nested values of keys that the recipe and the overrides may leave out.
 
     A value that begins with `~/` or `~user/` is below that home, whatever the key.
@@ -113,8 +115,14 @@ def load(
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise BadInput(f"'{override}': an override is written key=value")
+        try:
+            OmegaConf.from_dotlist([_literal(schema, override)])
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise BadInput(
+                f"command line: '{override}': not readable as YAML: {' '.join(str(error).split())}"
+            ) from error
     try:
-        from_command_line = OmegaConf.from_dotlist([_literal(override) for override in overrides])
+        from_command_line = OmegaConf.from_dotlist([_literal(schema, override) for override in overrides])
         for key, inner in getattr(schema, "SHORTHAND", {}).items():
             for part in (merged, from_command_line):
                 raw = OmegaConf.to_container(part).get(key)  # type: ignore[union-attr]
@@ -124,13 +132,24 @@ def load(
         values = _expand_home(OmegaConf.to_container(together, resolve=True))
     except (OmegaConfBaseException, YAMLError) as error:
         raise BadInput(f"{where}: {' '.join(str(error).split())}") from error
-    return parse(schema, values, where)
+    return parse(schema, values, where, [key_path(override.partition("=")[0]) for override in overrides])
 
 
-def _literal(override: str) -> str:
-    """An override whose plain text YAML would cut, at a comment or at spaces around it, with its value in quotes."""
+def _literal(schema: type, override: str) -> str:
+    """An override whose value YAML would change or cut, with the value in quotes.
+
+    That is every plain value of a key that is a text (2024, off, `/x/run: 7`), and of any key a value with "#".
+    """
     key, _, value = override.partition("=")
-    if value.lstrip().startswith(("'", '"', "[", "{", "|", ">")):
+    if value.lstrip().startswith(("'", '"')):
+        return override
+    key_type = type_at(schema, key_path(key))
+    if takes_text(key_type):
+        if is_structure(key_type, value):
+            return override
+        text = os.path.expanduser(value) if value == "~" else value  # noqa: PTH111
+        return f"{key}={json.dumps(text if '/' in text else text.strip(), ensure_ascii=False)}"
+    if value.lstrip().startswith(("[", "{", "|", ">")):
         return override
     cut = re.search(r"(^|\s)#", value) or ("/" in value and value != value.strip())
     return f"{key}={json.dumps(value, ensure_ascii=False)}" if cut else override
@@ -145,12 +164,31 @@ def _expand_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and _IN_HOME.match(value) else value  # noqa: PTH111
 
 
-def parse(schema: type[T], values: Any, where: str) -> T:
-    """Check plain values (mappings, lists, scalars) against `schema`; raises BadInput, naming `where`."""
+def parse(schema: type[T], values: Any, where: str, from_command_line: Collection[tuple[str, ...]] = ()) -> T:
+    """Check plain values (mappings, lists, scalars) against `schema`.
+
+    Raises BadInput. It names `where`, or the command line for the keys in `from_command_line`.
+    """
+    wrong: dict[str, list[str]] = {}
+
+    def note(location: Sequence[str], message: str) -> None:
+        given = any(tuple(location[: len(path)]) == path for path in from_command_line)
+        wrong.setdefault("command line" if given else where, []).append(message)
+
+    booleans = list(booleans_for_numbers(schema, values))
+    for path in booleans:
+        words = "YAML reads on, off, yes, no, true and false as booleans"
+        note(path, f"{'.'.join(path)}: {words}; write a number, or quote a text")
     try:
-        return TypeAdapter(schema).validate_python(values)
+        checked = TypeAdapter(schema).validate_python(values)
     except ValidationError as error:
-        raise BadInput(f"{where}: " + "; ".join(_explain(schema, e) for e in error.errors())) from error
+        for e in error.errors():
+            location = tuple(str(part) for part in e["loc"])
+            if location not in booleans:
+                note(location, _explain(schema, e))
+    if wrong:
+        raise BadInput("; ".join(f"{place}: {'; '.join(messages)}" for place, messages in wrong.items()))
+    return checked
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -221,12 +259,20 @@ def _explain(schema: type, error: Any) -> str:
         return f"{key}: unknown key{nearest(location[-1], known)}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: required, and not given"
+    if error["input"] is None and key and error["type"] != "value_error":
+        return f"{key}: has no value; give it one, or leave it out"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type" and isinstance(error["input"], (bool, int, float)):
+        message = f"YAML reads this as a {_kind(error['input'])}; put it in quotes if it is a text"
     return (
         f"{key}: {message} (got {error['input']!r})"
         if key and error["type"] != "value_error"
         else (f"{key}: {message}" if key else message)
     )
+
+
+def _kind(value: bool | int | float) -> str:
+    return "boolean" if isinstance(value, bool) else "number"
 
 
 def _known_beside(schema: type, location: list[str]) -> list[str]:

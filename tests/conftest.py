@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.failing_calls import NoCompiler, compile_shim
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at its import, whoever imports it first
@@ -76,3 +78,12 @@ def make_dataset(folder: Path, *, train_rows: int = 192, validation_rows: int = 
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny dataset: 101 words, rows of 32 tokens."""
     return make_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that makes calls fail below Python, see `benchmarks/failing_calls.py`."""
+    try:
+        return compile_shim(tmp_path_factory.mktemp("shim"))
+    except NoCompiler as error:
+        pytest.skip(str(error))

@@ -3,12 +3,14 @@
 Words are runs of letters, digits and marks in lower case. Everything else separates them: spaces of all kinds (no-break
 and zero-width ones too), quotes and dashes of all kinds, other punctuation, symbols. Full-width letters, ligatures and
 other compatibility forms count as the letters that they stand for. Composed and decomposed accents are the same.
-Characters that only control the layout (soft hyphens, joiners, variation selectors) are left out. In scripts without
-spaces between words, each character is a word: Han, Japanese, Thai, Lao, Khmer, Burmese and similar ones.
+Characters that only control the layout (soft hyphens, joiners, variation selectors) are left out. A word that a soft
+hyphen breaks at the end of a line is one word. In scripts without spaces between words, each character is a word: Han,
+Japanese, Thai, Lao, Khmer, Burmese and similar ones.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
@@ -56,6 +58,8 @@ _ALONE = [
     (0x1B170, 0x1B2FF),  # Nushu
     (0x20000, 0x3FFFF),  # Han
 ]
+_SOFT_HYPHEN = "\u00ad"
+_BROKEN_WORD = re.compile(rf"{_SOFT_HYPHEN}[ \t]*[\n\r\x85\u2028\u2029]\s*")  # a word that goes on in the next line
 _ZERO_WIDTH_SPACE = 0x200B  # it marks the end of a word, unlike the others of category Cf
 
 
@@ -63,6 +67,8 @@ def words(text: str) -> bytes:
     """The words of a text in UTF-8, with one or more ASCII spaces between them."""
     if text.isascii():
         return text.lower().encode().translate(_SEPARATORS)
+    if _SOFT_HYPHEN in text:
+        text = _BROKEN_WORD.sub("", text)
     return b" ".join(_folded(piece).encode().translate(_SEPARATORS) for piece in _pieces(text))
 
 

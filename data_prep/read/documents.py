@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from data_prep.read import tables
-from data_prep.read.encodings import Suspicion
+from data_prep.read.encodings import Suspicion, is_utf8
 from data_prep.read.sources import Input, Part, Piece, SourceRecipe
 from data_prep.read.streams import Stream
 from sharebert_common.errors import BadInput
@@ -75,6 +75,7 @@ class _Reader:
     def __init__(self, item: Input, config: SourceRecipe, counts: Counter[str]) -> None:
         self.item, self.config, self.counts = item, config, counts
         self._suspicion = Suspicion() if item.encoding == "auto" else None
+        self._is_converted = item.kind in ("text", "jsonl") and not is_utf8(item.encoding)
         self._separators = (b"\n\n", b"\n\r\n") if self._is_text and config.document == "paragraph" else (b"\n",)
 
     def _opened(self) -> Stream:
@@ -85,6 +86,12 @@ class _Reader:
         return self.item.kind == "text"
 
     def read(self, piece: Piece) -> Iterator[list[str]]:
+        for texts in self._texts(piece):
+            if self._is_converted:  # the stream has replaced invalid bytes, without a trace of where
+                self.counts["invalid_utf8"] += sum("\ufffd" in text for text in texts)
+            yield texts
+
+    def _texts(self, piece: Piece) -> Iterator[list[str]]:
         if self.item.kind in ("parquet", "hub"):
             yield from self._columns(piece)
         elif self._is_text and self.config.document == "file":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -51,8 +52,14 @@ def hub_table(hub: str, config: str | None, split: str) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    saved = (Path(hub) / "state.json").is_file()
+    if not saved and Path(hub).is_dir() and glob.has_magic(str(Path(hub).resolve())):  # it resolves links itself
+        raise BadInput(
+            f"source.hub: {Path(hub).resolve()}: `datasets` takes [, ], * and ? in it for a pattern; rename it, "
+            "or give its files to source.paths"
+        )
     try:
-        if (Path(hub) / "state.json").is_file():
+        if saved:
             return datasets.Dataset.load_from_disk(hub).data.table
         return datasets.load_dataset(hub, config, split=split).data.table
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:

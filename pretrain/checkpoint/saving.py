@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,9 +76,12 @@ class RankSave:
     def write_rank_file(self) -> None:
         """Write this rank's file, and then a note that it is whole.
 
-        A note that is there although writing it failed is enough. Rank 0 may have read it and moved the folder.
+        A note that is there although writing it failed is enough. Rank 0 may have read it, written the manifest,
+        removed the notes and moved the folder, in this order: then the file must not be written again.
         """
-        if self._note_tried and (self._note(self.rank).exists() or not self.partial.exists()):
+        if self._note_tried and (
+            self._note(self.rank).exists() or (self.partial / "manifest.json").exists() or not self.partial.exists()
+        ):
             return
         write_direct(self.partial / rank_file(self.rank), self.data)
         size, checksum = len(self.data), xxhash.xxh3_128(self.data).hexdigest()
@@ -113,14 +117,26 @@ class RankSave:
         """Rename the folder and make the name durable. After this the checkpoint is whole and survives a power cut."""
         if self.partial.exists():  # not renamed yet by an earlier try
             if self.final.exists():  # damaged, or of the steps that this run returned from
-                self.final.rename(self.checkpoints / f".{self.final.name}.{self.suffix.rpartition('-')[0]}-0")
+                self.final.rename(self._aside)
             self.partial.rename(self.final)
         flush(self.checkpoints)
+
+    def give_up(self) -> None:
+        """Remove the unfinished folder, and put back the checkpoint of the same step that was moved aside for it."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if self._aside.exists() and not self.final.exists():
+                self._aside.rename(self.final)
 
     def note_failure(self) -> None:
         """Tell rank 0 that this rank gave up."""
         with contextlib.suppress(OSError):
             self._given_up(self.rank).touch()  # an empty file fits on a full disk
+
+    @property
+    def _aside(self) -> Path:
+        """Where an older checkpoint of the same step waits until this one is in its place."""
+        return self.checkpoints / f".{self.final.name}.{self.suffix.rpartition('-')[0]}-0"
 
     def _note(self, rank: int) -> Path:
         return self.partial / f"rank-{rank:05d}.written.json"

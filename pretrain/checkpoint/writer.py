@@ -206,7 +206,7 @@ class CheckpointWriter:
     def _give_up(self, save: RankSave, error: Exception) -> None:
         self.report(f"checkpoint of step {save.step} given up ({error}); older checkpoints are untouched")
         if self.rank == 0:
-            shutil.rmtree(save.partial, ignore_errors=True)
+            save.give_up()
         else:
             save.note_failure()
 

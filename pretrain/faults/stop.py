@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 from sharebert_common.processes import StopSignals, signal_on_parent_death
@@ -53,8 +54,20 @@ def die_with_the_launcher() -> None:
     """
     launcher = os.getppid()
     signal_on_parent_death(signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before the line above
+    if os.getppid() != launcher or not _runs_python(launcher):  # it died before this process came to this line
         os._exit(1)
+
+
+def _runs_python(pid: int) -> bool:
+    """Whether a process runs Python, as torchrun does. An orphan's new parent (init, a service manager) does not."""
+    if sys.platform != "linux":
+        return True
+    try:
+        return Path(f"/proc/{pid}/exe").readlink().name.startswith(("python", "pypy"))
+    except FileNotFoundError:
+        return not Path("/proc/self/exe").exists()  # without /proc nothing can be said
+    except PermissionError:  # a process of another user
+        return False
 
 
 def stop_with_the_launcher() -> None:

@@ -111,7 +111,7 @@ class RunFolder:
                 raise BadInput(f"{self.path}: in use by another attempt of this run ({holder})")
             time.sleep(0.2)
         lock.truncate(0)
-        job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        job = f", job {os.environ['SLURM_JOB_ID']} requeued {_requeues()}" if "SLURM_JOB_ID" in os.environ else ""
         launcher = f", launcher {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
         lock.write(f"pid {os.getpid()} on {platform.node()}{job}{launcher}")
         lock.flush()
@@ -246,17 +246,24 @@ def patiently(action: Callable[[], T]) -> T:
         pause_s = min(2 * pause_s, 5.0)
 
 
+def _requeues() -> int:
+    """How often SLURM has requeued this job."""
+    count = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return int(count) if count.isdigit() else 0
+
+
 def _ends_soon(holder: str) -> bool:
     """Whether the process that wrote `holder` into the lock will end by itself.
 
-    It does where its launcher, on this machine, is dead; and where it belongs to the same job as this process: the job
-    was requeued while a node was cut off, and this attempt is the newer one.
+    It does where its launcher, on this machine, is dead; and where its job is that of this process and was requeued
+    since: its node was cut off, and this attempt is the newer one. A second start inside one allocation (`salloc`) has
+    the same job and the same count of requeues, and waits for nothing.
     """
-    found = re.fullmatch(r"pid \d+ on (.+?)(?:, job (\w+))?(?:, launcher (\d+))?", holder)
+    found = re.fullmatch(r"pid \d+ on (.+?)(?:, job (\w+)(?: requeued (\d+))?)?(?:, launcher (\d+))?", holder)
     if found is None:
         return False
-    node, job, launcher = found.groups()
-    if job is not None and job == os.environ.get("SLURM_JOB_ID"):
+    node, job, requeues, launcher = found.groups()
+    if job is not None and job == os.environ.get("SLURM_JOB_ID") and int(requeues or 0) < _requeues():
         return True
     if launcher is None or node != platform.node():
         return False

@@ -13,9 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from made_texts import made_texts, tree, write_jsonl
+from made_texts import made_texts, recipe, tree, write_jsonl
 
+from data_prep.pipeline import prepare
 from data_prep.shards.reader import open_dataset
+from sharebert_common.errors import BadInput
 
 WORKER_BYTES = 1_500_000_000
 CLEANING = [
@@ -123,3 +125,9 @@ print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     assert peak_bytes < WORKER_BYTES
     dataset = open_dataset(tmp_path / "d")
     assert dataset.split("train").rows > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, in which no folder can be made")
+def test_an_output_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="output: /proc/none: No such file or directory"):
+        prepare(recipe(Path("/proc/none"), write_jsonl(tmp_path / "a.jsonl", ["a text"])))

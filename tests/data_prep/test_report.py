@@ -31,7 +31,7 @@ def test_report_of_a_dataset(tmp_path: Path) -> None:
     assert rows["documents read"] == "203"
     assert rows["bytes of text read"] == f"{sum(len(t.encode()) for t in texts) + 3:,}"
     assert rows["not readable"] == "1"
-    assert rows["documents with invalid UTF-8, repaired"] == "1"
+    assert rows["documents with invalid bytes, repaired"] == "1"
     assert rows["too many symbols"].startswith("3 (")
     assert rows["documents kept"].startswith("200 (98.52 %)")
     for name in SPLITS:

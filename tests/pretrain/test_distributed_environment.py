@@ -23,14 +23,33 @@ GROUP = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_POR
 
 
 @pytest.mark.parametrize(
-    "left", [("WORLD_SIZE",), ("RANK",), ("MASTER_ADDR",), ("RANK", "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")]
+    "left",
+    [
+        ("WORLD_SIZE",),
+        ("RANK",),
+        ("MASTER_ADDR",),
+        ("RANK", "WORLD_SIZE"),
+        ("MASTER_ADDR", "MASTER_PORT"),
+        tuple(GROUP),
+    ],
 )
 def test_variables_left_in_the_environment_are_refused(left: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*GROUP, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name in left:
         monkeypatch.setenv(name, GROUP[name])
-    with pytest.raises(BadInput, match=f"unset {' '.join(left)}"):
+    with pytest.raises(BadInput, match=f"sets {', '.join(left)}, but not .*run `unset RANK"):
+        distributed.join(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", ""), ("WORLD_SIZE", "abc"), ("RANK", "-1"), ("LOCAL_RANK", "²"), ("RANK", "4"), ("WORLD_SIZE", "0")],
+)
+def test_values_that_are_no_numbers_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, whole in {**GROUP, "LOCAL_RANK": "0", name: value}.items():
+        monkeypatch.setenv(key, whole)
+    with pytest.raises(BadInput, match=f"the environment sets .*{name}.*{value}"):
         distributed.join(1.0)
 
 
@@ -85,6 +104,17 @@ def test_the_refusal_reaches_the_user_whatever_the_rank(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"RANK": "3"})
     assert done.returncode == 2
     assert done.stderr.startswith("error: the environment sets RANK, but not WORLD_SIZE")
+
+
+@pytest.mark.parametrize("left", [{"RANK": ""}, {"RANK": "x", "WORLD_SIZE": "abc"}])
+def test_what_is_no_number_is_one_line(left: dict[str, str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run: {tmp_path}/run\ndata: {{dataset: {tmp_path}, global_batch: 1, micro_batch: 1}}\n")
+    command = [sys.executable, "-m", "pretrain", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | left)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the environment sets RANK")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["sharebert", "data_prep", "scoring", "exports"])

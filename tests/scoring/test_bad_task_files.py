@@ -137,7 +137,6 @@ def test_too_few_train_rows_for_two_labels(tmp_path: Path) -> None:
         ("data.labels=[yes,no]", "true or false (True)"),
         ("data.labels=[1.5,x]", "a number (1.5)"),
         ("data.labels=[null,x]", "null (None)"),
-        ("data.label=no", "true or false (False)"),
         ("data.header=[1,2]", "a number (1)"),
         ("data.text=5", "a number (5)"),
     ],

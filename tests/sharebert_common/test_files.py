@@ -166,6 +166,27 @@ def test_folders_of_other_names_and_other_hosts_stay(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_an_old_folder_that_another_host_moved_aside_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "out", "old")
+    aside = tmp_path / ".out.another-host.0123abcd.old"
+    (tmp_path / "out").rename(aside)
+
+    def stop_in_a_write() -> None:
+        with whole_or_absent_folder(tmp_path / "out"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_in_a_write()
+    assert aside.exists(), "that host may be between its two moves"
+    monkeypatch.setattr("sharebert_common.files._DEAD_S", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        stop_in_a_write()
+    assert (tmp_path / "out" / "a.txt").read_text() == "old"
+    assert not aside.exists()
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"file/out: cannot be made \(File exists: .*file\)"):

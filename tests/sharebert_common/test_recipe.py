@@ -15,6 +15,7 @@ from sharebert_common.recipe import STRICT, find, load, split_words
 @dataclass(config=STRICT, kw_only=True)
 class Inner:
     path: str = ""
+    maybe: str | None = "default"
     paths: list[str] = field(default_factory=list)
 
 
@@ -22,6 +23,10 @@ class Inner:
 class Example:
     run: str = ""
     steps: int = 1
+    rate: float | None = None
+    texts_or_one: str | list[str] = ""
+    numbers: dict[str, str | int] = field(default_factory=dict)
+    on: bool = False
     data: Inner = field(default_factory=Inner)
 
 
@@ -62,3 +67,72 @@ def test_a_path_with_an_equals_sign_is_no_override(tmp_path: Path, monkeypatch: 
     paths, overrides = split_words(words, Example)
     assert paths == ["/runs/lr=1e-3/export", "random:/runs/a=b", "./steps=3", "lr=1e-3"]
     assert overrides == ["steps=3", "data.path=/a=b", "stepz=3"], "a wrong key is told to the user"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2024",
+        "off",
+        "null",
+        "1:30",
+        "/x/run: 7",
+        "/x/a:",
+        "{a}",
+        "[a]/x",
+        "[a]",
+        "> a",
+        "1e3",
+        "- a",
+        "*a",
+        "&a b",
+        "%a",
+    ],
+)
+def test_a_key_that_is_a_text_takes_the_text(text: str) -> None:
+    """YAML would read a number, a boolean, null, a mapping, a list, an alias, or nothing that it knows."""
+    assert load(Example, None, [f"run={text}"]).run == text
+    assert load(Example, None, [f"data.path={text}"]).data.path == text
+
+
+def test_what_is_no_plain_text_is_still_yaml() -> None:
+    given = ["run='a b'", "data.maybe=null", "texts_or_one=[a, b]", "numbers={a: 1}", "numbers.b=x", "on=yes"]
+    made = load(Example, None, given)
+    assert (made.run, made.data.maybe, made.texts_or_one, made.numbers, made.on) == (
+        "a b",
+        None,
+        ["a", "b"],
+        {"a": 1, "b": "x"},
+        True,
+    )
+    assert load(Example, None, ["texts_or_one=[a]/b"]).texts_or_one == "[a]/b"
+    assert load(Example, None, ["data.maybe=off"]).data.maybe == "off"
+
+
+def test_the_home_alone_is_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(Example, None, ["run=~"]).run == str(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["steps=on", "rate=yes", "numbers.a=off"])
+def test_a_boolean_is_no_number(given: str) -> None:
+    with pytest.raises(BadInput, match="write a number") as raised:
+        load(Example, None, [given])
+    assert str(raised.value).startswith(f"command line: {given.partition('=')[0]}: YAML reads on, off, yes")
+
+
+def test_each_error_names_where_its_key_was_given(tmp_path: Path) -> None:
+    file = tmp_path / "example.yaml"
+    file.write_text("steps: many\nrun: 7\n")
+    with pytest.raises(BadInput) as raised:
+        load(Example, file, ["rate=much", "data.pathz=a"])
+    text = str(raised.value)
+    assert text.index(f"{file}: run: YAML reads this as a number") < text.index(
+        "steps: Input should be a valid integer"
+    )
+    assert "command line: rate: Input" in text
+    assert "data.pathz: unknown key; did you mean 'path" in text.partition("command line: ")[2]
+    with pytest.raises(BadInput, match=r"^command line: 'rate=\[': not readable as YAML"):
+        load(Example, file, ["rate=["])
+    with pytest.raises(BadInput, match=r"^command line: data: has no value; give it one, or leave it out"):
+        load(Example, None, ["data=null"])

@@ -35,6 +35,8 @@ def split(text: str) -> list[str]:
         PLAIN.replace("'", "´").replace('"', "「").replace(":", "："),
         *(PLAIN.replace(" - ", dash) for dash in ("—", " – ", "―", "−", "‐", " ⸺ ", "－", "﹘")),
         *(PLAIN.replace(" ", space) for space in ("\u00a0", "\u202f", "\u2009", "\u3000", "\u200b", "\u2028", "\x85")),
+        PLAIN.replace("pity", "pi\u00ad\r\n  ty"),
+        PLAIN.replace("pity", "pi\u00ad\u2028ty"),
         PLAIN.replace("pity", "pi\u00adty").replace("know", "\ufeffkn\u200dow\u2060"),
         PLAIN.replace("said", "ｓａｉｄ").replace("IT", "ＩＴ"),
         PLAIN.replace(" she", " 🙂👍🏽 she").replace("often", "often\ufe0f…"),

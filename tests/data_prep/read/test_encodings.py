@@ -96,7 +96,13 @@ def test_long_files_are_read_in_pieces(tmp_path: Path) -> None:
 
 def test_invalid_bytes_of_a_named_encoding(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\n".join(RUSSIAN).encode("utf-16-le") + b"\x00\xd8")
-    assert read(tmp_path / "a.txt", document="line", encoding="utf-16-le")[0][-1].endswith("\ufffd")
+    texts, counts = read(tmp_path / "a.txt", document="line", encoding="utf-16-le")
+    assert texts[-1].endswith("\ufffd")
+    assert counts["invalid_utf8"] == 1
+    (tmp_path / "b.txt").write_bytes(b"one\ntw\x81o\nthree\nf\x81\x8dour")
+    assert read(tmp_path / "b.txt", document="line", encoding="cp1252")[1]["invalid_utf8"] == 2
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "one"}\n{"text": "tw\x81o"}\n')
+    assert read(tmp_path / "b.jsonl", encoding="cp1252")[1]["invalid_utf8"] == 1
     with pytest.raises(BadInput, match=r"a\.txt: .*\(not utf-16-le\); .*encoding_errors: replace"):
         read(tmp_path / "a.txt", document="line", encoding="utf-16-le", encoding_errors="refuse")
 

@@ -17,6 +17,7 @@ import torch
 from tiny_runs import open_writer
 
 from pretrain.checkpoint import format as checkpoint
+from pretrain.checkpoint.saving import RankSave
 from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
 from pretrain.engine.fragments import STATES, Fragment
 from sharebert_common.errors import BadInput
@@ -415,6 +416,52 @@ def test_every_step_of_a_save_can_be_tried_again(
         "rank-00000.safetensors",
         "rank-00001.safetensors",
     ]
+
+
+def test_a_save_that_is_given_up_puts_back_the_older_one_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older one is moved aside, and then the new folder cannot be renamed until the time is over."""
+    write(tmp_path, 10, world_size=1)
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name.startswith(".step-00000010.") and target.name == "step-00000010" and not path.name.endswith("-0"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    said: list[str] = []
+    writer = writer_of(tmp_path, 0, 1, said, timeout_s=0.5)
+    writer.save(10, fragments_of(0, 1), SHAPES, {}, {})
+    assert not writer.finish()
+    assert "given up" in said[-1]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-00000010"]
+    assert checkpoint.newest_whole(tmp_path, pytest.fail).training == {"note": 10}  # type: ignore[union-attr]
+
+
+def test_a_file_that_is_in_a_manifest_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing the note of rank 1 failed after it was there; rank 0 has read it meanwhile, and removed it."""
+    unlink, note = Path.unlink, "rank-00001.written.json"
+
+    def failing(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith(f".{note}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", failing)
+    save = RankSave(
+        tmp_path, 10, "token-1", 1, 2, memoryview(b"data"), {}, {}, lambda: None, deadline=time.monotonic() + 9
+    )
+    save.make_folder()
+    with pytest.raises(OSError, match="Input/output"):
+        save.write_rank_file()
+    unlink(save.partial / note)
+    (save.partial / "manifest.json").touch()
+    file = save.partial / checkpoint.rank_file(1)
+    file.write_bytes(b"as the manifest says")
+    save.write_rank_file()
+    assert file.read_bytes() == b"as the manifest says"
 
 
 def test_leftovers_of_a_dead_launch_never_count(tmp_path: Path) -> None:

@@ -81,6 +81,23 @@ def test_a_rank_that_waits_for_the_others_dies_with_its_launcher(tmp_path: Path)
         time.sleep(0.1)
 
 
+ORPHAN_AT_BIRTH = """
+import os, sys, time
+if os.fork():
+    os._exit(0)
+time.sleep(1)  # the parent has been gone for long
+from pretrain.faults.stop import die_with_the_launcher
+die_with_the_launcher()
+print("lives on")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of its parent's death")
+def test_a_rank_whose_launcher_died_before_its_first_line_ends() -> None:
+    command = ["sh", "-c", f"{sys.executable} -c '{ORPHAN_AT_BIRTH}'"]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == ""
+
+
 def listens(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0

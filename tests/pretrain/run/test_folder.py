@@ -124,9 +124,13 @@ def test_an_older_attempt_of_the_same_job_is_waited_for(tmp_path: Path, monkeypa
         assert shell.stdout is not None
         assert shell.stdout.readline() == "held\n"
         monkeypatch.setenv("SLURM_JOB_ID", "8")
-        with pytest.raises(BadInput, match=r"in use by another attempt of this run \(pid .*, job 7\)"):
+        in_use = r"in use by another attempt of this run \(pid .*, job 7 requeued 0\)"
+        with pytest.raises(BadInput, match=in_use):
             RunFolder(tmp_path).occupy()
         monkeypatch.setenv("SLURM_JOB_ID", "7")
+        with pytest.raises(BadInput, match=in_use):  # a second start inside one allocation
+            RunFolder(tmp_path).occupy()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         RunFolder(tmp_path).occupy()
 
 
