@@ -201,6 +201,7 @@ def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
 def _matrices(encoder: ShareBert) -> dict[str, Tensor]:
     """The generated matrices by name, [out, in] as `nn.Linear` stores them, the query with its factor."""
     weights = encoder.layer_weights()
+    encoder.forget_weights()
     given: dict[str, Tensor | None] = {**weights.of_layer(0)._asdict(), "pooler": weights.pooler}
     del weights
     made = {}

@@ -3,6 +3,7 @@
 config              the keys of a model's `config.json`, and their checks
 encoder             layers and encoder: tokens to hidden states
 sharing             which matrices each layer uses
+kept                generated matrices that evaluation keeps between forward passes
 virtual             the virtual embedding matrix, and the matrices cut from it
 heads               the head for masked language modelling, and the model that is pretrained
 roles               whether weight decay acts on a parameter, and how the parameter starts

@@ -25,6 +25,7 @@ from .roles import ZERO_BIAS, Normal, Uniform, own_roles, set_roles, weight_role
 
 if TYPE_CHECKING:  # transformers before 5.10 copies only the files that this one names
     from .init import initialize  # noqa: F401
+    from .kept import KeptMatrices  # noqa: F401
     from .kernels import linear_gelu  # noqa: F401
     from .kernels_cpu import Dropout  # noqa: F401
     from .kernels_flex import attention_within  # noqa: F401
