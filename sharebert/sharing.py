@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -106,7 +106,7 @@ class OneGeneratedSet:
         modules = [encoder.word_embeddings, encoder.factor_linear_all] if self.virtual else [encoder.word_embeddings]
         if not all(is_plain(module) for module in modules):
             return None
-        parts = [part for module in modules for part in (module.weight, getattr(module, "bias", None))]
+        parts: list[Any] = [part for module in modules for part in (module.weight, getattr(module, "bias", None))]
         return tuple(part for part in parts if part is not None)
 
     def _make(self, encoder: Encoder, first: int, last: int) -> tuple[Tensor, ...]:
