@@ -88,7 +88,7 @@ class OnnxInt8:
         """
         from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
-        names = _nodes(full)
+        names = nodes_with_weights(full)
         excluded = []
         for pattern in kept:
             found = [name for name in names if fnmatchcase(name, pattern)]
@@ -123,7 +123,7 @@ class OnnxInt8:
         found: list[tuple[float, str]] = []
         if tools.masked_lm_loss(out) <= limit:
             return []
-        for kind in sorted({kind_of(name) for name in _nodes(full)}):
+        for kind in sorted({kind_of(name) for name in nodes_with_weights(full)}):
             self.write(full, out / FILE, [*kept, kind], inputs)
             found.append((tools.masked_lm_loss(out), kind))
             tools.say(f"onnx_int8: with {kind} in fp32 the loss is {found[-1][0]:.4f}, the limit is {limit:.4f}")
@@ -144,7 +144,7 @@ def _pad_id(folder: Path) -> int:
     return int(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("pad_token_id") or 0)
 
 
-def _nodes(file: Path) -> list[str]:
+def nodes_with_weights(file: Path) -> list[str]:
     """The names of the products and lookups with a stored matrix."""
     import onnx
 
