@@ -154,15 +154,20 @@ def _name_products(model: Any, config: ShareBertConfig, classifier: OnnxClassifi
         names += ["mlm_head.dense", "mlm_head.decoder"]
     weights = model.graph.initializers
     products = [
-        node
+        (node, matrix)
         for node in model.graph.all_nodes()
-        if node.op_type in ("MatMul", "Gemm") and node.inputs[1].name in weights
+        if node.op_type in ("MatMul", "Gemm") and (matrix := _stored(node.inputs[1])).name in weights
     ]
-    for name, node in zip(names, products, strict=True):
+    for name, (node, matrix) in zip(names, products, strict=True):
         node.name = name
-        matrix = node.inputs[1]
         if matrix.name.startswith("val_"):
             matrix.name = f"{name}.weight"
+
+
+def _stored(value: Any) -> Any:
+    """The matrix behind a transposition: a tied head reads the word embeddings transposed."""
+    producer = value.producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
 
 
 def _share_equal_weights(model: Any) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -102,7 +103,7 @@ class OnnxInt8:
             "nodes_to_exclude": excluded,
             "extra_options": {"MatMulConstBOnly": True},  # products of two activations, in attention, stay in fp32
         }
-        with _quiet():
+        with _quiet(), _without_transpositions(full, out) as full:
             if self.mode == "dynamic":
                 quantize_dynamic(str(full), str(out), weight_type=QuantType.QInt8, **options)
                 return
@@ -144,12 +145,37 @@ def _pad_id(folder: Path) -> int:
     return int(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("pad_token_id") or 0)
 
 
+@contextmanager
+def _without_transpositions(full: Path, out: Path) -> Iterator[Path]:
+    """`full` where stored matrices are transposed, as E in a tied head: the quantiser sees only stored ones."""
+    import onnx
+
+    model = onnx.load(full)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = _transposed(model.graph)
+    for node in found:
+        value = onnx.numpy_helper.to_array(stored[node.input[0]]).T
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
+        model.graph.node.remove(node)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        if found:
+            full = Path(folder) / "untransposed.onnx"
+            onnx.save(model, full)
+        yield full
+
+
+def _transposed(graph: Any) -> list[Any]:
+    """The nodes that transpose a stored matrix."""
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    return [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in matrices]
+
+
 def nodes_with_weights(file: Path) -> list[str]:
     """The names of the products and lookups with a stored matrix."""
     import onnx
 
     graph = onnx.load(file, load_external_data=False).graph
-    stored = {tensor.name for tensor in graph.initializer}
+    stored = {tensor.name for tensor in graph.initializer} | {node.output[0] for node in _transposed(graph)}
     return [
         node.name
         for node in graph.node

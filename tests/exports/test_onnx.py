@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
+from compress.dense.onnx_int8 import OnnxInt8
 from exports import onnx as to_onnx
 from exports.dense_model import DenseBert, dense_tensors
 from exports.export import Export
@@ -148,6 +149,25 @@ def sum_of_initializers(model: Any) -> tuple[int, int]:
     onnx = pytest.importorskip("onnx")
     arrays = [(len(tensor.dims), onnx.numpy_helper.to_array(tensor).nbytes) for tensor in model.graph.initializer]
     return sum(n for dims, n in arrays if dims == 2), sum(n for dims, n in arrays if dims != 2)
+
+
+def test_a_large_tied_head_reads_the_embedding_transposed(tmp_path: Path) -> None:
+    """The exporter folds only small transpositions: E is then in the file once."""
+    onnx = pytest.importorskip("onnx")
+    model = tiny_model(mlm_head="tied", vocab_size=9000, hidden_size=48, num_hidden_layers=1, factor_size=32).eval()
+    write_onnx(tmp_path / "model.onnx", model)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert sum(tensor.dims[0] * tensor.dims[-1] == 9000 * 32 for tensor in graph.initializer if tensor.dims) == 1
+    assert {node.name for node in graph.node} >= {"mlm_head.dense", "mlm_head.decoder"}
+    OnnxInt8().write(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    quantised = [tensor for tensor in onnx.load(tmp_path / "int8.onnx").graph.initializer if 9000 in tensor.dims]
+    assert sorted(tensor.data_type for tensor in quantised if len(tensor.dims) == 2) == [onnx.TensorProto.INT8] * 2
+    given = session_inputs()
+    sessions = [onnxruntime.InferenceSession(tmp_path / name) for name in ("model.onnx", "int8.onnx")]
+    full, small = (session.run(["logits"], given)[0] for session in sessions)
+    expected = model.logits(torch.from_numpy(given["input_ids"]))
+    torch.testing.assert_close(torch.from_numpy(full), expected, rtol=1e-4, atol=1e-5)
+    assert abs(small - full).max() < 0.1 * abs(full).max()
 
 
 def test_products_have_the_names_of_their_modules(written: tuple[Path, ShareBertForMaskedLM]) -> None:
