@@ -161,7 +161,10 @@ def test_a_large_tied_head_reads_the_embedding_transposed(tmp_path: Path) -> Non
     assert {node.name for node in graph.node} >= {"mlm_head.dense", "mlm_head.decoder"}
     OnnxInt8().write(tmp_path / "model.onnx", tmp_path / "int8.onnx")
     quantised = [tensor for tensor in onnx.load(tmp_path / "int8.onnx").graph.initializer if 9000 in tensor.dims]
-    assert sorted(tensor.data_type for tensor in quantised if len(tensor.dims) == 2) == [onnx.TensorProto.INT8] * 2
+    assert sorted(tensor.data_type for tensor in quantised if len(tensor.dims) == 2) == [
+        onnx.TensorProto.UINT8,  # what is looked up
+        onnx.TensorProto.INT8,  # what is multiplied
+    ]
     given = session_inputs()
     sessions = [onnxruntime.InferenceSession(tmp_path / name) for name in ("model.onnx", "int8.onnx")]
     full, small = (session.run(["logits"], given)[0] for session in sessions)
