@@ -25,7 +25,7 @@ def runtimes(form: str) -> list[str]:
 
     if form != "onnx":
         return ["transformers"]
-    return [runtime for runtime in ("onnxruntime", "openvino") if installed(runtime)]
+    return ["onnxruntime"] if installed("onnxruntime") else []
 
 
 def measure(folder: Path, runtime: str, shapes: Sequence[str], threads: int, repeats: int) -> dict[str, Any]:
@@ -52,13 +52,19 @@ class Opened(NamedTuple):
 
 def opened(folder: Path, runtime: str, threads: int) -> Opened:
     """The model in `folder`, ready in a runtime."""
-    if runtime in ("onnxruntime", "openvino"):
-        from compress.dense.runtime import session_of
-
-        session = session_of(folder, runtime=runtime, threads=threads)
-        return Opened(session.run_ids, session.words, session.positions)
     import torch
 
+    if runtime == "onnxruntime":
+        from compress.dense.runtime import OnnxModel
+
+        session = OnnxModel(folder, threads)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        outputs = ["last_hidden_state"] if "last_hidden_state" in session.outputs else None
+
+        def run_session(ids: Any) -> Any:
+            return session(ids, torch.ones_like(ids), outputs)
+
+        return Opened(run_session, config["vocab_size"], config["max_position_embeddings"])
     torch.set_num_threads(threads)
     from compress.source import open_source
 

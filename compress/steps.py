@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compress.dense.onnx_int8 import OnnxInt8
+from compress.dense.to_onnx import ToOnnx
 from compress.quantise.step import Quantise
 from compress.step import Step
 from compress.trim import Trim
 from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import describe, parse
 
-STEPS: dict[str, type[Any]] = {"trim": Trim, "quantise": Quantise}
+STEPS: dict[str, type[Any]] = {
+    "trim": Trim,
+    "quantise": Quantise,
+    "onnx": ToOnnx,
+    "onnx_int8": OnnxInt8,
+}
 
 
 def step_of(given: Any, where: str) -> tuple[str, Step]:

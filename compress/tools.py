@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,18 +85,23 @@ def masked_lm(folder: Path) -> Callable[..., Any] | None:
         model = load_model(folder)
         return None if model.config.mlm_head == "none" else model
     if form == "onnx":
-        from compress.dense.runtime import session_of
+        from compress.dense.runtime import OnnxModel
 
-        session = session_of(folder)
-        return ByLogits(session.logits) if session.has_logits else None
+        session = OnnxModel(folder)
+        return ByLogits(session.logits) if is_masked_lm(folder) else None
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if not any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in config.architectures or []):
+    if not is_masked_lm(folder):
         return None
     given = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
     stock = transformers.AutoModelForMaskedLM.from_pretrained(folder, **given).eval()
     return ByLogits(lambda tokens, mask: stock(input_ids=tokens, attention_mask=mask).logits)
+
+
+def is_masked_lm(folder: Path) -> bool:
+    """Whether the `config.json` of a folder names a class with a masked-language-model head."""
+    classes = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes)
 
 
 class Sums(NamedTuple):

@@ -83,7 +83,8 @@ _COMPACT_END = (
 
 _DENSE_LOADING = "This is a stock `megatron_bert`: plain `transformers` loads it, with no code of its own."
 _DENSE_ABOUT = """
-This is its dense form: every generated matrix is written out, and every layer has weights of its own.
+This is its dense form: every generated matrix is written out, and every layer has a copy of its own, because
+`megatron_bert` cannot share matrices. The ONNX form keeps one copy.
 On a batch of random words, in float32, it differs from the compact form, relative to the largest value, by
 {differences}.
 """
@@ -95,9 +96,13 @@ output here is the tanh of the compact form's.
 _ONNX_LOADING = (
     "`model.onnx` has a dynamic batch and length. Inputs, int64 [batch, length]: `input_ids`, `attention_mask`, and\n"
     "`token_type_ids`, which may be left away (all 0 then; ONNX Runtime lists it among the overridable initializers).\n"
-    "Outputs: `last_hidden_state`, `pooler_output` and, with a masked-language-model head, `logits`."
+    "Outputs: `last_hidden_state`, `pooler_output` and, with a masked-language-model head, `logits`; of a classifier,\n"
+    "`logits` alone."
 )
-_ONNX_ABOUT = "\nThis is its dense form as ONNX: every generated matrix is written out, in every layer.\n"
+_ONNX_ABOUT = (
+    "\nThis is its ONNX form: the generated matrices are written out once, and all layers use them. The input\n"
+    "embedding stays in its factors.\n"
+)
 _ONNX_END = "\nThe pooled output is the tanh of the compact form's, as in `megatron_bert`.\n"
 
 

@@ -142,4 +142,5 @@ def _dense_config(export: Export, pad_token_id: int) -> dict[str, Any]:
         "hidden_act": "gelu",
         "pad_token_id": pad_token_id,
         "tie_word_embeddings": False,
+        **{key: value for key, value in export.kind.config_keys().items() if value is not None},
     }

@@ -185,24 +185,30 @@ def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
     encoder, config = model.sharebert, model.config
     for factors in encoder.word_embeddings.weight.split(ROWS_AT_ONCE):
         yield "bert.embeddings.word_embeddings.weight", encoder.embed_words(factors)
+    yield from encoder_tensors(encoder)
+    if model.mlm_head is not None:
+        yield from _head(model.mlm_head, encoder.word_embeddings.weight, config)
+
+
+@torch.no_grad()
+def encoder_tensors(encoder: ShareBert) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor of the dense encoder but the word embeddings. All layers get the same matrices."""
     yield "bert.embeddings.position_embeddings.weight", encoder.position_embeddings.weight
     yield "bert.embeddings.token_type_embeddings.weight", encoder.token_type_embeddings.weight
     made = _matrices(encoder, 0)
     for number, layer in enumerate(encoder.layers):
-        if config.sharing == "none" and number:
+        if encoder.config.sharing == "none" and number:
             made = _matrices(encoder, number)
         assert isinstance(layer, Layer)
-        yield from _layer(f"bert.encoder.layer.{number}.", layer, made, _query_factor(config))
+        yield from _layer(f"bert.encoder.layer.{number}.", layer, made, _query_factor(encoder.config))
     yield from _norm("bert.encoder.ln", encoder.final_norm)
     yield from _linear("bert.pooler.dense", made["pooler"], encoder.pooler_bias)
-    del made
-    if model.mlm_head is not None:
-        yield from _head(model.mlm_head, encoder.word_embeddings.weight, config)
 
 
 def _matrices(encoder: ShareBert, layer: int) -> dict[str, Tensor]:
     """The matrices of a layer and the pooler's, by name, [out, in] as in `nn.Linear`, the query with its factor."""
     weights = encoder.layer_weights()
+    encoder.forget_weights()
     given: dict[str, Tensor | None] = {**weights.of_layer(layer)._asdict(), "pooler": weights.pooler}
     del weights
     made = {}

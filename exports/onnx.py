@@ -1,6 +1,7 @@
-"""The ONNX form: an ONNX file of the dense form, for ONNX Runtime and other tools that read ONNX.
+"""The ONNX form: an ONNX file of the model, for ONNX Runtime and other tools that read ONNX.
 
-This form is not streamed: torch's exporter holds the dense model several times.
+The layers' matrices are written out, once for all layers. The input embedding and a tied head stay in their factors.
+This form is not streamed: torch's exporter holds the model with a copy of the matrices for each layer.
 
     EXPORT/model.onnx (model.onnx.data where large)  config.json (`megatron-bert`)  tokenizer.json
     tokenizer_config.json  README.md
@@ -8,7 +9,9 @@ This form is not streamed: torch's exporter holds the dense model several times.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,13 +21,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exports.cards import onnx_card
-from exports.dense import MODEL_TYPE, check_dense, write_dense_files
-from exports.dense_model import DenseBert, dense_tensors
+from exports.dense import MODEL_TYPE, write_dense_files
+from exports.dense_model import DenseBert, encoder_tensors
 from exports.export import Export
+from exports.kinds import Classifier
 from exports.meta_device import without_weights
+from sharebert.config import ShareBertConfig
+from sharebert.encoder import ShareBert
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 
@@ -37,13 +44,24 @@ writes the operator Attention, and ONNX Runtime 1.31 refuses a mask of [batch, 1
 OPSET = 20
 """The first that has Gelu as an operator."""
 
+LAYER = "bert.encoder.layer."
+PRODUCTS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+"""Products of a layer, in the order in which they run: node `LAYER` + number + "." + name."""
+
 ONE_FILE_BYTES = 1_900_000_000
 """Protocol buffers end at 2 GiB: above this, the weights go into a second file, `model.onnx.data`."""
 
 
 @dataclass(frozen=True)
 class Onnx:
-    """The dense form as ONNX, in fp32, with dynamic batch and length."""
+    """The model as ONNX, in fp32, with dynamic batch and length."""
 
     opset: int = OPSET
     """Version of ONNX's operators; older runtimes need a lower one."""
@@ -51,7 +69,6 @@ class Onnx:
 
     def check(self, export: Export) -> None:
         """See `Form.check`."""
-        check_dense(export)
         if self.opset not in OPSETS:
             raise BadInput(f"opset: {self.opset} is not one of {OPSETS.start} to {OPSETS.stop - 1}")
         _require_packages()
@@ -59,7 +76,7 @@ class Onnx:
     def write(self, export: Export, folder: Path) -> None:
         """See `Form.write`."""
         with export.mapped_model(folder) as model:
-            write_onnx(folder / FILE, model, self.opset)
+            write_onnx(folder / FILE, model, self.opset, OnnxClassifier.of(export))
         write_dense_files(folder, export, onnx_card(export.config, export.kind, export.card_sections))
 
 
@@ -70,28 +87,28 @@ def _require_packages() -> None:
         raise BadInput("an ONNX export needs two more packages: pip install onnx onnxscript") from error
 
 
-def write_onnx(out: Path, model: ShareBertForMaskedLM, opset: int = OPSET) -> None:
-    """Write the dense form of `model` to the ONNX file `out`, with dynamic batch and length.
+def write_onnx(
+    out: Path, model: ShareBertForMaskedLM, opset: int = OPSET, classifier: OnnxClassifier | None = None
+) -> None:
+    """Write `model` to the ONNX file `out`, with dynamic batch and length.
 
     Inputs, int64 [batch, length]: input_ids, attention_mask, and token_type_ids, which may be left away (0 then).
     Outputs: last_hidden_state [batch, length, H], pooler_output [batch, H] (the tanh of the compact form's) and, with
-    an MLM head, logits [batch, length, V].
+    an MLM head, logits [batch, length, V]. With a classifier: logits [batch, labels] alone.
 
-    Raises BadInput: an MLM head without a dense form, or the packages `onnx` and `onnxscript` are missing.
+    Raises BadInput: the packages `onnx` and `onnxscript` are missing.
     """
     _require_packages()
-    with without_weights():
-        dense = DenseBert(model.config)
-    dense.load_state_dict(dict(dense_tensors(model)), assign=True)
+    module = _Outputs(model, classifier)
     tokens = torch.zeros(2, min(8, model.config.max_position_embeddings), dtype=torch.int64)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)
-    outputs = ["last_hidden_state", "pooler_output", "logits"][: 2 if dense.cls is None else 3]
+    outputs = ["last_hidden_state", "pooler_output", "logits"][: 2 if model.mlm_head is None else 3]
     with _quiet():
         program = torch.onnx.export(
-            _Tuple(dense).eval(),
+            module.eval(),
             (tokens, torch.ones_like(tokens), torch.zeros_like(tokens)),
             input_names=["input_ids", "attention_mask", "token_type_ids"],
-            output_names=outputs,
+            output_names=["logits"] if classifier else outputs,
             dynamic_shapes=[{0: batch, 1: length}] * 3,
             opset_version=opset,
             dynamo=True,
@@ -99,9 +116,12 @@ def write_onnx(out: Path, model: ShareBertForMaskedLM, opset: int = OPSET) -> No
         )
     assert program is not None
     _strip_metadata(program.model)
+    _name_products(program.model, model.config, classifier)
+    _share_equal_weights(program.model)
     _make_token_types_optional(program.model)
     _name_the_longest_input(program.model, model.config.max_position_embeddings)
-    size = sum(parameter.nbytes for parameter in dense.parameters())
+    stored = [value.const_value for value in program.model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in stored if tensor is not None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         program.save(Path(folder) / out.name, external_data=size > ONE_FILE_BYTES)
@@ -117,6 +137,45 @@ def _strip_metadata(model: Any) -> None:
     for part in (model, graph, *nodes, *values):
         part.metadata_props.clear()
         part.doc_string = None
+
+
+def _name_products(model: Any, config: ShareBertConfig, classifier: OnnxClassifier | None) -> None:
+    """Name each product after its module, and its matrix too: the exporter numbers them.
+
+    Tools that quantise take the names, to leave a product as it is. The nodes are in the order of the forward pass.
+    """
+    names = ["bert.embeddings.factor_linear"] if config.sharing == "veps" else []
+    names += [f"{LAYER}{number}.{name}" for number in range(config.num_hidden_layers) for name in PRODUCTS]
+    if classifier is None or classifier.pooling == "pooler":
+        names.append("bert.pooler.dense")
+    if classifier is not None:
+        names.append("classifier")
+    elif config.mlm_head != "none":
+        names += ["mlm_head.dense", "mlm_head.decoder"]
+    weights = model.graph.initializers
+    products = [
+        (node, matrix)
+        for node in model.graph.all_nodes()
+        if node.op_type in ("MatMul", "Gemm") and (matrix := _stored(node.inputs[1])).name in weights
+    ]
+    for name, (node, matrix) in zip(names, products, strict=True):
+        node.name = name
+        if matrix.name.startswith("val_"):
+            matrix.name = f"{name}.weight"
+
+
+def _stored(value: Any) -> Any:
+    """The matrix behind a transposition: a tied head reads the word embeddings transposed."""
+    producer = value.producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
+
+
+def _share_equal_weights(model: Any) -> None:
+    """Keep one copy of equal weights: the layers of a ShareBERT use the same matrices, and the exporter writes one for
+    each layer. Tools that quantise then quantise it once."""
+    from onnx_ir.passes.common import DeduplicateInitializersPass
+
+    DeduplicateInitializersPass(size_limit=1 << 62)(model)
 
 
 def _make_token_types_optional(model: Any) -> None:
@@ -160,12 +219,68 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _Tuple(nn.Module):
-    """A model whose output has no None, because the exporter does not accept it."""
+class _Words(nn.Module):
+    """The input embedding from its factors: written out, [V, H], it would be larger than everything else."""
 
-    def __init__(self, dense: DenseBert) -> None:
+    def __init__(self, encoder: ShareBert) -> None:
         super().__init__()
-        self.dense = dense
+        self.factors = encoder.word_embeddings
+        veps = encoder.config.sharing == "veps"
+        norm = encoder.pos_factor_norm
+        self.rest = nn.Sequential(encoder.pre_factor_norm, encoder.factor_linear, norm) if veps else norm
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.rest(self.factors(tokens))  # type: ignore[no-any-return]
+
+
+class _Outputs(nn.Module):
+    """The dense encoder with the factors of the input embedding, and the outputs of the file."""
+
+    def __init__(self, model: ShareBertForMaskedLM, classifier: OnnxClassifier | None) -> None:
+        super().__init__()
+        encoder = model.sharebert
+        with without_weights():
+            self.encoder = DenseBert(dataclasses.replace(model.config, mlm_head="none"))
+        self.encoder.bert.embeddings.word_embeddings = nn.Identity()
+        self.encoder.load_state_dict(dict(encoder_tensors(encoder)), assign=True)
+        self.encoder.bert.embeddings.word_embeddings = _Words(encoder)
+        self.mlm_head = model.mlm_head
+        self.classifier = classifier
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t for t in self.dense(input_ids, attention_mask, token_type_ids) if t is not None)
+        hidden, pooled, _ = self.encoder(input_ids, attention_mask, token_type_ids)
+        if self.classifier is not None:
+            return (self.classifier.scores(hidden, attention_mask, self.encoder.bert.pooler.dense),)
+        if self.mlm_head is None:
+            return hidden, pooled
+        embedding = self.encoder.bert.embeddings.word_embeddings.factors.weight if self.mlm_head.tied else None
+        return hidden, pooled, self.mlm_head(hidden, embedding)
+
+
+@dataclass(frozen=True)
+class OnnxClassifier:
+    """The classifier of an export."""
+
+    pooling: str
+    weight: Tensor
+    """[labels, H]."""
+    bias: Tensor
+    """[labels]."""
+
+    @classmethod
+    def of(cls, export: Export) -> OnnxClassifier | None:
+        """That of `export`; None if it has none."""
+        if not isinstance(export.kind, Classifier):
+            return None
+        shape = export.weights.specs["classifier.weight"].shape
+        weight = export.weights.read("classifier.weight", 0, math.prod(shape)).view(shape)
+        return cls(export.kind.pooling, weight.float(), export.weights.read("classifier.bias", 0, shape[0]).float())
+
+    def scores(self, hidden: Tensor, attention_mask: Tensor, pooler: nn.Module) -> Tensor:
+        """The score of each label, [B, labels]; the pooled output has no tanh, as in the compact form."""
+        if self.pooling == "mean":
+            mask = attention_mask[:, :, None].to(hidden.dtype)
+            text = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        else:
+            text = pooler(hidden[:, 0])
+        return F.linear(text, self.weight, self.bias)

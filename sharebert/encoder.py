@@ -185,6 +185,25 @@ class ShareBert(nn.Module):
         """The matrices of all layers, and the pooler's if `pooler` is true."""
         return self.sharing(self, pooler)
 
+    def forget_weights(self) -> None:
+        """Drop the generated matrices that evaluation keeps; see `kept` for when a caller must do so."""
+        if isinstance(self.sharing, OneGeneratedSet):
+            self.sharing.kept.forget()
+
+    def train(self, mode: bool = True) -> ShareBert:
+        """See `nn.Module.train`; training keeps no generated matrices."""
+        if mode:
+            self.forget_weights()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> ShareBert:  # every move and every change of dtype
+        self.forget_weights()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget_weights()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def embed_words(self, factors: Tensor) -> Tensor:
         """Rows of E [..., F] as they enter the residual stream, before position and type, [..., H]."""
         if self.config.sharing != "eps":

@@ -28,6 +28,7 @@ from .stored import full_tensors
 
 if TYPE_CHECKING:  # transformers before 5.10 copies only the files that this one names
     from .init import initialize  # noqa: F401
+    from .kept import KeptMatrices  # noqa: F401
     from .kernels import linear_gelu  # noqa: F401
     from .kernels_cpu import Dropout  # noqa: F401
     from .kernels_flex import attention_within  # noqa: F401

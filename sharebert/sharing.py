@@ -7,14 +7,17 @@ them.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .config import ShareBertConfig
+from .kept import KeptMatrices, may_keep
 from .plain_modules import embedding_matrix, is_plain
+from .precision import compute_dtype
 from .roles import set_roles, weight_role
+from .tracing import is_traced
 from .virtual import GradientChange, blocks, generate
 
 
@@ -55,6 +58,7 @@ class Encoder(Protocol):
     """E [V, F]."""
     factor_linear_all: nn.Linear
     """W_all [H, F] and b_all [H]; only VEPS has it."""
+    training: bool
 
 
 class Sharing(Protocol):
@@ -85,20 +89,41 @@ class OneGeneratedSet:
         self.blocks = blocks(config)
         self.change_gradients: GradientChange | None = None
         """Called in the backward pass of training with the gradients of the matrices that were made."""
+        self.kept = KeptMatrices()
 
     def __call__(self, encoder: Encoder, pooler: bool) -> SameForAll:
-        """Each matrix is one product (EPS: one copy), made here."""
-        wanted = self.blocks if pooler else self.blocks[:-1]
+        """Each matrix is one product (EPS: one copy), made here. In evaluation they are kept, see `kept`."""
+        count = len(Weights._fields)
+        wanted = count + 1 if pooler else count
+        sources = None if encoder.training or is_traced() else self._sources(encoder)
+        if sources is not None and may_keep(sources):
+            dtype = compute_dtype(sources[0])
+            matrices = self.kept.get(sources, dtype, wanted, lambda first, last: self._make(encoder, first, last))
+        else:
+            if not is_traced():  # what is recorded must have no effect outside
+                self.kept.forget()
+            matrices = self._make(encoder, 0, wanted)
+        return SameForAll(Weights(*matrices[:count]), matrices[count] if pooler else None)
+
+    def _sources(self, encoder: Encoder) -> tuple[Tensor, ...] | None:
+        """The tensors that the matrices are made from; None where a tool has changed their modules."""
+        modules = [encoder.word_embeddings, encoder.factor_linear_all] if self.virtual else [encoder.word_embeddings]
+        if not all(is_plain(module) for module in modules):
+            return None
+        parts: list[Any] = [part for module in modules for part in (module.weight, getattr(module, "bias", None))]
+        return tuple(part for part in parts if part is not None)
+
+    def _make(self, encoder: Encoder, first: int, last: int) -> tuple[Tensor, ...]:
+        """The matrices of the blocks [first, last)."""
+        wanted = self.blocks[first:last]
         embedding = embedding_matrix(encoder.word_embeddings, self.words)
         if not self.virtual:
-            matrices = generate(wanted, embedding, None, None, self.change_gradients)
-        elif is_plain(encoder.factor_linear_all):
+            return generate(wanted, embedding, None, None, self.change_gradients)
+        if is_plain(encoder.factor_linear_all):
             all_rows = encoder.factor_linear_all
-            matrices = generate(wanted, embedding, all_rows.weight, all_rows.bias, self.change_gradients)
-        else:  # an adapter or a quantiser has changed it: make the whole virtual matrix with it, and cut that
-            matrices = generate(wanted, encoder.factor_linear_all(embedding), None, None)
-        count = len(Weights._fields)
-        return SameForAll(Weights(*matrices[:count]), matrices[count] if pooler else None)
+            return generate(wanted, embedding, all_rows.weight, all_rows.bias, self.change_gradients)
+        # an adapter or a quantiser has changed it: make the whole virtual matrix with it, and cut that
+        return generate(wanted, encoder.factor_linear_all(embedding), None, None)
 
 
 class MatrixSet(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
+from compress.dense.onnx_int8 import OnnxInt8
 from exports import onnx as to_onnx
 from exports.dense_model import DenseBert, dense_tensors
 from exports.export import Export
 from exports.forms import write_export
+from exports.kinds import Classifier
 from exports.onnx import Onnx, write_onnx
+from exports.weight_source import TensorWeights
 from sharebert import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 
@@ -104,8 +108,107 @@ def test_the_file_says_nothing_of_the_machine_that_made_it(written: tuple[Path, 
     content = (written[0] / "model.onnx").read_bytes()
     for trace in (b"stack_trace", b".py", str(Path(torch.__file__).parent).encode(), b"site-packages", b"fx_node"):
         assert trace not in content, trace
-    weights = sum(tensor.nbytes for _, tensor in dense_tensors(written[1]))
-    assert len(content) < weights + 40_000
+    assert len(content) < learned_bytes(written[1]) + 40_000
+
+
+def learned_bytes(model: ShareBertForMaskedLM) -> int:
+    """Bytes in fp32 of the parameters, of one set of generated matrices, and of E as the tied head's decoder."""
+    weights = model.sharebert.layer_weights()
+    matrices = [*weights.of_layer(0), weights.pooler, model.sharebert.word_embeddings.weight]
+    return 4 * sum(tensor.numel() for tensor in (*model.parameters(), *matrices) if tensor is not None)
+
+
+@pytest.mark.parametrize("mlm_head", ["tied", pytest.param("none", marks=pytest.mark.slow)])
+def test_layers_share_one_copy_also_after_quantisation(tmp_path: Path, mlm_head: str) -> None:
+    """One more layer adds its biases and norms, and no matrix."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    onnx = pytest.importorskip("onnx")
+    sizes = []
+    for layers in (1, 4):
+        model = tiny_model(
+            mlm_head=mlm_head, num_hidden_layers=layers, hidden_size=48, intermediate_size=96, vocab_size=800
+        ).eval()
+        write_onnx(tmp_path / "model.onnx", model)
+        small = tmp_path / "int8.onnx"
+        quantization.quantize_dynamic(tmp_path / "model.onnx", small, per_channel=True)
+        sizes.append([sum_of_initializers(onnx.load(path)) for path in (tmp_path / "model.onnx", small)])
+    assert sizes[0][0][0] == sizes[1][0][0]  # matrices of fp32
+    assert sizes[0][1][0] == sizes[1][1][0]  # and of int8
+    assert 0.2 < sizes[1][1][0] / sizes[1][0][0] < 0.3
+    nodes = onnx.load(tmp_path / "int8.onnx").graph.node
+    assert sum(node.op_type == "MatMulInteger" for node in nodes) == 6 * 4 + 2 + (2 if mlm_head != "none" else 0)
+    given = session_inputs()
+    full, int8 = (onnxruntime.InferenceSession(tmp_path / name).run(None, given)[0] for name in ("model.onnx", small))
+    expected = model.sharebert(torch.from_numpy(given["input_ids"])).hidden
+    assert ((torch.from_numpy(full) - expected).abs().max() / expected.abs().max()).item() < 1e-5
+    assert 0 < abs(int8 - full).max() / abs(full).max() < 0.1
+
+
+def sum_of_initializers(model: Any) -> tuple[int, int]:
+    """Bytes of the matrices and of all other initializers."""
+    onnx = pytest.importorskip("onnx")
+    arrays = [(len(tensor.dims), onnx.numpy_helper.to_array(tensor).nbytes) for tensor in model.graph.initializer]
+    return sum(n for dims, n in arrays if dims == 2), sum(n for dims, n in arrays if dims != 2)
+
+
+def test_a_large_tied_head_reads_the_embedding_transposed(tmp_path: Path) -> None:
+    """The exporter folds only small transpositions: E is then in the file once."""
+    onnx = pytest.importorskip("onnx")
+    model = tiny_model(mlm_head="tied", vocab_size=9000, hidden_size=48, num_hidden_layers=1, factor_size=32).eval()
+    write_onnx(tmp_path / "model.onnx", model)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert sum(tensor.dims[0] * tensor.dims[-1] == 9000 * 32 for tensor in graph.initializer if tensor.dims) == 1
+    assert {node.name for node in graph.node} >= {"mlm_head.dense", "mlm_head.decoder"}
+    OnnxInt8().write(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    quantised = [tensor for tensor in onnx.load(tmp_path / "int8.onnx").graph.initializer if 9000 in tensor.dims]
+    assert sorted(tensor.data_type for tensor in quantised if len(tensor.dims) == 2) == [
+        onnx.TensorProto.UINT8,  # what is looked up
+        onnx.TensorProto.INT8,  # what is multiplied
+    ]
+    given = session_inputs()
+    sessions = [onnxruntime.InferenceSession(tmp_path / name) for name in ("model.onnx", "int8.onnx")]
+    full, small = (session.run(["logits"], given)[0] for session in sessions)
+    expected = model.logits(torch.from_numpy(given["input_ids"]))
+    torch.testing.assert_close(torch.from_numpy(full), expected, rtol=1e-4, atol=1e-5)
+    assert abs(small - full).max() < 0.1 * abs(full).max()
+
+
+def test_products_have_the_names_of_their_modules(written: tuple[Path, ShareBertForMaskedLM]) -> None:
+    """Each name stands at the product with that matrix."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(written[0] / "model.onnx").graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    products = {node.name: stored[node.input[1]] for node in graph.node if node.input[1:] and node.input[1] in stored}
+    dense = dict(dense_tensors(written[1]))
+    names = [name.removesuffix(".weight") for name in dense if "layer." in name and dense[name].dim() == 2]
+    assert len(names) == 12
+    for name in names:
+        matrix = dense[f"{name}.weight"].detach().T
+        torch.testing.assert_close(torch.tensor(products[name]), matrix, msg=name)
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_a_classifier(tmp_path: Path, pooling: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    from exports.compact import Compact
+
+    base = tiny_model(mlm_head="none").eval()
+    torch.manual_seed(0)
+    head = {"classifier.weight": torch.randn(3, base.config.hidden_size), "classifier.bias": torch.randn(3)}
+    export = Export(base.config, Classifier(("a", "b", "c"), pooling=pooling), TensorWeights(base.state_dict() | head))
+    write_export(export, tmp_path / "compact", Compact())
+    write_export(export, tmp_path / "onnx", Onnx())
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "compact", trust_remote_code=True
+    ).eval()
+    given = session_inputs()
+    given["attention_mask"][1, 3:] = 0
+    session = onnxruntime.InferenceSession(tmp_path / "onnx/model.onnx")
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+    (scores,) = session.run(None, given)
+    expected = model(**{name: torch.from_numpy(array) for name, array in given.items()}).logits
+    torch.testing.assert_close(torch.from_numpy(scores), expected, rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "onnx/config.json").read_text())["id2label"] == {"0": "a", "1": "b", "2": "c"}
 
 
 @pytest.mark.parametrize("opset", [18, 22])
