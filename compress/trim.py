@@ -29,7 +29,6 @@ from exports.forms import write_export
 from exports.kinds import MaskedLM
 from exports.read import load_model, read_export
 from exports.weight_source import TensorWeights, whole
-from sharebert.sharing import OneGeneratedSet
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -83,7 +82,7 @@ def folded(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     model = load_model(folder).sharebert.double()
     with torch.no_grad():
-        layer_weights = OneGeneratedSet(model.config)(model, pooler=False)
+        layer_weights = model.layer_weights(pooler=False)
         changed: dict[str, Tensor] = {}
         for index, module in enumerate(model.layers):
             layer: Any = module

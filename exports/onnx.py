@@ -144,7 +144,7 @@ def _name_products(model: Any, config: ShareBertConfig, classifier: OnnxClassifi
 
     Tools that quantise take the names, to leave a product as it is. The nodes are in the order of the forward pass.
     """
-    names = ["bert.embeddings.factor_linear"] if config.sharing == "veps" else []
+    names = ["bert.embeddings.factor_linear"] if config.sharing != "eps" else []
     names += [f"{LAYER}{number}.{name}" for number in range(config.num_hidden_layers) for name in PRODUCTS]
     if classifier is None or classifier.pooling == "pooler":
         names.append("bert.pooler.dense")
@@ -225,9 +225,9 @@ class _Words(nn.Module):
     def __init__(self, encoder: ShareBert) -> None:
         super().__init__()
         self.factors = encoder.word_embeddings
-        veps = encoder.config.sharing == "veps"
+        projected = encoder.config.sharing != "eps"
         norm = encoder.pos_factor_norm
-        self.rest = nn.Sequential(encoder.pre_factor_norm, encoder.factor_linear, norm) if veps else norm
+        self.rest = nn.Sequential(encoder.pre_factor_norm, encoder.factor_linear, norm) if projected else norm
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.rest(self.factors(tokens))  # type: ignore[no-any-return]

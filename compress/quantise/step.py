@@ -31,6 +31,9 @@ FACTORS = (*ROTATED, "sharebert.factor_linear.weight", "mlm_head.dense.weight", 
 
 EMBEDDING, PROJECTION = ROTATED
 
+OWN = "sharebert.sharing."
+"""How the names of matrices begin that no embedding generates."""
+
 SMALL = 2_000_000
 """Numbers below which a matrix is small. An untied head's dense [H, H] is not, at the published sizes."""
 
@@ -70,10 +73,13 @@ class Quantise:
     def check(self, source: Source) -> None:
         """See `Step.check`."""
         self.result_form(source.form)
-        if self.rotate and read_export(source.folder).config.sharing == "eps":
+        config = read_export(source.folder).config
+        if self.rotate and config.sharing != "veps":
             raise BadInput(
-                "quantise.rotate: with sharing: eps the layers are cut from E itself, which cannot be rotated"
+                f"quantise.rotate: needs W_all to rotate along with E, and sharing: {config.sharing} has none"
             )
+        if self.rounding == "gptq" and config.sharing != "veps":
+            raise BadInput(f"quantise.rounding: gptq is for sharing: veps, this model has {config.sharing}; use search")
 
     def result_form(self, source: FormName) -> FormName:
         """See `Step.result_form`."""
@@ -130,7 +136,7 @@ class Quantise:
     def packing_of(self, name: str, tensor: Tensor) -> Packing | None:
         """How a tensor is packed; None where it is stored in 16 bits."""
         shape = tuple(tensor.shape)
-        if name in FACTORS:
+        if is_matrix(name):
             exact, centre = (min(self.frequent, shape[0]), self.centre) if name == EMBEDDING else (0, False)
             small = name not in (EMBEDDING, "mlm_head.decoder.weight") and shape[0] * shape[1] < SMALL
             bits = self.small_bits or self.bits if small else self.bits
@@ -150,7 +156,7 @@ class Quantise:
         values: dict[str, Tensor],
     ) -> Rounded:
         """A matrix as codes. `values` are all tensors as they stand: W_all is rounded for an E that is rounded."""
-        keep = None if self.rounding == "nearest" or name not in FACTORS else searched(matrix, packing)
+        keep = None if self.rounding == "nearest" or not is_matrix(name) else searched(matrix, packing)
         if statistics is None or name not in ROTATED or self.rounding != "gptq":
             return to_nearest(matrix, packing, keep)
         turn = torch.eye(matrix.shape[1]) if back is None else back
@@ -170,6 +176,11 @@ def frequent_rows(tokens: Tensor, words: int, count: int) -> Tensor:
     """The `count` most frequent words of some rows, ascending; among equals those with the lowest id."""
     counts = torch.bincount(tokens.flatten(), minlength=words)
     return torch.sort(counts, descending=True, stable=True).indices[:count].sort().values
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a tensor is one of the matrices that are quantised; all others are vectors to this step."""
+    return name in FACTORS or name.startswith(OWN)
 
 
 def full_projection(model: ShareBertForMaskedLM, projection: Tensor, turn: Tensor) -> Tensor:

@@ -31,7 +31,17 @@ def trimmed(folder: Path, **changes: object) -> tuple[Path, Path]:
     return source, out
 
 
-@pytest.mark.parametrize("changes", [{}, {"sharing": "eps"}, {"mlm_head": "tied"}, {"attention_scale": "standard"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sharing": "eps"},
+        {"sharing": "none"},
+        {"sharing": "layers"},
+        {"mlm_head": "tied"},
+        {"attention_scale": "standard"},
+    ],
+)
 def test_the_logits_stay(tmp_path: Path, changes: dict[str, object]) -> None:
     source, out = trimmed(tmp_path, **changes)
     before, after = load_model(source), load_model(out)

@@ -152,7 +152,7 @@ def test_the_scales_are_those_of_the_paper() -> None:
 
 def test_wrong_sources_and_files(made: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = made
-    with pytest.raises(BadInput, match="put the step `onnx` before this one"):
+    with pytest.raises(BadInput, match="put the step `onnx` before it"):
         OnnxInt8().check(Source(folder, "compact"))
     with pytest.raises(BadInput, match="this step takes a compact export"):
         ToOnnx().check(Source(folder, "onnx"))

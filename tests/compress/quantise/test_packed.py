@@ -213,7 +213,13 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         load_model(out)
 
 
-def test_eps_cannot_be_rotated(tmp_path: Path) -> None:
-    source = tiny_export(tmp_path / "source", sharing="eps")
-    with pytest.raises(BadInput, match=r"quantise\.rotate: with sharing: eps"):
+@pytest.mark.parametrize("sharing", ["eps", "layers", "none"])
+def test_every_way_to_share_is_packed(tmp_path: Path, sharing: str) -> None:
+    source, out = quantised(tmp_path, {"bits": 8}, sharing=sharing)
+    tokens = tokens_of(read_export(source).config)
+    before, after = (load_model(folder).logits(tokens) for folder in (source, out))
+    assert (after - before).abs().max() < 0.05 * before.abs().max()
+    with pytest.raises(BadInput, match=rf"quantise\.rotate: .* sharing: {sharing} has none"):
         Quantise(rotate=True).check(open_source(source))
+    with pytest.raises(BadInput, match=r"quantise\.rounding: gptq is for sharing: veps"):
+        Quantise(rounding="gptq").check(open_source(source))
