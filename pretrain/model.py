@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
 from exports.tokenizer import training_tokenizer_sha256
+from pretrain.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import STRICT
@@ -136,12 +137,15 @@ def refuse_dropout_within_documents(choice: ModelChoice, within_documents: bool,
         )
 
 
-def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:
-    """The model with its weights at the start, the same on every rank.
+def build_model(choice: ModelChoice, seed: int, quantise: QuantiseRecipe | None = None) -> ShareBertForMaskedLM:
+    """The model with its weights at the start, the same on every rank; with `quantise`, it is trained rounded.
 
     Raises BadInput where `init_from` is no export, or has another shape.
     """
-    model = ShareBertForMaskedLM(choice.config)
+    if quantise is None or quantise.bits is None:
+        model = ShareBertForMaskedLM(choice.config)
+    else:
+        model = FakeQuantisedForMaskedLM(choice.config, quantise)
     initialize(model, choice.init, seed)
     if choice.init_from is not None:
         _take_weights(model, choice.init_from)

@@ -14,6 +14,7 @@ from pretrain.checkpoint.writer import CheckpointRecipe
 from pretrain.data.datasets import DataRecipe, micro_shape, open_datasets
 from pretrain.engine.config import Precision, ZeroRecipe, ZeroSettings, check_zero
 from pretrain.engine.optimizer import OptimizerRecipe, ScheduleRecipe
+from pretrain.fake_quantise import QuantiseRecipe
 from pretrain.faults.recipe import FaultsRecipe
 from pretrain.model import ModelChoice, ModelRecipe, choose_model, refuse_other_tokenizer
 from pretrain.run.metric_log import MonitorRecipe
@@ -41,7 +42,7 @@ class ResolvedTraining:
 class TrainRecipe:
     """A training run. Started again with the same recipe, it resumes from its newest whole checkpoint."""
 
-    SHORTHAND: ClassVar[dict[str, str]] = {"model": "size", "zero": "stage", "data": "dataset"}
+    SHORTHAND: ClassVar[dict[str, str]] = {"model": "size", "zero": "stage", "data": "dataset", "quantise": "bits"}
 
     run: str
     """Directory of the run."""
@@ -53,6 +54,9 @@ class TrainRecipe:
     """Seed of the weights at the start, the order of rows, the masks and dropout."""
     model: ModelRecipe = field(default_factory=lambda: ModelRecipe(size="sharebert-base"))
     """What is trained."""
+    quantise: QuantiseRecipe = field(default_factory=QuantiseRecipe)
+    """Quantisation-aware training: each forward pass rounds the matrices that compression will quantise. Not with
+    ZeRO 3."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     """Settings of AdamW."""
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
@@ -111,5 +115,7 @@ class TrainRecipe:
 
     def _check_engine(self) -> None:
         check_zero(self.zero)
+        if self.quantise.bits and self.zero.stage == 3:
+            raise BadInput("quantise: not with zero.stage 3, where no rank holds whole matrices; use stage 2")
         if self.compile and self.zero.stage == 3:
             raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")

@@ -118,7 +118,7 @@ class Trainer:
                 or_none=recipe.checkpoint.restart_if_unreadable,
             )
             torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))
-            model = build_model(training.model, recipe.seed)
+            model = build_model(training.model, recipe.seed, recipe.quantise)
             model.sharebert.recompute = recipe.recompute
             if recipe.compile:
                 compile_layers(model)

@@ -12,13 +12,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from compress.quantise.hessians import Statistics, collect, of_embedding, of_projection
-from compress.quantise.rounding import Rounded, gptq, searched, to_nearest
+from compress.quantise.rounding import gptq, searched
 from compress.step import FormName, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export
 from exports.forms import write_export
-from exports.packed import Packed
+from exports.packed import FACTORS, Packed, bits_of
 from exports.read import load_model, read_export
+from exports.rounding import Rounded, to_nearest
 from exports.weight_source import TensorWeights, whole
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.packed import ROTATED, ROTATION, Packing, stored, unpack
@@ -26,13 +27,7 @@ from sharebert.stored import full_tensors
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
-FACTORS = (*ROTATED, "sharebert.factor_linear.weight", "mlm_head.dense.weight", "mlm_head.decoder.weight")
-"""The matrices that are quantised. All others are vectors, or have a row a position or a token type."""
-
 EMBEDDING, PROJECTION = ROTATED
-
-SMALL = 2_000_000
-"""Numbers below which a matrix is small. An untied head's dense [H, H] is not, at the published sizes."""
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -132,8 +127,7 @@ class Quantise:
         shape = tuple(tensor.shape)
         if name in FACTORS:
             exact, centre = (min(self.frequent, shape[0]), self.centre) if name == EMBEDDING else (0, False)
-            small = name not in (EMBEDDING, "mlm_head.decoder.weight") and shape[0] * shape[1] < SMALL
-            bits = self.small_bits or self.bits if small else self.bits
+            bits = bits_of(name, shape, self.bits, self.small_bits)
             return Packing(shape, bits, self.scheme, self.group, self.coded, centre, exact)
         if self.vectors == 16:
             return None
