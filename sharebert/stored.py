@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 ZERO = re.compile(
@@ -46,11 +47,12 @@ def full_tensors(shapes: Mapping[str, Iterable[int]], stored: Mapping[str, Tenso
         stored: by name; tensors that the model does not have are kept as they are.
     """
     full = dict(stored)
-    like = next(iter(stored.values()))
+    like = stored.get("sharebert.final_norm.bias")
+    dtype = torch.float32 if like is None else like.dtype
     for name, given in shapes.items():
         shape = tuple(given)
         if name not in stored and ZERO.fullmatch(name):
-            full[name] = like.new_zeros(shape, dtype=stored["sharebert.final_norm.bias"].dtype)
+            full[name] = torch.zeros(shape, dtype=dtype)
         elif name in ROWS and len(stored.get(name, ())) < shape[0] and name in stored:
             full[name] = stored[name].new_zeros(shape)
             full[name][shape[0] - len(stored[name]) :] = stored[name]
