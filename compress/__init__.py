@@ -10,5 +10,6 @@ tools         what the frame gives to a step; the masked-language-model loss of 
 measure       what a report says about one model
 latency       time and memory of a model, in a process of its own
 report        the report as a table, JSON, a picture and curves, and its check
+quantise      the step that stores the factors in a few bits a number
 trim          the step that leaves out parameters that change no output
 """

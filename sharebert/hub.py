@@ -50,6 +50,7 @@ try:
         SequenceClassifierOutput,
         TokenClassifierOutput,
     )
+    from transformers.utils import cached_file
 except ImportError as error:
     raise ImportError(
         "ShareBERT for transformers needs its version 4.48 or newer: pip install 'transformers>=5'"
@@ -297,7 +298,6 @@ class ShareBertPreTrainedModel(PreTrainedModel):
 def _stored(place: Any, hub: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors in the safetensors files of a folder, or of a repository on the hub."""
     from safetensors.torch import load_file
-    from transformers.utils import cached_file
 
     files = ["model.safetensors"]
     index = cached_file(place, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **hub)

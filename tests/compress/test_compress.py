@@ -1,0 +1,222 @@
+"""`sharebert compress`: it resumes after a kill, OUT is whole or absent, and the report can be checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compress_models import tiny_export
+from tiny_models import tiny_model
+
+import compress.run
+from compress.recipe import CompressRecipe
+from compress.report import check, read_report, table
+from compress.run import compress as run
+from data_prep.shards.reader import open_dataset
+from exports.export import Export
+from exports.forms import write_export
+from exports.read import load_model
+from pretrain.objective import MaskedLanguageModelling
+from pretrain.validate import ValidateRecipe, validate
+from sharebert_cli import main
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import load
+
+QUICK = ["report.latency=[]"]
+
+
+def recipe_of(tmp_path: Path, text: str, *overrides: str) -> CompressRecipe:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return load(CompressRecipe, file, [*QUICK, *overrides])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_export(tmp_path / "source")
+
+
+def test_steps_one_after_the_other(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    text = run(source, recipe_of(tmp_path, "steps: [trim, {quantise: {bits: 8}}]"), out)
+    _, _, rows = read_report(out)
+    assert [row.name for row in rows] == ["source", "1 trim", "2 quantise"]
+    parameters, sizes = [row.parameters for row in rows], [row.bytes for row in rows]
+    assert parameters[0] > parameters[1] == parameters[2]
+    assert sizes[0] > sizes[1] > 2 * sizes[2]
+    assert rows[2].bytes == (out / "model.safetensors").stat().st_size
+    assert table(rows) == text
+    assert text in (out / "REPORT.md").read_text()
+    assert not (tmp_path / "out.steps").exists()
+    assert "2 quantise: parameters, nonzeros, bytes, gzip_bytes are right" in check(out)
+
+
+def test_a_wrong_number_in_a_report_is_found(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, recipe_of(tmp_path, "steps: [trim]"), out)
+    report = json.loads((out / "report.json").read_text())
+    report["rows"][1]["nonzeros"] += 1
+    (out / "report.json").write_text(json.dumps(report))
+    with pytest.raises(BadInput, match="1 trim: nonzeros is"):
+        check(out)
+    (out / "config.json").write_text((out / "config.json").read_text() + "\n")
+    with pytest.raises(BadInput, match="are not those of the report"):
+        check(out)
+
+
+def test_curves_are_those_of_the_report(source: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    run(source, recipe_of(tmp_path, "steps: [trim]"), out)
+    board = EventAccumulator(str(out / "tensorboard"))
+    board.Reload()
+    _, _, rows = read_report(out)
+    assert [(e.step, e.value) for e in board.Scalars("compress/bytes")] == [
+        (n, row.bytes) for n, row in enumerate(rows)
+    ]
+
+
+def test_a_killed_command_goes_on_after_the_last_whole_step(source: Path, tmp_path: Path) -> None:
+    """The second step stands still; the process is killed there; the next call does not run the first step again."""
+    out = tmp_path / "out"
+    file = tmp_path / "recipe.yaml"
+    file.write_text("steps: [trim, {quantise: {bits: 8}}]\nreport: {latency: []}\nkeep_steps: true\n")
+    slow = (
+        "import sys, time; from compress.quantise.step import Quantise; from sharebert_cli import main\n"
+        "Quantise.apply = lambda *_: (print('in step 2', flush=True), time.sleep(60))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", slow, "compress", str(source), str(file), str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in step 2\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    first = tmp_path / "out.steps" / "1-trim" / "model.safetensors"
+    written = first.stat().st_mtime_ns
+    time.sleep(0.01)
+    assert main(["compress", str(source), str(file), str(out)]) == 0
+    assert first.stat().st_mtime_ns == written
+    assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "record", "other source", "other keys"])
+def test_a_step_that_does_not_verify_is_run_again(
+    source: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, steps = tmp_path / "out", tmp_path / "out.steps"
+    text = "steps: [{quantise: {bits: 4}}]\nkeep_steps: true"
+    run(source, recipe_of(tmp_path, text), out)
+    expected = (out / "model.safetensors").read_bytes()
+    model, record = steps / "1-quantise" / "model.safetensors", steps / "1-quantise.json"
+    if damage == "cut":
+        model.write_bytes(model.read_bytes()[:-7])
+    elif damage == "removed":
+        model.unlink()
+    elif damage == "record":
+        record.write_text(record.read_text()[:40])
+    elif damage == "other source":
+        shutil.rmtree(source)
+        tiny_export(source, seed=1)
+    else:
+        text = text.replace("4", "5")
+    capsys.readouterr()
+    run(source, recipe_of(tmp_path, text), out)
+    assert "the step is run again" in capsys.readouterr().err
+    assert ((out / "model.safetensors").read_bytes() == expected) == (damage in ("cut", "removed", "record"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: [trimm]", r"steps\.0: no step 'trimm'; did you mean 'trim'\?"),
+        ("steps: [{quantise: {bit: 4}}]", r"steps\.0\.quantise: bit: unknown key; did you mean 'bits'\?"),
+        ("steps: [{quantise: {bits: 1}}]", r"quantise: bits: .*greater than or equal to 2"),
+        ("steps: [{quantise: {bits: 9}}]", r"quantise: bits: .*less than or equal to 8"),
+        ("steps: [{trim: {}, quantise: {}}]", r"steps\.0: a step is a name, or one name with its keys"),
+        ("steps: []", "steps: "),
+        ("steps: [{quantise: {frequent: 5}}]", r"calibration\.dataset: quantise looks at rows of text"),
+        ("steps: [trim]\nreport: {latency: [16]}", "latency"),
+    ],
+)
+def test_bad_recipes_are_one_line(source: Path, tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        run(source, recipe_of(tmp_path, text) if "latency" not in text else _load(tmp_path, text), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _load(tmp_path: Path, text: str) -> CompressRecipe:
+    (tmp_path / "r.yaml").write_text(text)
+    return load(CompressRecipe, tmp_path / "r.yaml")
+
+
+def test_calibration_rows_of_another_tokenizer(source: Path, dataset: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "steps: [trim]", f"calibration={dataset}")
+    with pytest.raises(BadInput, match=r"calibration\.dataset: .* was made with another tokenizer"):
+        run(source, recipe, tmp_path / "out")
+
+
+def test_too_little_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage: Any = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(compress.run.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(BadInput, match="its disk has 0 MB left, and this may need"):
+        run(source, recipe_of(tmp_path, "steps: [trim]"), tmp_path / "out")
+
+
+def test_other_folders_are_never_replaced(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.tex").write_text("x")
+    with pytest.raises(BadInput, match=r"exists and is no result of `compress`"):
+        run(source, recipe_of(tmp_path, "steps: [trim]"), out)
+    with pytest.raises(BadInput, match="is the source"):
+        run(source, recipe_of(tmp_path, "steps: [trim]"), source)
+
+
+def test_a_folder_of_another_model(tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(BadInput, match="trim: takes a compact export, this one is hub"):
+        run(folder, recipe_of(tmp_path, "steps: [trim]"), tmp_path / "out")
+
+
+def test_help_lists_the_steps_with_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compress", "--help"])
+    said = capsys.readouterr().out
+    assert "trim: Leave out parameters that change no output" in said
+    assert "bits: Bits of a number of E" in said
+
+
+def test_loss_and_latency(source: Path, dataset: Path, tmp_path: Path) -> None:
+    """With a dataset of its own tokenizer; the loss is that of the trainer's validation."""
+    model = tiny_model(vocab_size=301, max_position_embeddings=32)
+    own = tmp_path / "own"
+    write_export(Export.of_model(model, tokenizer=dataset / "tokenizer.json"), own)
+    recipe = recipe_of(tmp_path, "steps: [trim]", f"validation={dataset}", "report.latency=[1x8]", "report.repeats=1")
+    run(own, recipe, tmp_path / "out")
+    _, _, (before, after) = read_report(tmp_path / "out")
+    assert before.loss == pytest.approx(after.loss, rel=1e-6)
+    assert before.latency_ms["transformers"]["1x8"] > 0
+    assert before.peak_bytes["transformers"] > 1e7
+    score = validate(
+        MaskedLanguageModelling(torch.device("cpu")),
+        load_model(own),
+        [open_dataset(dataset)],
+        ValidateRecipe(rows=1024),
+        mask_rate=0.15,
+        whole_word=False,
+    )
+    assert before.loss == score.loss
