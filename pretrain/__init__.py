@@ -5,7 +5,6 @@ recipe        the keys of a recipe, and what they resolve to
 objective     what turns a micro-batch into a loss
 validate      loss and accuracy on held-out rows
 model         which model is trained, and how it starts
-fake_quantise  quantisation-aware training
 plan          what a run will cost
 flops         FLOPs of a step, and the peaks of devices
 distributed   which rank this process is, and a few collectives

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
 from exports.tokenizer import training_tokenizer_sha256
-from pretrain.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
+from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import STRICT

@@ -6,4 +6,5 @@ optimizer           AdamW's settings, its parameter groups, the learning rate of
 fragments           which elements of weights and moments this rank holds, at every ZeRO stage
 loss_scaler         fp16's dynamic loss scale
 deepspeed_import    importing DeepSpeed without its side effects
+fake_quantise       quantisation-aware training: the forward pass of rounded matrices
 """

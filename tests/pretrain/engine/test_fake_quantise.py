@@ -17,8 +17,8 @@ from compress.step import Source
 from exports.packed import FACTORS
 from exports.read import load_model
 from exports.weight_files import read_weights
+from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
 from pretrain.export.consolidate import consolidate
-from pretrain.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
 from pretrain.recipe import TrainRecipe
 from sharebert import ShareBertForMaskedLM
 from sharebert.packed import unpack_bits
