@@ -291,7 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sharebert",
         description="Pretrain compact ShareBERT encoders. `sharebert VERB --help` shows keys and an example.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=18, width=100),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=100),
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -344,7 +344,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(
         "submit",
         submit,
-        "Submit trainings or prep to SLURM and keep them alive; or run them on this machine.",
+        "Submit trainings or prep to SLURM, or run them here, and keep them alive.",
     )
     sub.add_argument(
         "words",

@@ -8,6 +8,8 @@ compact.py               the form with the learned parameters and the code of th
 packed.py                the compact form with a few bits a number
 dense.py                 the form that plain transformers loads as `megatron_bert`
 dense_model.py           the dense model itself, and its tensors computed from the compact ones
+packed.py                the compact form with tensors packed into a few bits a number
+rounding.py              numbers → the nearest codes of a packed tensor
 onnx.py                  the form for ONNX Runtime
 read.py                  an export in the compact form → its value, its config, its model
 files.py                 the names of an export's files

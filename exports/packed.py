@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,21 @@ from torch import Tensor
 from exports.compact import Compact, stored_weights
 from exports.export import Export
 from exports.weight_source import TensorWeights, WeightSource, whole
-from sharebert.packed import ROTATION, Packing
+from sharebert.packed import ROTATED, ROTATION, Packing
+
+LARGE = ("sharebert.word_embeddings.weight", "mlm_head.decoder.weight")
+
+FACTORS = (*ROTATED, "sharebert.factor_linear.weight", "mlm_head.dense.weight", "mlm_head.decoder.weight")
+"""The matrices that are quantised. All others are vectors, or have a row a position or a token type."""
+
+SMALL = 2_000_000
+"""Numbers below which a matrix is small. An untied head's dense [H, H] is not, at the published sizes."""
+
+
+def bits_of(name: str, shape: Sequence[int], bits: int, small_bits: int | None) -> int:
+    """Bits of a number of one of FACTORS: `small_bits`, where there are some, for a small matrix."""
+    small = name not in LARGE and shape[0] * shape[1] < SMALL
+    return small_bits or bits if small else bits
 
 
 @dataclass(frozen=True)

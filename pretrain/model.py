@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
 from exports.tokenizer import training_tokenizer_sha256
+from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert.kernels import FLEX_FROM, flex_serves
 from sharebert_common.errors import BadInput, nearest
@@ -146,12 +147,15 @@ def refuse_dropout_within_documents(choice: ModelChoice, seq_len: int, device: t
         )
 
 
-def build_model(choice: ModelChoice, seed: int) -> ShareBertForMaskedLM:
-    """The model with its weights at the start, the same on every rank.
+def build_model(choice: ModelChoice, seed: int, quantise: QuantiseRecipe | None = None) -> ShareBertForMaskedLM:
+    """The model with its weights at the start, the same on every rank; with `quantise`, it is trained rounded.
 
     Raises BadInput where `init_from` is no export, or has another shape.
     """
-    model = ShareBertForMaskedLM(choice.config)
+    if quantise is None or quantise.bits is None:
+        model = ShareBertForMaskedLM(choice.config)
+    else:
+        model = FakeQuantisedForMaskedLM(choice.config, quantise)
     initialize(model, choice.init, seed, choice.init_scale)
     if choice.init_from is not None:
         _take_weights(model, choice.init_from)

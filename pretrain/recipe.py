@@ -13,6 +13,7 @@ from data_prep.shards.reader import Dataset
 from pretrain.checkpoint.writer import CheckpointRecipe
 from pretrain.data.datasets import DataRecipe, micro_shape, open_datasets
 from pretrain.engine.config import Precision, ZeroRecipe, ZeroSettings, check_zero
+from pretrain.engine.fake_quantise import QuantiseRecipe
 from pretrain.engine.optimizer import OptimizerRecipe, ScheduleRecipe
 from pretrain.faults.recipe import FaultsRecipe
 from pretrain.model import ModelChoice, ModelRecipe, choose_model, refuse_other_tokenizer
@@ -41,7 +42,7 @@ class ResolvedTraining:
 class TrainRecipe:
     """A training run. Started again with the same recipe, it resumes from its newest whole checkpoint."""
 
-    SHORTHAND: ClassVar[dict[str, str]] = {"model": "size", "zero": "stage", "data": "dataset"}
+    SHORTHAND: ClassVar[dict[str, str]] = {"model": "size", "zero": "stage", "data": "dataset", "quantise": "bits"}
 
     run: str
     """Directory of the run."""
@@ -53,6 +54,9 @@ class TrainRecipe:
     """Seed of the weights at the start, the order of rows, the masks and dropout."""
     model: ModelRecipe = field(default_factory=lambda: ModelRecipe(size="sharebert-base"))
     """What is trained."""
+    quantise: QuantiseRecipe = field(default_factory=QuantiseRecipe)
+    """Quantisation-aware training: each forward pass rounds the matrices that compression will quantise. Not with
+    ZeRO 3."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     """Settings of AdamW."""
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
@@ -121,5 +125,7 @@ class TrainRecipe:
             raise BadInput(
                 "optimizer.muon.generated: not with zero.stage 3 or precision fp16; use stage 0 to 2 and bf16"
             )
+        if self.quantise.bits and self.zero.stage == 3:
+            raise BadInput("quantise: not with zero.stage 3, where no rank holds whole matrices; use stage 2")
         if self.compile and self.zero.stage == 3:
             raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")

@@ -127,7 +127,7 @@ class Trainer:
             attention_dropout = training.model.config.attention_probs_dropout_prob
             set_numerics(attention_dropout, deterministic=recipe.deterministic)
             torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))
-            model = build_model(training.model, recipe.seed)
+            model = build_model(training.model, recipe.seed, recipe.quantise)
             model.sharebert.recompute = recipe.recompute
             if recipe.compile:
                 compile_layers(model)

@@ -14,6 +14,8 @@ and stands for w = (q - zero)·s + o. A group is `group` neighbours of a row (th
     midpoint     s = (max - min) / 2^b, zero = 2^(b-1), o = (max + min) / 2
 
     name.mean              float16 [columns], what is added to every row; only where `centred`
+    name.columns           float16 [columns], the factor by which each column of those numbers is multiplied; only
+                           where `scaled`, before the mean is added
     name.exact_rows        int32 [k], rows that are stored again, asymmetric in 8 bits with a scale a row, as
     name.exact.codes, name.exact.scales and name.exact.offsets; these count
 
@@ -37,7 +39,10 @@ from .config import ShareBertError
 
 SCHEMES = ("symmetric", "asymmetric", "midpoint")
 
-PARTS = (*("codes", "scales", "offsets", "mean", "exact_rows"), *("exact.codes", "exact.scales", "exact.offsets"))
+PARTS = (
+    *("codes", "scales", "offsets", "mean", "columns", "exact_rows"),
+    *("exact.codes", "exact.scales", "exact.offsets"),
+)
 """What the name of a packed tensor is followed by."""
 
 ROTATION = "packing.rotation"
@@ -58,6 +63,8 @@ class Packing(NamedTuple):
     """The mean row was subtracted before rounding."""
     exact: int = 0
     """Rows that are stored in 8 bits instead."""
+    scaled: bool = False
+    """Columns were divided by factors before rounding, so that those that matter most are rounded finest."""
 
     @property
     def of_exact(self) -> Packing:
@@ -149,6 +156,8 @@ def unpack(name: str, packing: Packing, tensors: Mapping[str, Tensor]) -> Tensor
         )
         if offsets is not None:
             values += packing.spread(offsets.view(packing.groups).float())
+        if packing.scaled:
+            values *= tensors[f"{name}.columns"].float()
         if packing.exact:
             values[tensors[f"{name}.exact_rows"].long()] = unpack(f"{name}.exact", packing.of_exact, tensors)
         if packing.centred:

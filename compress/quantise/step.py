@@ -11,14 +11,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from compress.quantise.awq import column_factors
 from compress.quantise.hessians import Statistics, collect, of_embedding, of_projection
-from compress.quantise.rounding import Rounded, gptq, searched, to_nearest
+from compress.quantise.rounding import gptq, searched
 from compress.step import FormName, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export
 from exports.forms import write_export
-from exports.packed import Packed
+from exports.packed import FACTORS, Packed, bits_of
 from exports.read import load_model, read_export
+from exports.rounding import Rounded, to_nearest
 from exports.weight_source import TensorWeights, whole
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.packed import ROTATED, ROTATION, Packing, stored, unpack
@@ -26,16 +28,10 @@ from sharebert.stored import full_tensors
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
-FACTORS = (*ROTATED, "sharebert.factor_linear.weight", "mlm_head.dense.weight", "mlm_head.decoder.weight")
-"""The matrices that are quantised. All others are vectors, or have a row a position or a token type."""
-
 EMBEDDING, PROJECTION = ROTATED
 
 OWN = "sharebert.sharing."
 """How the names of matrices begin that no embedding generates."""
-
-SMALL = 2_000_000
-"""Numbers below which a matrix is small. An untied head's dense [H, H] is not, at the published sizes."""
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -62,18 +58,25 @@ class Quantise:
     """Keep 8 bits for the rows of E of so many words, those that are most frequent in the calibration rows."""
     rotate: bool = False
     """Rotate the columns of E and W_all before rounding, which spreads large numbers over all columns."""
+    awq: bool = False
+    """Multiply the columns of E and W_all by factors before rounding, found on calibration rows, so that columns that
+    matter most are rounded finest. Not with `rotate`, nor with `rounding: gptq`."""
     coded: bool = False
     """Compress the codes by Huffman's code."""
 
     @property
     def needs_calibration(self) -> bool:
         """See `Step.needs_calibration`."""
-        return self.rounding == "gptq" or self.frequent > 0
+        return self.rounding == "gptq" or self.awq or self.frequent > 0
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""
         self.result_form(source.form)
+        if self.awq and (self.rotate or self.rounding == "gptq"):
+            raise BadInput("quantise.awq: not with rotate, nor with rounding: gptq, which weigh errors themselves")
         config = read_export(source.folder).config
+        if self.awq and config.sharing != "veps":
+            raise BadInput("quantise.awq: takes a model with sharing: veps")
         if self.rotate and config.sharing != "veps":
             raise BadInput(
                 f"quantise.rotate: needs W_all to rotate along with E, and sharing: {config.sharing} has none"
@@ -93,7 +96,7 @@ class Quantise:
         kept = stored_weights(export)
         tensors = {name: whole(kept, name).float() for name in kept.specs}
         model = load_model(source.folder)
-        statistics = collect(model, tools.calibration()) if self.rounding == "gptq" else None
+        statistics = collect(model, tools.calibration()) if self.rounding == "gptq" or self.awq else None
         packings = {name: self.packing_of(name, tensor) for name, tensor in tensors.items()}
         parts: dict[str, Tensor] = {}
         back = None
@@ -113,12 +116,18 @@ class Quantise:
             if packing.centred:
                 further[f"{name}.mean"] = matrix.mean(0).half()
                 matrix = matrix - further[f"{name}.mean"].float()
+            unscaled = matrix
+            if packing.scaled:
+                assert statistics is not None
+                columns = column_factors(matrix, packing, error_costs(name, len(matrix), model, statistics, values))
+                further[f"{name}.columns"] = columns
+                matrix = matrix / columns.float()
             rounded = self.round(name, matrix, packing, model, statistics, back, values)
             codes = rounded.codes
             if packing.exact:
                 rows = frequent_rows(tools.calibration(), packing.shape[0], packing.exact)
                 codes[rows] = packing.zero  # nobody reads them, and equal codes are short ones
-                exact = to_nearest(matrix[rows], packing.of_exact)
+                exact = to_nearest(unscaled[rows], packing.of_exact)
                 further[f"{name}.exact_rows"] = rows.to(torch.int32)
                 further |= stored(f"{name}.exact", packing.of_exact, exact.codes, exact.scales, exact.offsets)
             parts |= further | stored(name, packing, codes, rounded.scales, rounded.offsets)
@@ -138,9 +147,10 @@ class Quantise:
         shape = tuple(tensor.shape)
         if is_matrix(name):
             exact, centre = (min(self.frequent, shape[0]), self.centre) if name == EMBEDDING else (0, False)
-            small = name not in (EMBEDDING, "mlm_head.decoder.weight") and shape[0] * shape[1] < SMALL
-            bits = self.small_bits or self.bits if small else self.bits
-            return Packing(shape, bits, self.scheme, self.group, self.coded, centre, exact)
+            bits = bits_of(name, shape, self.bits, self.small_bits)
+            return Packing(
+                shape, bits, self.scheme, self.group, self.coded, centre, exact, self.awq and name in ROTATED
+            )
         if self.vectors == 16:
             return None
         return Packing(shape, 8, "asymmetric", 0, False)
@@ -170,6 +180,22 @@ class Quantise:
             return turn @ plain(slice(rows.start + missing, rows.stop + missing)) @ turn.t()
 
         return gptq(matrix, packing, some_rows, keep, rows_at_once=256)
+
+
+def error_costs(
+    name: str, rows: int, model: ShareBertForMaskedLM, statistics: Statistics, values: dict[str, Tensor]
+) -> Tensor:
+    """What a squared error of each element of E or W_all costs, [rows, F]: the diagonals of its Hessians."""
+    skipped = 0
+    if name == EMBEDDING:
+        turn = torch.eye(values[PROJECTION].shape[1])
+        hessians = of_embedding(model, statistics, full_projection(model, values[PROJECTION], turn))
+    else:
+        hessians = of_projection(model, statistics, values[EMBEDDING])
+        skipped = model.config.hidden_size - rows  # a trimmed export stores the last rows alone
+    ends = range(0, rows, 256)
+    some = (slice(skipped + first, skipped + min(first + 256, rows)) for first in ends)
+    return torch.cat([hessians(part).diagonal(dim1=1, dim2=2) for part in some])
 
 
 def frequent_rows(tokens: Tensor, words: int, count: int) -> Tensor:

@@ -42,7 +42,7 @@ build_model, deepspeed_config = training.build_model, training.deepspeed_config
 
 def leave_out_masters(yes: bool) -> None:
     """Give the engine bf16 weights as if they were fp32 ones: Adam then steps the working weights themselves."""
-    training.build_model = (lambda choice, seed: build_model(choice, seed).bfloat16()) if yes else build_model
+    training.build_model = (lambda *given: build_model(*given).bfloat16()) if yes else build_model
     training.deepspeed_config = (
         (lambda **given: deepspeed_config(**given | {"precision": "fp32"})) if yes else deepspeed_config
     )

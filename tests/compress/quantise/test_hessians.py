@@ -7,7 +7,8 @@ from compress_models import tokens_of
 from tiny_models import tiny_model
 
 from compress.quantise.hessians import collect, element_costs, of_embedding, of_projection
-from compress.quantise.rounding import gptq, to_nearest
+from compress.quantise.rounding import gptq
+from exports.rounding import to_nearest
 from sharebert.packed import Packing
 from sharebert.sharing import OneGeneratedSet
 from sharebert.virtual import blocks

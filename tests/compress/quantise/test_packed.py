@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from compress.quantise.rounding import codes_of, grid, searched, to_nearest
+from compress.quantise.rounding import searched
 from compress.quantise.step import Quantise, frequent_rows
 from compress.source import open_source
 from exports.read import load_model, read_export
+from exports.rounding import codes_of, grid, to_nearest
 from sharebert.packed import Packing, code, decode, pack_bits, unpack_bits
 from sharebert_common.errors import BadInput
 
