@@ -107,7 +107,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The `count` codes in a stream that `pack_bits` made, uint8 [count]."""
+    """The `count` codes in a stream that `pack_bits` made, uint8 [count]. Raises ShareBertError for another size."""
+    if len(packed) != -(-count * bits // 8):
+        raise ShareBertError(f"{len(packed)} bytes of codes in place of {-(-count * bits // 8)}")
     stream = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1)[: count * bits]
     return (stream.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1).to(torch.uint8)
 
@@ -130,6 +132,8 @@ def decode(data: Tensor, bits: int, count: int) -> Tensor:
         symbols = torch.frombuffer(bytearray(zlib.decompress(data.numpy().tobytes(), wbits=-15)), dtype=torch.uint8)
     except zlib.error as error:
         raise ShareBertError(f"damaged codes ({error})") from error
+    if len(symbols) != -(-count // together):
+        raise ShareBertError(f"{len(symbols)} bytes of decoded codes in place of {-(-count // together)}")
     parts = (symbols[:, None] >> (bits * torch.arange(together, dtype=torch.uint8))) & (2**bits - 1)
     return parts.reshape(-1)[:count]
 
@@ -182,6 +186,8 @@ def unpack_all(packing: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
     for name, entry in entries.items():
         full[name] = unpack(name, entry, tensors)
     if packing.get("rotated"):
+        if ROTATION not in tensors:
+            raise ShareBertError(f"{ROTATION}: config.json says that the tensors are rotated, but the file lacks it")
         back = tensors[ROTATION].float().t()
         for name in ROTATED:
             full[name] = full[name] @ back
