@@ -20,11 +20,11 @@ from sharebert_common.errors import BadInput
 
 
 def runtimes(form: str) -> list[str]:
-    """The runtimes that apply to a form, of those that are installed."""
+    """The runtimes that apply to a form, of those that are installed: `pytorch` is this project's own model."""
     from compress.tools import installed
 
     if form != "onnx":
-        return ["transformers"]
+        return ["pytorch" if form == "compact" else "transformers"]
     return ["onnxruntime"] if installed("onnxruntime") else []
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress import latency
+from compress.as_is import is_classifier, score_as_is
 from compress.recipe import CompressRecipe
 from compress.source import open_source
 from compress.tools import masked_lm_loss
@@ -72,8 +73,13 @@ def measure(name: str, folder: Path, recipe: CompressRecipe, results: Path, note
     row.bytes, row.gzip_bytes = sizes(folder)
     if recipe.validation.dataset is not None:
         row.loss = masked_lm_loss(folder, recipe.validation)
-    if recipe.task is not None and source.form != "onnx":
-        row.scores = score(str(folder), recipe, results)
+    if recipe.task is not None:
+        if is_classifier(folder):
+            row.scores = score_as_is(folder, source.form, recipe.task)
+        elif source.form == "onnx":
+            row.notes["no score"] = "an ONNX file cannot be fine-tuned; compress a fine-tuned classifier to score it"
+        else:
+            row.scores = score(str(folder), recipe, results)
     if recipe.report.latency:
         for runtime in latency.runtimes(source.form):
             try:

@@ -6,7 +6,7 @@ import re
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from scoring.recipe import EvaluateRecipe
@@ -43,6 +43,13 @@ class ReportRecipe:
     """Further models to measure beside: folders, and with a task `tfidf`, `majority` or `random:FOLDER`."""
 
 
+def _with_path(task: Any) -> Any:
+    """`data: FOLDER` inside `task` means `data: {path: FOLDER}`, as in a recipe of `evaluate`."""
+    if isinstance(task, dict) and isinstance(task.get("data"), str):
+        return {**task, "data": {"path": task["data"]}}
+    return task
+
+
 @dataclass(config=STRICT, kw_only=True)
 class CompressRecipe:
     """Steps from one model to the next, and what is measured after each."""
@@ -55,7 +62,7 @@ class CompressRecipe:
     """Rows of a train split for steps that look at activations; a plain value means calibration.dataset."""
     validation: RowsRecipe = field(default_factory=RowsRecipe)
     """Held-out rows for the masked-language-model loss; a plain value means validation.dataset."""
-    task: EvaluateRecipe | None = None
+    task: Annotated[EvaluateRecipe | None, BeforeValidator(_with_path)] = None
     """A task that every model is fine-tuned and scored on: the keys of `sharebert evaluate`; none: no task."""
     report: ReportRecipe = field(default_factory=ReportRecipe)
     """What the report measures."""

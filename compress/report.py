@@ -14,8 +14,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from compress.as_is import is_classifier, score_as_is
 from compress.measure import Measured, counts, same, sizes
 from compress.recipe import CompressRecipe
+from compress.source import open_source
 from compress.step_folders import checksums, digest
 from compress.tools import installed, masked_lm_loss
 from sharebert_common.errors import BadInput
@@ -60,7 +62,9 @@ def table(rows: Sequence[Measured]) -> str:
         "MB": [_megabytes(row.bytes) for row in rows],
         "MB, gzip": [_megabytes(row.gzip_bytes) for row in rows],
         "MLM loss": ["" if row.loss is None else f"{row.loss:.4f}" for row in rows],
-        "score": ["" if row.headline is None else f"{row.headline[0]:.1f} ± {row.headline[1]:.1f}" for row in rows],
+        "score": [
+            "" if row.headline is None else f"{100 * row.headline[0]:.1f} ± {100 * row.headline[1]:.1f}" for row in rows
+        ],
         "runtime": [" / ".join(row.latency_ms) for row in rows],
     }
     for shape in shapes:
@@ -161,8 +165,8 @@ def read_report(folder: Path) -> tuple[CompressRecipe, dict[str, str], list[Meas
 def check(folder: Path) -> str:
     """Compute the numbers of a report again, from the folders that are still as they were; a line for each row.
 
-    Counts, bytes and losses must be the same. Scores are compared with the values of their seeds, and times are not
-    compared, because they differ from run to run.
+    Counts, bytes and losses must be the same, and so must the score of a classifier that is scored as it is. Scores
+    after fine-tuning, times and memory are not computed again: they cost hours, or differ from run to run.
 
     Raises BadInput, with all differences, if there are any.
     """
@@ -185,6 +189,10 @@ def check(folder: Path) -> str:
         )
         if row.loss is not None:
             found["loss"] = masked_lm_loss(place, recipe.validation)
+        if row.scores and recipe.task is not None and is_classifier(place):
+            again = score_as_is(place, open_source(place).form, recipe.task)
+            if again != row.scores:
+                wrong.append(f"{row.name}: its scores are {again}, the report says {row.scores}")
         differ = [key for key, value in found.items() if not same(value, getattr(row, key))]
         wrong += [f"{row.name}: {key} is {found[key]}, the report says {getattr(row, key)}" for key in differ]
         if not differ:

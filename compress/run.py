@@ -98,7 +98,7 @@ def run_step(name: str, step: Step, source: Source, place: StepFolder, recipe: C
     record = place.result(identity, say)
     if record is None:
         step.check(source)
-        place.open()
+        place.open(identity)
         with whole_or_absent_folder(place.model) as folder:
             notes = step.apply(source, RecipeTools(recipe, source.folder, place.scratch, say), folder)
         record = place.finish(identity, notes)

@@ -17,6 +17,9 @@ from typing import Any
 
 from sharebert_common.files import file_sha256, make_folders, write_atomically
 
+OF = "identity.json"
+"""The file among intermediate files that says what they belong to."""
+
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a model's folder, by its path inside; TensorBoard's and Python's own are left out."""
@@ -57,6 +60,7 @@ class StepFolder:
         """
         if not self._record.is_file():
             shutil.rmtree(self.model, ignore_errors=True)
+            self._keep_scratch_of(identity)
             return None
         try:
             record: dict[str, Any] = json.loads(self._record.read_text(encoding="utf-8"))
@@ -70,9 +74,19 @@ class StepFolder:
         self.remove()
         return None
 
-    def open(self) -> None:
+    def _keep_scratch_of(self, identity: dict[str, Any]) -> None:
+        """Remove intermediate files that another source or other keys made."""
+        try:
+            same = json.loads((self.scratch / OF).read_text(encoding="utf-8")) == identity
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def open(self, identity: dict[str, Any]) -> None:
         """Make the folder of intermediate files."""
         make_folders(self.scratch)
+        write_atomically(self.scratch / OF, json.dumps(identity) + "\n")
 
     def finish(self, identity: dict[str, Any], notes: dict[str, Any]) -> dict[str, Any]:
         """Note that the result is whole; its record."""

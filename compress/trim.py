@@ -38,7 +38,8 @@ class Trim:
     """Leave out parameters that change no output: key and value biases, the layers' betas, unused rows of W_all."""
 
     keep_pooler: bool | None = None
-    """Keep the pooler's rows of W_all; none: only where the model is no masked language model."""
+    """Keep the pooler's rows of W_all. Without them the pooled output is 0, and fine-tuning by the pooler starts from
+    there; none: keep them unless the model is a masked language model."""
 
     @property
     def needs_calibration(self) -> bool:

@@ -33,20 +33,28 @@ class OnnxModel:
             raise BadInput(f"{file}: ONNX Runtime cannot read it ({str(error).splitlines()[0]})") from error
         self.outputs = [output.name for output in self.session.get_outputs()]
 
-    def __call__(self, tokens: Tensor, attention_mask: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
-        """The outputs by name (all of them, or `names`) for ids and mask, int64 [B, T]."""
+    def __call__(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        names: list[str] | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The outputs by name (all of them, or `names`) for ids, mask and types, int64 [B, T]; no types are all 0."""
         wanted = names or self.outputs
         given = {"input_ids": tokens.numpy(), "attention_mask": attention_mask.numpy()}
+        if token_type_ids is not None:
+            given["token_type_ids"] = token_type_ids.numpy()
         return dict(zip(wanted, map(torch.from_numpy, self.session.run(wanted, given)), strict=True))
 
-    def logits(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Scores of all words [B, T, V], or of a classifier's labels [B, labels].
 
         Raises BadInput: the model has neither.
         """
         if "logits" not in self.outputs:
             raise BadInput("the ONNX model has no masked-language-model head and no classifier, so it has no logits")
-        return self(tokens, attention_mask, ["logits"])["logits"]
+        return self(tokens, attention_mask, ["logits"], token_type_ids)["logits"]
 
 
 def batches(rows: Tensor, pad: int, size: int = 8) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,76 @@
+"""The score of a classifier as it is, in any form: nothing is fine-tuned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.step import FormName
+from scoring.data import load_task
+from scoring.encoders import Encoder, HuggingFaceEncoder, ShareBertExport, label_names
+from scoring.finetune import Classifier
+from scoring.metrics import measure
+from scoring.recipe import EvaluateRecipe, FineTuneRecipe
+from sharebert_common.errors import BadInput
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether the `config.json` of a folder names a classifier of texts."""
+    return any(name.endswith("ForSequenceClassification") for name in _config(folder).get("architectures") or [])
+
+
+def score_as_is(folder: Path, form: FormName, recipe: EvaluateRecipe) -> dict[str, list[float]]:
+    """The scores of the classifier in `folder` on the rows of a task: "split metric" → its value in a list of one.
+
+    Raises BadInput: the task has other labels than the classifier.
+    """
+    data = load_task(recipe.task, recipe.data)
+    settings = FineTuneRecipe(max_length=recipe.finetune.max_length)
+    spec = str(folder)
+    encoder: Encoder = ShareBertExport(spec, settings) if form == "compact" else HuggingFaceEncoder(spec, settings)
+    given = [str(name) for _, name in sorted((_config(folder).get("id2label") or {}).items(), key=lambda x: int(x[0]))]
+    wanted = list(label_names(data.task))
+    if given != wanted and not (data.task.regression and len(given) == 1):
+        raise BadInput(
+            f"{folder}: its labels are {', '.join(given)}; those of {data.task.name} are {', '.join(wanted)}"
+        )
+    classifier = Classifier(encoder, model_of(folder, form), torch.device("cpu"), data.task.regression)
+    found: dict[str, list[float]] = {}
+    for split, rows in data.held_out.items():
+        values = measure(data.task.metrics, classifier.predict(rows.texts), rows.labels)
+        found |= {f"{split} {metric}": [value] for metric, value in values.items()}
+    return found
+
+
+def model_of(folder: Path, form: FormName) -> nn.Module:
+    """The classifier in `folder`, called with the arguments of transformers; its output has `logits`."""
+    if form == "onnx":
+        return _OnnxClassifier(folder)
+    if form == "compact":
+        from sharebert.hub import ShareBertForSequenceClassification
+
+        return ShareBertForSequenceClassification.from_pretrained(folder).eval()  # type: ignore[no-any-return]
+    from transformers import AutoModelForSequenceClassification
+
+    local = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
+    return AutoModelForSequenceClassification.from_pretrained(folder, **local).eval()  # type: ignore[no-any-return]
+
+
+class _OnnxClassifier(nn.Module):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        from compress.dense.runtime import OnnxModel
+
+        self.session = OnnxModel(folder)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        return SimpleNamespace(logits=self.session.logits(input_ids, attention_mask, token_type_ids))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
