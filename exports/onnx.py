@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exports.cards import onnx_card
@@ -263,7 +262,7 @@ class OnnxClassifier:
 
     pooling: str
     weight: Tensor
-    """[labels, H]."""
+    """[H, labels]."""
     bias: Tensor
     """[labels]."""
 
@@ -274,7 +273,11 @@ class OnnxClassifier:
             return None
         shape = export.weights.specs["classifier.weight"].shape
         weight = export.weights.read("classifier.weight", 0, math.prod(shape)).view(shape)
-        return cls(export.kind.pooling, weight.float(), export.weights.read("classifier.bias", 0, shape[0]).float())
+        return cls(
+            export.kind.pooling,
+            weight.float().t().contiguous(),
+            export.weights.read("classifier.bias", 0, shape[0]).float(),
+        )
 
     def scores(self, hidden: Tensor, attention_mask: Tensor, pooler: nn.Module) -> Tensor:
         """The score of each label, [B, labels]; the pooled output has no tanh, as in the compact form."""
@@ -283,4 +286,4 @@ class OnnxClassifier:
             text = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         else:
             text = pooler(hidden[:, 0])
-        return F.linear(text, self.weight, self.bias)
+        return text @ self.weight + self.bias  # F.linear would become a Gemm, which ONNX Runtime quantises wrongly
