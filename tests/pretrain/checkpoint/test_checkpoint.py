@@ -363,14 +363,15 @@ def test_where_none_can_be_read_a_run_does_not_start_anew(tmp_path: Path, monkey
 
 def failing_once(function: Callable[..., Any], fails: Callable[..., bool], *, afterwards: bool) -> Callable[..., Any]:
     """`function`, which raises EIO the first time that `fails` says so: before or after it did its work."""
-    left = [1]
+    left, one_at_a_time = [1], threading.Lock()  # two ranks, each in a thread, may call it at once
 
     def wrapped(*given: Any, **keys: Any) -> Any:
-        now = bool(left and fails(*given))
-        if now:
-            left.clear()
-            if not afterwards:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        with one_at_a_time:
+            now = bool(left and fails(*given))
+            if now:
+                left.clear()
+        if now and not afterwards:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         result = function(*given, **keys)
         if now:
             raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -45,7 +45,7 @@ def clean_dynamo() -> None:
 
 
 @pytest.mark.usefixtures("clean_dynamo")
-def test_compiled_layers_give_the_same_and_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_give_the_same_and_are_compiled_once() -> None:
     """Without a code generator behind it: what is traced, and when, does not depend on one."""
     plain, compiled = tiny_model(), tiny_model()
     compile_layers(compiled, backend="aot_eager")
@@ -57,11 +57,11 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(monkeypatch: pytest
     compiled.train()
     graphs = counters["stats"]["unique_graphs"]
     assert 0 < graphs <= 8
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    for seed in range(6):
-        (loss, gradients), (expected, exact) = step(compiled, seed), step(plain, seed)
-        torch.testing.assert_close(loss, expected)
-        for a, b in zip(gradients, exact, strict=True):
-            torch.testing.assert_close(a, b)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(6):
+            (loss, gradients), (expected, exact) = step(compiled, seed), step(plain, seed)
+            torch.testing.assert_close(loss, expected)
+            for a, b in zip(gradients, exact, strict=True):
+                torch.testing.assert_close(a, b)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
