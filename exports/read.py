@@ -58,17 +58,17 @@ def read_export(folder: Path) -> Export:
     folder = Path(folder)
     given = _read_config_file(folder / CONFIG, folder)
     tensors = read_weights(folder)  # in the order of their names
-    kind = _kind_of(given, tensors, folder / CONFIG)
-    if given.head_is_unknown:
-        print(f"{folder}: {given.architecture}: the head is left out, the encoder is read", file=sys.stderr)
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("sharebert.")}
-    shapes = tensor_shapes(given.config) | kind.further_shapes(given.config)
     other_keys = dict(given.other_keys)
     if packing := other_keys.pop("packing", None):
         try:
             tensors = unpack_all(packing, tensors)
         except (ShareBertError, TypeError, KeyError, AttributeError) as error:
             raise BadInput(f"{folder}: {error}") from error
+    kind = _kind_of(given, tensors, folder / CONFIG)
+    if given.head_is_unknown:
+        print(f"{folder}: {given.architecture}: the head is left out, the encoder is read", file=sys.stderr)
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("sharebert.")}
+    shapes = tensor_shapes(given.config) | kind.further_shapes(given.config)
     if other_keys.get("trimmed") and tensors:
         tensors = full_tensors(shapes, tensors)
     order = list(shapes)

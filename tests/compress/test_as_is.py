@@ -56,7 +56,7 @@ def recipe_of(tmp_path: Path, task: Path, steps: str) -> CompressRecipe:
 
 def test_every_form_has_the_score_of_its_predictions(made: tuple[Path, Path], tmp_path: Path) -> None:
     source, task = made
-    steps = "[trim, {quantise: {bits: 8}}, onnx, onnx_int8]"
+    steps = "[trim, {quantise: {bits: 8, vectors: 8}}, onnx, onnx_int8]"
     text = compress(source, recipe_of(tmp_path, task, steps), tmp_path / "out")
     _, _, rows = read_report(tmp_path / "out")
     scores = [row.scores["dev accuracy"] for row in rows]
