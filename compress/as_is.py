@@ -29,6 +29,9 @@ def score_as_is(folder: Path, form: FormName, recipe: EvaluateRecipe) -> dict[st
 
     Raises BadInput: the task has other labels than the classifier.
     """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     data = load_task(recipe.task, recipe.data)
     settings = FineTuneRecipe(max_length=recipe.finetune.max_length)
     spec = str(folder)
