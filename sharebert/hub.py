@@ -161,12 +161,16 @@ class ShareBertPreTrainedModel(PreTrainedModel):
         """As in transformers; an export that does not store all tensors as they are is completed first."""
         place = pretrained_model_name_or_path
         hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-        if config is None:
-            config = cls.config_class.from_pretrained(place, **hub)
-        packing = getattr(config, "packing", None)
-        if place is None or "state_dict" in options or not (packing or getattr(config, "trimmed", False)):
+        stored_as = config
+        if place is not None and not isinstance(config, cls.config_class):
+            stored_as = cls.config_class.from_pretrained(place if config is None else config, **hub)
+        packing = getattr(stored_as, "packing", None)
+        if place is None or "state_dict" in options or not (packing or getattr(stored_as, "trimmed", False)):
             return super().from_pretrained(place, *given, config=config, **options)
-        config = copy.deepcopy(config)
+        changes = {name: options.pop(name) for name in list(options) if _is_a_key(stored_as, name)}
+        if changes:  # keys of the config among the arguments, such as num_labels
+            stored_as = cls.config_class.from_pretrained(place, **hub, **changes)
+        config = copy.deepcopy(stored_as)
         config.name_or_path = str(place)
         for name in STORAGE_KEYS & vars(config).keys():  # a copy that is saved from here stores all, as numbers
             delattr(config, name)
@@ -294,6 +298,11 @@ class ShareBertPreTrainedModel(PreTrainedModel):
         """A linear layer from hidden states to scores, that starts as the model's weights do."""
         layer = nn.Linear(self.config.hidden_size, labels)
         return set_roles(layer, weight=weight_role(self.config.initializer_range), bias=ZERO_BIAS)
+
+
+def _is_a_key(config: ShareBertHubConfig, name: str) -> bool:
+    """Whether an argument of `from_pretrained` changes the config, and is no argument of the loading itself."""
+    return hasattr(config, name) and name not in (*HUB_OPTIONS, "dtype", "torch_dtype", "attn_implementation")
 
 
 def _stored(place: Any, hub: dict[str, Any]) -> dict[str, Tensor]:

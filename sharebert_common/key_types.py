@@ -26,7 +26,8 @@ def type_at(schema: type, path: tuple[str, ...]) -> Any:
         here = found[0]
         if number == len(path) - 1:
             short = getattr(schema, "SHORTHAND", {}).get(path[0]) if len(path) == 1 else None
-            here = type_at(schema, (*path, short)) if short else here
+            if short:  # a plain value is short for a mapping, and the mapping itself may be given too
+                here = Union[here, type_at(schema, (*path, short))]  # noqa: UP007
     return here
 
 

@@ -136,3 +136,17 @@ def test_each_error_names_where_its_key_was_given(tmp_path: Path) -> None:
         load(Example, file, ["rate=["])
     with pytest.raises(BadInput, match=r"^command line: data: has no value; give it one, or leave it out"):
         load(Example, None, ["data=null"])
+
+
+def test_a_mapping_where_a_plain_value_is_short_for_one() -> None:
+    """On the command line too: the short form is a text, and a mapping is no text."""
+    from pretrain.recipe import TrainRecipe
+
+    given = [
+        "run=r",
+        "data={dataset: d, global_batch: 2, micro_batch: 2}",
+        'model={"hidden_size": 64, "factor_size": 8}',
+    ]
+    recipe = load(TrainRecipe, None, given)
+    assert (recipe.model.hidden_size, recipe.model.factor_size, recipe.model.size) == (64, 8, None)
+    assert load(TrainRecipe, None, [*given[:2], "model=sharebert-small"]).model.size == "sharebert-small"

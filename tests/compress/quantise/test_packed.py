@@ -224,3 +224,11 @@ def test_every_way_to_share_is_packed(tmp_path: Path, sharing: str) -> None:
         Quantise(rotate=True).check(open_source(source))
     with pytest.raises(BadInput, match=r"quantise\.rounding: gptq is for sharing: veps"):
         Quantise(rounding="gptq").check(open_source(source))
+
+
+def test_arguments_that_change_the_config_reach_a_packed_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    _, out = quantised(tmp_path, {"bits": 8})
+    model = AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True, num_labels=5)
+    assert model.classifier.weight.shape == (5, 24)

@@ -63,7 +63,10 @@ def workers_of(launcher: int) -> list[int]:
         return []
     found = {}
     for child in map(int, children):
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        try:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
         world_size = [int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")]
         found |= {world_size[0]: child} if world_size else {}
     return [found[rank] for rank in sorted(found)]
