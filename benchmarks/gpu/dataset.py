@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 
 from data_prep.shards.format import SPECIAL_TOKENS, TOKENIZER, shard_name, write_manifest
 from data_prep.shards.shard_file import write_shard
@@ -25,7 +26,9 @@ def random_dataset(folder: Path, rows: int, seq_len: int, words: int, documents:
     special = {key: number for number, key in enumerate(SPECIAL_TOKENS)}
     vocabulary = {word: special[key] for key, word in SPECIAL_TOKENS.items()}
     vocabulary |= {f"w{number}": number for number in range(len(special), words)}
-    (folder / TOKENIZER).write_text(json.dumps({"model": {"type": "WordPiece", "vocab": vocabulary}}))
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=SPECIAL_TOKENS["unk"]))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    tokenizer.save(str(folder / TOKENIZER))
     generator = np.random.default_rng(0)
     document_ids = (1 + np.arange(seq_len) * documents // seq_len).astype(np.uint8)
 
