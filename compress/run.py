@@ -22,6 +22,9 @@ from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, whole_or_absent_folder, write_atomically
 from sharebert_common.recipe import plain
 
+MARK = ".steps-of-compress"
+"""A file in OUT.steps. A folder of that name without it is somebody else's, and is left alone."""
+
 ROOM = 3
 """Free space that a result needs, as a multiple of its source: the result, what it is made from, and a report."""
 
@@ -38,8 +41,9 @@ def compress(folder: Path, recipe: CompressRecipe, out: Path) -> str:
     source = open_source(folder)
     steps = [step_of(given, f"steps.{number}") for number, given in enumerate(recipe.steps)]
     check_all(source, recipe, steps, out)
-    parent = out.with_name(f"{out.name}.steps")
+    parent = steps_of(out)
     make_folders(parent)
+    (parent / MARK).touch()
     rows = Rows(recipe, parent, say)
     rows.add("source", "source", source.folder, {})
     current = source
@@ -59,6 +63,11 @@ def compress(folder: Path, recipe: CompressRecipe, out: Path) -> str:
     return text
 
 
+def steps_of(out: Path) -> Path:
+    """The folder of the results of steps."""
+    return out.with_name(f"{out.name}.steps")
+
+
 def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Step]], out: Path) -> None:
     """Raise BadInput for what can be known before the first step."""
     steps[0][1].check(source)
@@ -74,8 +83,16 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
     for reference in recipe.report.references:
         if not is_baseline(reference):
             open_source(Path(reference))
-    if out.resolve() == source.folder.resolve():
+    parent = steps_of(out)
+    here, there = source.folder.resolve(), out.resolve()
+    if here == there:
         raise BadInput(f"{out}: is the source; choose another folder for the result")
+    if here.is_relative_to(there) or here.is_relative_to(parent.resolve()) or there.is_relative_to(here):
+        raise BadInput(
+            f"{out}: the result, or {parent.name}, would hold the source or lie in it; choose another folder"
+        )
+    if parent.exists() and not (parent / MARK).is_file() and (not parent.is_dir() or any(parent.iterdir())):
+        raise BadInput(f"{parent}: holds something else than results of steps; choose another OUT, or remove it first")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / JSON).is_file())):
         raise BadInput(f"{out}: exists and is no result of `compress`; choose another folder, or remove it first")
     needed = ROOM * sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())

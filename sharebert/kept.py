@@ -1,9 +1,10 @@
 """Generated matrices that are kept between forward passes of an evaluation.
 
 They are made again when a tensor that they are made from has changed: another tensor, another memory, or a newer
-version counter, which every in-place operation of PyTorch raises. What this cannot notice is a write past the version
-counter: `p.data.copy_(…)`, `p.data += …`, a write through numpy, or a kernel of a library that writes to memory. After
-such a write in evaluation mode, call `ShareBert.forget_weights()`. `train()`, `load_state_dict` and moves call it.
+version counter, which in-place operations of PyTorch raise; and after a step of any optimizer. What this cannot notice
+is a write past the version counter: `p.data.copy_(…)`, `p.data += …`, a write through numpy, or a kernel of a library
+that writes to memory. After such a write in evaluation mode, call `ShareBert.forget_weights()`. `train()`,
+`load_state_dict` and moves call it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Make = Callable[[int, int], Sequence[Tensor]]
 """Makes the matrices with the numbers [first, last)."""
@@ -37,8 +39,20 @@ class _Seen(NamedTuple):
         )
 
 
+_optimizer_steps = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _optimizer_steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class _Entry(NamedTuple):
     seen: tuple[_Seen, ...]
+    optimizer_steps: int
+    """Steps of all optimizers until then: PyTorch's fused optimizers do not raise version counters."""
     dtype: torch.dtype
     matrices: tuple[Tensor, ...]
 
@@ -64,9 +78,16 @@ class KeptMatrices:
         The caller has checked `may_keep(sources)`.
         """
         entry = self._entry
-        if entry is None or entry.dtype != dtype or not _all_still(entry.seen, sources):
+        steps = _optimizer_steps[0]
+        if (
+            entry is None
+            or entry.dtype != dtype
+            or entry.optimizer_steps != steps
+            or not _all_still(entry.seen, sources)
+        ):
             # not dropped before: its memory is reused, but another thread may read it
-            entry = _Entry(tuple(_Seen(weakref.ref(t), t.detach(), t._version) for t in sources), dtype, ())
+            seen = tuple(_Seen(weakref.ref(t), t.detach(), t._version) for t in sources)
+            entry = _Entry(seen, steps, dtype, ())
         if len(entry.matrices) < count:
             # normal tensors also where inference mode is on, because a later pass may save them for a gradient
             with torch.inference_mode(False), torch.no_grad():

@@ -76,7 +76,7 @@ class OnnxInt8:
         shutil.copytree(source.folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model.onnx*"))
         full = source.folder / FILE
         said: dict[str, Any] = {}
-        rows = tools.calibration()[: self.calibration_rows] if self.mode == "static" or self.smooth else None
+        rows = tools.calibration()[: self.calibration_rows] if self.needs_calibration else None
         inputs = [] if rows is None else list(batches(rows, _pad_id(source.folder)))
         if self.smooth is not None:
             smoothed = tools.scratch / "smoothed.onnx"

@@ -220,3 +220,20 @@ def test_loss_and_latency(source: Path, dataset: Path, tmp_path: Path) -> None:
         whole_word=False,
     )
     assert before.loss == score.loss
+
+
+def test_what_others_left_and_the_source_itself_are_never_touched(source: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "steps: [trim]")
+    foreign = tmp_path / "mine.steps"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("x")
+    with pytest.raises(BadInput, match="holds something else than results of steps"):
+        run(source, recipe, tmp_path / "mine")
+    assert (foreign / "notes.txt").read_text() == "x"
+    run(source, recipe_of(tmp_path, "steps: [trim]\nkeep_steps: true"), tmp_path / "kept")
+    inside = tmp_path / "kept.steps" / "1-trim"
+    with pytest.raises(BadInput, match="would hold the source or lie in it"):
+        run(inside, recipe, tmp_path / "kept")
+    assert (inside / "model.safetensors").is_file()
+    with pytest.raises(BadInput, match="would hold the source or lie in it"):
+        run(source, recipe, source / "out")

@@ -311,3 +311,20 @@ def test_threads_at_once(model: ShareBertForMaskedLM) -> None:
         thread.join()
     assert len(found) == 80
     assert all(found)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_a_step_of_a_fused_optimizer_in_evaluation_is_noticed(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Fused optimizers do not raise version counters."""
+    model = tiny_model().eval()
+    tokens = torch.randint(5, 250, (2, 9))
+    with torch.no_grad():
+        before = model.sharebert(tokens).hidden
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer(model.parameters(), lr=0.1, fused=True).step()  # type: ignore[call-arg]
+    with torch.no_grad():
+        found = model.sharebert(tokens).hidden
+        model.sharebert.forget_weights()
+        assert found.equal(model.sharebert(tokens).hidden)
+    assert not found.equal(before)
