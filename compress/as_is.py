@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.source import config_of, has_class
 from compress.step import FormName
 from scoring.data import load_task
 from scoring.encoders import Encoder, HuggingFaceEncoder, ShareBertExport, label_names
@@ -21,7 +21,7 @@ from sharebert_common.errors import BadInput
 
 def is_classifier(folder: Path) -> bool:
     """Whether the `config.json` of a folder names a classifier of texts."""
-    return any(name.endswith("ForSequenceClassification") for name in _config(folder).get("architectures") or [])
+    return has_class(folder, "ForSequenceClassification")
 
 
 def score_as_is(folder: Path, form: FormName, recipe: EvaluateRecipe) -> dict[str, list[float]]:
@@ -36,7 +36,9 @@ def score_as_is(folder: Path, form: FormName, recipe: EvaluateRecipe) -> dict[st
     settings = FineTuneRecipe(max_length=recipe.finetune.max_length)
     spec = str(folder)
     encoder: Encoder = ShareBertExport(spec, settings) if form == "compact" else HuggingFaceEncoder(spec, settings)
-    given = [str(name) for _, name in sorted((_config(folder).get("id2label") or {}).items(), key=lambda x: int(x[0]))]
+    given = [
+        str(name) for _, name in sorted((config_of(folder).get("id2label") or {}).items(), key=lambda x: int(x[0]))
+    ]
     wanted = list(label_names(data.task))
     if given != wanted and not (data.task.regression and len(given) == 1):
         raise BadInput(
@@ -73,7 +75,3 @@ class _OnnxClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         return SimpleNamespace(logits=self.session.logits(input_ids, attention_mask, token_type_ids))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from compress.step import FormName, Source
 from exports.dense import MODEL_TYPE as DENSE
@@ -27,3 +29,13 @@ def _form(folder: Path, model_type: str | None) -> FormName:
     if model_type == MODEL_TYPE:
         return "compact"
     return "dense" if model_type == DENSE else "hub"
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model's folder."""
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def has_class(folder: Path, *endings: str) -> bool:
+    """Whether a class that `config.json` names ends in one of `endings`, as `ForMaskedLM`."""
+    return any(name.endswith(endings) for name in config_of(folder).get("architectures") or [])

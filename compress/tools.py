@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.recipe import CompressRecipe, RowsRecipe
-from compress.source import open_source
+from compress.source import has_class, open_source
 from data_prep.shards.reader import Dataset, open_dataset
 from exports.read import load_model
 from exports.tokenizer import load_tokenizer, training_tokenizer_sha256
@@ -34,7 +33,11 @@ class RecipeTools:
         self.seed = recipe.seed
 
     def calibration(self) -> Tensor:
-        """See `Tools.calibration`: rows spread evenly over the train split."""
+        """See `Tools.calibration`: rows spread evenly over the train split, read once."""
+        return self._calibration_rows
+
+    @functools.cached_property
+    def _calibration_rows(self) -> Tensor:
         rows = self.recipe.calibration
         if rows.dataset is None:
             raise BadInput("calibration.dataset: this step looks at activations; name a dataset")
@@ -99,9 +102,8 @@ def masked_lm(folder: Path) -> Callable[..., Any] | None:
 
 
 def is_masked_lm(folder: Path) -> bool:
-    """Whether the `config.json` of a folder names a class with a masked-language-model head."""
-    classes = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes)
+    """Whether the model in `folder` has a masked-language-model head."""
+    return has_class(folder, "ForMaskedLM", "ForPreTraining")
 
 
 class Sums(NamedTuple):
