@@ -43,8 +43,12 @@ def codes_of(matrix: Tensor, packing: Packing, scales: Tensor, offsets: Tensor |
     """The nearest codes of a matrix on a given grid, uint8."""
     shifted = matrix if offsets is None else matrix - packing.spread(offsets)
     codes = torch.round(shifted / packing.spread(scales)) + packing.zero
-    lowest = 1 if packing.scheme == "symmetric" else 0  # so that the codes reach as far down as up
-    return codes.clamp(lowest, 2**packing.bits - 1).to(torch.uint8)
+    return codes.clamp(*limits(packing)).to(torch.uint8)
+
+
+def limits(packing: Packing) -> tuple[int, int]:
+    """The lowest and the highest code; the symmetric scheme leaves out 0, so that codes reach as far down as up."""
+    return (1 if packing.scheme == "symmetric" else 0), 2**packing.bits - 1
 
 
 def grid(matrix: Tensor, packing: Packing, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

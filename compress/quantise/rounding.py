@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exports.rounding import Rounded, grid, to_nearest
+from exports.rounding import Rounded, grid, limits, to_nearest
 from sharebert.packed import Packing
 
 CLIPS = 20
@@ -68,7 +68,7 @@ def gptq(
     rows, columns = matrix.shape
     scales, offsets = grid(matrix, packing, keep)
     step, shift = packing.spread(scales), 0.0 if offsets is None else packing.spread(offsets)
-    lowest, highest = (1 if packing.scheme == "symmetric" else 0), 2**packing.bits - 1
+    lowest, highest = limits(packing)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     for first in range(0, rows, rows_at_once):
         some = slice(first, min(rows, first + rows_at_once))
