@@ -149,13 +149,18 @@ def all_agree(good: bool) -> bool:
     return bool(flag.item())
 
 
+def first_text(text: str | None) -> str | None:
+    """The text of the lowest rank that has one, on every rank; None where none has."""
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return next((text for text in texts if text is not None), None)
+
+
 def first_refusal(message: str | None) -> None:
     """Raise Refused, a BadInput, on every rank if some rank has a `message`; the lowest such rank's counts."""
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for text in messages:
-        if text is not None:
-            raise Refused(text)
+    first = first_text(message)
+    if first is not None:
+        raise Refused(first)
 
 
 def hosts() -> list[str]:

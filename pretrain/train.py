@@ -290,15 +290,17 @@ class Trainer:
     def end(self, step: int) -> int:
         """Wait for the last save, end what runs beside the training, and note how the run stands; an exit code."""
         with self.watchdog.patient("the last checkpoint", self.recipe.checkpoint.write_timeout_s):
+            finished = step == self.recipe.steps
+            # A signal reaches the ranks one after another: rank 0 may not have it yet.
+            reason = "" if finished else distributed.first_text(self.stop.reason) or "asked"
             saved = self.state.finish()
-            self.metric_log.event(step, "finished" if step == self.recipe.steps else f"stopped: {self.stop.reason}")
+            self.metric_log.event(step, "finished" if finished else f"stopped: {reason}")
             self._open.close()
-        finished = step == self.recipe.steps
         if finished and not saved:
             raise OSError(f"the checkpoint of step {step}, the last one, could not be written; start the run again")
         if self.world.is_main:
-            reason = self.stop.reason if saved else f"{self.stop.reason}; the checkpoint could not be written"
-            self.run.end("finished" if finished else "stopped", step=step, reason="" if finished else reason)
+            note = "" if saved else "; the checkpoint could not be written"
+            self.run.end("finished" if finished else "stopped", step=step, reason=reason + note)
         return FINISHED if finished else STOPPED
 
     def report(self, text: str) -> None:

@@ -35,11 +35,11 @@ class StopRequest:
         )
 
     @property
-    def reason(self) -> str:
-        """What asked for the stop, for `state.json`."""
+    def reason(self) -> str | None:
+        """What asked this rank for a stop, for `state.json`. None where only another rank was asked so far."""
         if self._signals.received is not None:
             return f"signal {signal.Signals(self._signals.received).name}"
-        return "file 'stop'" if self.asked else "asked on another rank"
+        return "file 'stop'" if self.asked else None
 
     def close(self) -> None:
         """Ignore signals from now on: the process is ending."""

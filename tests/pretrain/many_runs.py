@@ -6,7 +6,7 @@ A start of DeepSpeed costs seconds; the tests share it. The argument is a JSON f
     {"overrides": [...], "copy": [RUN, STEP]}     train on from a copy of another run, cut off after STEP
     {"overrides": [...], "save_again": true}      load the newest checkpoint and save it under RUN/again at once
     {"overrides": [...], "no_masters": true}      train in bf16 without fp32 masters, at stage 0
-    {"overrides": [...], "stop_after": N}         rank 0 is asked to stop in the Nth step of the launch
+    {"overrides": [...], "stop_after": N}         the last rank gets a signal in the Nth step of the launch
     {"overrides": [...], "bad_rows": [A, B]}      the loss of positions A to B - 1 is not a number, on the last rank
     {"overrides": [...], "bad_steps": [A, B]}     so is that of steps A to B - 1
     {"overrides": [...], "slow_s": S}             a forward pass of the last rank takes S seconds longer
@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -49,7 +50,7 @@ def leave_out_masters(yes: bool) -> None:
 
 
 class StopAfter(StopRequest):
-    """Asked to stop from the `steps`-th look on; a training looks once a step."""
+    """Has got a signal from the `steps`-th look on; a training looks once a step."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -58,7 +59,9 @@ class StopAfter(StopRequest):
     @property
     def asked(self) -> bool:
         self.left -= 1
-        return self.left <= 0
+        if self.left <= 0:
+            self._signals.received = signal.SIGTERM
+        return super().asked
 
 
 class FaultyTrainer(training.Trainer):
@@ -92,7 +95,7 @@ Trainer = training.Trainer
 def train(recipe: TrainRecipe, world: World, run: dict[str, Any]) -> int:
     faulty = any(key in run for key in ("bad_rows", "bad_steps", "slow_s"))
     training.Trainer = type("Faulty", (FaultyTrainer,), {"plan": run}) if faulty else Trainer
-    stop = StopAfter(run["stop_after"]) if "stop_after" in run and world.is_main else StopRequest()
+    stop = StopAfter(run["stop_after"]) if "stop_after" in run and world.rank == world.world_size - 1 else StopRequest()
     return training.train(recipe, world, stop)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,6 +13,7 @@ from tiny_runs import log_of, losses, train_arguments, train_many, whole
 
 from pretrain.checkpoint import format as checkpoint
 from pretrain.engine.fragments import STATES
+from pretrain.run.metric_log import EVENTS_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -74,3 +76,11 @@ def test_dropout_on_other_ranks_is_seeded_anew_and_the_log_says_so(runs: Path) -
     said = (runs / "said").read_text()
     assert "checkpoint of 2 ranks on 1: dropout is seeded anew from (seed 4, step 10, rank)" in said
     assert len(losses(runs / "dropout")) == 20
+
+
+def test_a_stop_that_only_another_rank_saw_is_noted_with_its_reason(runs: Path) -> None:
+    for run in ("dropout", "moved-fp32"):
+        events = [json.loads(line)["text"] for line in (runs / run / EVENTS_FILE).read_text().splitlines()]
+        stops = [text for text in events if text.startswith("stopped")]
+        assert stops
+        assert set(stops) == {"stopped: signal SIGTERM"}
