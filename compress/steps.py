@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.dense.onnx_int8 import OnnxInt8
 from compress.dense.to_onnx import ToOnnx
+from compress.prune.structure_step import PruneStructure
 from compress.quantise.step import Quantise
 from compress.step import Step
 from compress.trim import Trim
@@ -15,6 +16,7 @@ from sharebert_common.recipe import describe, parse
 
 STEPS: dict[str, type[Any]] = {
     "trim": Trim,
+    "prune_structure": PruneStructure,
     "quantise": Quantise,
     "onnx": ToOnnx,
     "onnx_int8": OnnxInt8,

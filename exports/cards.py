@@ -161,15 +161,15 @@ def _sizes(config: ShareBertConfig) -> dict[str, str]:
     with without_weights():
         model = ShareBertForMaskedLM(config)
     head = {"untied": "a decoder of its own", "tied": "tied to the word embeddings", "none": "none"}[config.mlm_head]
-    generated = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    generated = 4 * config.hidden_size * config.attention_size + 2 * config.hidden_size * config.inner_size
     return {
         "learned parameters of the encoder": f"{sum(p.numel() for p in model.sharebert.parameters()):,}",
         "learned parameters with the masked-language-model head": f"{sum(p.numel() for p in model.parameters()):,}",
         "values of the six generated matrices": f"{generated:,}",
         "vocabulary": f"{config.vocab_size:,} (a multiple of {config.vocab_pad_multiple})",
         "factor size": f"{config.factor_size:,} ({config.sharing.upper()})",
-        "hidden size, intermediate size": f"{config.hidden_size:,}, {config.intermediate_size:,}",
-        "layers, attention heads": f"{config.num_hidden_layers}, {config.num_attention_heads}",
+        "hidden size, intermediate size": f"{config.hidden_size:,}, {config.inner_size:,}",
+        "layers, attention heads": f"{config.num_hidden_layers}, {config.heads}",
         "longest input": f"{config.max_position_embeddings} tokens",
         "masked-language-model head": head,
     }

@@ -57,6 +57,11 @@ class Dense:
 def check_dense(export: Export) -> None:
     """Raise BadInput where the dense layout cannot hold `export`."""
     check_fits(export.config)
+    if export.config.attention_size != export.config.hidden_size:
+        raise BadInput(
+            f"{export.config.heads} of {export.config.num_attention_heads} heads are left, and megatron_bert needs "
+            "heads · head size = hidden_size; export it as onnx, or keep the compact form"
+        )
     if isinstance(export.kind, Classifier):
         raise BadInput(
             "a classifier has no dense form, because the pooler of megatron_bert ends in tanh and that of ShareBERT "
@@ -134,7 +139,8 @@ def _difference(dense: Tensor, compact: Tensor) -> float:
 
 def _dense_config(export: Export, pad_token_id: int) -> dict[str, Any]:
     """The `config.json` of `megatron_bert`. Its decoder is a matrix of its own, not the input embedding."""
-    kept = export.config.to_dict()
+    used = {"num_attention_heads": export.config.heads, "intermediate_size": export.config.inner_size}
+    kept = export.config.to_dict() | used
     return {
         "model_type": MODEL_TYPE,
         "architectures": [f"MegatronBert{export.kind.architecture}"],

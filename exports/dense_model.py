@@ -96,15 +96,16 @@ class DenseLayer(Parts):
     """One layer of `megatron_bert` for inference, without dropout."""
 
     def __init__(self, config: ShareBertConfig) -> None:
-        hidden, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
-        square = Parts(**{name: nn.Linear(hidden, hidden) for name in ("query", "key", "value")})
+        hidden, attended = config.hidden_size, config.attention_size
+        inner, eps = config.inner_size, config.layer_norm_eps
+        square = Parts(**{name: nn.Linear(hidden, attended) for name in ("query", "key", "value")})
         super().__init__(
-            attention=Parts(ln=nn.LayerNorm(hidden, eps=eps), self=square, output=_dense(hidden, hidden)),
+            attention=Parts(ln=nn.LayerNorm(hidden, eps=eps), self=square, output=_dense(attended, hidden)),
             ln=nn.LayerNorm(hidden, eps=eps),
             intermediate=_dense(hidden, inner),
             output=_dense(inner, hidden),
         )
-        self.heads = config.num_attention_heads
+        self.heads = config.heads
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, H] → [B, T, H]; `mask` as in `kernels.attention`."""

@@ -10,7 +10,7 @@ from sharebert import ShareBertConfig
 
 def generated_elements(config: ShareBertConfig) -> int:
     """Elements of the matrices that a layer uses: four [H, H], and two of the feed-forward network."""
-    return 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    return 4 * config.hidden_size * config.attention_size + 2 * config.hidden_size * config.inner_size
 
 
 def flops_per_token(config: ShareBertConfig, seq_len: int, mask_rate: float, tokens_per_micro_batch: int) -> float:

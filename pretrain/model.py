@@ -72,7 +72,7 @@ class ModelRecipe:
     def config_keys(self) -> dict[str, Any]:
         """The keys of config.json that were given."""
         given = asdict(self)  # type: ignore[call-overload]
-        return {key: given[key] for key in ShareBertConfig.__dataclass_fields__ if given[key] is not None}
+        return {key: given[key] for key in ShareBertConfig.__dataclass_fields__ if given.get(key) is not None}
 
 
 @dataclass(frozen=True)

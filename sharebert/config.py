@@ -16,6 +16,9 @@ CHOICES = {
     "attention_scale": ("authors", "standard"),
 }
 
+KEPT = {"kept_heads": "num_attention_heads", "kept_columns": "intermediate_size"}
+"""Keys of a pruned model: which parts of the generated matrices it uses, and the key that says how many there are."""
+
 SIZES: dict[str, dict[str, int]] = {
     "sharebert-small": {"factor_size": 128, "num_hidden_layers": 12},
     "sharebert-base": {"factor_size": 384, "num_hidden_layers": 12},
@@ -69,10 +72,17 @@ class ShareBertConfig:
     """`untied`: the head has its own decoder [V, H]; `tied`: it uses E and a bias [V]; `none`: there is no head."""
     attention_scale: str = "authors"
     """Scores are multiplied by d^(-2/3) (`authors`) or d^(-1/2) (`standard`), d = H / heads."""
+    kept_heads: tuple[int, ...] | None = None
+    """The attention heads that a pruned model uses, ascending, of `num_attention_heads` in the generated matrices.
+    None: all. It is the same for all layers, because they share the matrices."""
+    kept_columns: tuple[int, ...] | None = None
+    """The columns inside the feed-forward block that a pruned model uses, ascending, of `intermediate_size`. None:
+    all."""
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
-            _check(key, value)
+            if key not in KEPT:
+                _check(key, value)
         rows = -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
         object.__setattr__(self, "vocab_size", rows)  # the dataclass is frozen
         if self.hidden_size % self.num_attention_heads:
@@ -84,6 +94,9 @@ class ShareBertConfig:
                 f"sharing: eps cuts the layers from the embedding itself, so factor_size ({self.factor_size}) "
                 f"must equal hidden_size ({self.hidden_size})"
             )
+        for key, of in KEPT.items():
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, self._kept(key, getattr(self, of), of))
         square, wide = self.square_columns, self.wide_columns
         if self.generates and 5 * square + 2 * wide > self.hidden_size:
             raise ShareBertError(
@@ -92,6 +105,17 @@ class ShareBertConfig:
                 f"columns, 5h + 2f = {5 * square + 2 * wide} > H = {self.hidden_size}; take a larger vocabulary "
                 f"(about 5H + 2I = {5 * self.hidden_size + 2 * self.intermediate_size} words) or smaller H and I"
             )
+
+    def _kept(self, key: str, count: int, of: str) -> tuple[int, ...]:
+        """The numbers of `kept_heads` or `kept_columns`, checked."""
+        given = getattr(self, key)
+        if not isinstance(given, (list, tuple)) or not all(type(n) is int and 0 <= n < count for n in given):
+            raise ShareBertError(f"{key}: must be a list of whole numbers from 0 to {of} - 1 = {count - 1}")
+        if not given or list(given) != sorted(set(given)):
+            raise ShareBertError(f"{key}: must be ascending, with one number or more")
+        if not self.generates:
+            raise ShareBertError(f"{key}: is for sharing: veps or eps, this model has {self.sharing}")
+        return tuple(given)
 
     @property
     def generates(self) -> bool:
@@ -102,6 +126,21 @@ class ShareBertConfig:
     def head_size(self) -> int:
         """d, the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def heads(self) -> int:
+        """Attention heads that the model uses."""
+        return self.num_attention_heads if self.kept_heads is None else len(self.kept_heads)
+
+    @property
+    def attention_size(self) -> int:
+        """Width of queries, keys and values: heads · d. H, unless heads were pruned."""
+        return self.heads * self.head_size
+
+    @property
+    def inner_size(self) -> int:
+        """Width inside the feed-forward block: I, unless columns were pruned."""
+        return self.intermediate_size if self.kept_columns is None else len(self.kept_columns)
 
     @property
     def square_columns(self) -> int:
@@ -119,8 +158,9 @@ class ShareBertConfig:
         return float(self.head_size) ** (-2 / 3 if self.attention_scale == "authors" else -1 / 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `config.json`, including `model_type`."""
-        return {"model_type": MODEL_TYPE, **asdict(self)}
+        """The keys of `config.json`, including `model_type`. Those of a pruned model are left out of another's."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"model_type": MODEL_TYPE} | {key: v for key, v in values.items() if key not in KEPT or v is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ShareBertConfig:

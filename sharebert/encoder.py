@@ -51,17 +51,17 @@ class Layer(nn.Module):
 
     def __init__(self, config: ShareBertConfig) -> None:
         super().__init__()
-        hidden = config.hidden_size
-        self.heads = config.num_attention_heads
+        hidden, attended = config.hidden_size, config.attention_size
+        self.heads = config.heads
         self.scale = config.score_scale
         self.attention_dropout = config.attention_probs_dropout_prob
         self.attention_norm = AddDropoutNorm(config)
-        self.query_bias = nn.Parameter(torch.zeros(hidden))
-        self.key_bias = nn.Parameter(torch.zeros(hidden))
-        self.value_bias = nn.Parameter(torch.zeros(hidden))
+        self.query_bias = nn.Parameter(torch.zeros(attended))
+        self.key_bias = nn.Parameter(torch.zeros(attended))
+        self.value_bias = nn.Parameter(torch.zeros(attended))
         self.attention_output_bias = nn.Parameter(torch.zeros(hidden))
         self.ffn_norm = AddDropoutNorm(config)
-        self.intermediate_bias = nn.Parameter(torch.zeros(config.intermediate_size))
+        self.intermediate_bias = nn.Parameter(torch.zeros(config.inner_size))
         self.output_bias = nn.Parameter(torch.zeros(hidden))
         set_roles(self, **{name: LAYER_BIAS for name, _ in self.named_parameters(recurse=False)})
 
@@ -115,6 +115,8 @@ class ShareBert(nn.Module):
             )
         elif config.sharing == "eps":
             set_roles(self.word_embeddings, weight=weight._replace(generates=True))
+        self.kept_attention_scale = _kept_scale(self, config.kept_heads, config.attention_size)
+        self.kept_inner_scale = _kept_scale(self, config.kept_columns, config.inner_size)
         self.pos_factor_norm = _factor_norm(hidden, config)
         self.position_embeddings = set_roles(nn.Embedding(config.max_position_embeddings, hidden), weight=weight)
         self.token_type_embeddings = set_roles(nn.Embedding(config.type_vocab_size, hidden), weight=weight)
@@ -122,6 +124,8 @@ class ShareBert(nn.Module):
         self.final_norm = AddDropoutNorm(config)
         self.pooler_bias = nn.Parameter(torch.zeros(hidden))
         set_roles(self, pooler_bias=LAYER_BIAS)
+        scales = {name: getattr(self, name) for name in ("kept_attention_scale", "kept_inner_scale")}
+        set_roles(self, **{name: NORM_WEIGHT for name, scale in scales.items() if scale is not None})
         self.recompute = False
         """Whether the backward pass computes each layer again, so that only the layer's input is kept."""
 
@@ -233,6 +237,11 @@ class ShareBert(nn.Module):
 def _factor_norm(width: int, config: ShareBertConfig) -> nn.LayerNorm:
     """A LayerNorm of the input embedding."""
     return set_roles(nn.LayerNorm(width, eps=config.layer_norm_eps), weight=FACTOR_NORM_WEIGHT, bias=ZERO_BIAS)
+
+
+def _kept_scale(encoder: ShareBert, kept: tuple[int, ...] | None, width: int) -> nn.Parameter | None:
+    """Factors on the rows that a pruned model uses of a generated matrix, [width]; None where all rows are used."""
+    return None if kept is None else nn.Parameter(torch.ones(width))
 
 
 def _first(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

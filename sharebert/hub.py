@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # transformers before 5.10 copies only the files that this on
     from .precision import compute_dtype  # noqa: F401
     from .shared_linear import linear  # noqa: F401
     from .sharing import Sharing  # noqa: F401
+    from .slices import slices_of  # noqa: F401
     from .tracing import is_traced  # noqa: F401
     from .virtual import generate  # noqa: F401
 

@@ -17,6 +17,7 @@ from .kept import KeptMatrices, may_keep
 from .plain_modules import embedding_matrix, is_plain
 from .precision import compute_dtype
 from .roles import set_roles, weight_role
+from .slices import slices_of
 from .tracing import is_traced
 from .virtual import GradientChange, blocks, generate
 
@@ -58,6 +59,10 @@ class Encoder(Protocol):
     """E [V, F]."""
     factor_linear_all: nn.Linear
     """W_all [H, F] and b_all [H]; only VEPS has it."""
+    kept_attention_scale: Any
+    """Factors on the rows of the attention output's matrix, [heads · d]; None unless heads were pruned."""
+    kept_inner_scale: Any
+    """Factors on the rows of the output's matrix, [columns]; None unless columns were pruned."""
     training: bool
 
 
@@ -87,6 +92,7 @@ class OneGeneratedSet:
         self.virtual = config.sharing == "veps"
         self.words = config.vocab_size
         self.blocks = blocks(config)
+        self.slices = slices_of(config)
         self.change_gradients: GradientChange | None = None
         """Called in the backward pass of training with the gradients of the matrices that were made."""
         self.kept = KeptMatrices()
@@ -111,10 +117,20 @@ class OneGeneratedSet:
         if not all(is_plain(module) for module in modules):
             return None
         parts: list[Any] = [part for module in modules for part in (module.weight, getattr(module, "bias", None))]
+        parts += [encoder.kept_attention_scale, encoder.kept_inner_scale]
         return tuple(part for part in parts if part is not None)
 
     def _make(self, encoder: Encoder, first: int, last: int) -> tuple[Tensor, ...]:
-        """The matrices of the blocks [first, last)."""
+        """The matrices of the blocks [first, last), sliced."""
+        made = self._generate(encoder, first, last)
+        if self.slices is None:
+            return made
+        scales = {"attention_output": encoder.kept_attention_scale, "output": encoder.kept_inner_scale}
+        names = (*Weights._fields, "pooler")[first:last]
+        return tuple(self.slices.cut(name, matrix, scales.get(name)) for name, matrix in zip(names, made, strict=True))
+
+    def _generate(self, encoder: Encoder, first: int, last: int) -> tuple[Tensor, ...]:
+        """The whole matrices of the blocks [first, last)."""
         wanted = self.blocks[first:last]
         embedding = embedding_matrix(encoder.word_embeddings, self.words)
         if not self.virtual:

@@ -96,7 +96,7 @@ def state_bytes(shape: Shape, largest: int) -> dict[str, int]:
 
 def activation_bytes(config: ShareBertConfig, shape: Shape) -> int:
     """Bytes that layers, embedding and head keep from the forward to the backward pass."""
-    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    hidden, inner, heads = config.hidden_size, config.inner_size, config.heads
     product = 4 if shape.precision == "fp32" else 2
     stream = 4 if shape.stage == 0 else product  # under autocast LayerNorms and additions are in fp32
     tokens = shape.rows * shape.seq_len
@@ -145,7 +145,7 @@ def hole_bytes(config: ShareBertConfig, shape: Shape, activations: int) -> int:
         return 0
     product = 4 if shape.precision == "fp32" else 2
     stream = 4 if shape.stage == 0 else product
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    hidden, heads = config.hidden_size, config.heads
     layer = 2 * product * hidden
     if config.hidden_dropout_prob:
         layer += 2 * (stream + 2) * hidden

@@ -34,7 +34,7 @@ def traffic(config: ShareBertConfig, mask_rate: float, seq_len: int) -> dict[str
     into registers (the logits: a row is read for its sum, then again for its gradient). The times are per micro-batch.
     The last two do not grow with the tokens: their bytes are of a micro-batch, or of an optimizer step.
     """
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    hidden, inner, layers = config.hidden_size, config.inner_size, config.num_hidden_layers
     matrices = generated_elements(config)
     return {
         "dropout + add + LayerNorm, forward": (2 * 4 * hidden, 2 * layers + 1),

@@ -1,0 +1,139 @@
+"""What calibration rows say about a model: its loss on them, and its forward pass with masks on its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compress.tools import MASK_RATE
+from exports.tokenizer import load_tokenizer
+from sharebert.encoder import Layer
+from sharebert.heads import ShareBertForMaskedLM
+from sharebert.kernels import attention, linear_gelu
+from sharebert.plain_modules import embedding_matrix
+from sharebert.shared_linear import linear
+from sharebert_common.errors import BadInput
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class Batch(NamedTuple):
+    """Rows to run, and what is to be predicted in them."""
+
+    tokens: Tensor
+    """[B, T], with [MASK] at the chosen positions."""
+    visible: Tensor
+    """[B, T], 0 at padding."""
+    labels: Tensor
+    """[B, T], the word at chosen positions, -100 elsewhere."""
+
+
+def batches(tokens: Tensor, tokenizer: Path, seed: int, rows_at_once: int = 32) -> list[Batch]:
+    """Calibration rows with 15 % of their words masked, in batches. Every row has one chosen word at least.
+
+    Args:
+        tokens: [rows, length].
+        tokenizer: a `tokenizer.json` with the special tokens of BERT.
+        seed: decides the chosen words.
+        rows_at_once: rows of a batch.
+
+    Raises BadInput: the tokenizer lacks a special token.
+    """
+    words = load_tokenizer(tokenizer)
+    ids = {name: words.token_to_id(name) for name in SPECIAL}
+    if missing := [name for name, number in ids.items() if number is None]:
+        raise BadInput(f"{tokenizer}: has no token {missing[0]}, which masked language modelling needs")
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor(list(ids.values()))
+    found = []
+    for part in tokens.split(rows_at_once):
+        scores = torch.rand(part.shape, generator=generator)
+        scores[torch.isin(part, special)] = 2.0
+        chosen = (scores < MASK_RATE) | (scores == scores.min(1, keepdim=True).values)
+        chosen &= scores < 2.0
+        labels = torch.where(chosen, part, -100)
+        masked = torch.where(chosen, ids["[MASK]"], part)
+        found.append(Batch(masked, (part != ids["[PAD]"]).long(), labels))
+    return found
+
+
+Watch = Callable[[int, str, Tensor], None]
+"""Is given the number of a layer, `attention_output` or `output`, and what that matrix is multiplied by [B, T, width];
+or `branches`, and what the layer adds to the stream [B, T, H]."""
+
+
+def hidden_states(
+    model: ShareBertForMaskedLM,
+    batch: Batch,
+    heads: Tensor | None = None,
+    columns: Tensor | None = None,
+    layers: Tensor | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """The hidden states [B, T, H], with factors on parts of the model.
+
+    Args:
+        model: in evaluation mode.
+        batch: the rows.
+        heads: [B or 1, heads], a factor on the output of each head, the same in all layers.
+        columns: [B or 1, inner], a factor on each column inside the feed-forward block, likewise.
+        layers: [B or 1, L], a factor on what each layer adds to the stream.
+        watch: see `Watch`.
+    """
+    encoder = model.sharebert
+    weights = encoder.layer_weights(pooler=False)
+    stream = encoder._embed(encoder.word_embeddings(batch.tokens), None, None)
+    mask = batch.visible[:, None, None, :].bool()
+    for index, layer in enumerate(encoder.layers):
+        assert isinstance(layer, Layer)
+        matrices = weights.of_layer(index)
+        _, x = layer.attention_norm(stream, None)
+        query, key, value = (
+            layer._heads(linear(x, matrix, bias))
+            for matrix, bias in (
+                (matrices.query, layer.query_bias),
+                (matrices.key, layer.key_bias),
+                (matrices.value, layer.value_bias),
+            )
+        )
+        attended = attention(query, key, value, mask, layer.scale, 0.0)
+        if heads is not None:
+            attended = attended * heads[:, :, None, None]
+        attended = attended.transpose(1, 2).flatten(2)
+        branch = linear(attended, matrices.attention_output, layer.attention_output_bias)
+        factor = 1.0 if layers is None else layers[:, index, None, None]
+        middle = stream + branch * factor
+        _, x = layer.ffn_norm(middle, None)
+        inner = linear_gelu(x, matrices.intermediate, layer.intermediate_bias)
+        if columns is not None:
+            inner = inner * columns[:, None, :]
+        second = linear(inner, matrices.output, layer.output_bias)
+        if watch is not None:
+            watch(index, "attention_output", attended)
+            watch(index, "output", inner)
+            watch(index, "branches", branch + second)
+        stream = middle + second * factor
+    return encoder.final_norm(stream, None)[1]
+
+
+def objective(model: ShareBertForMaskedLM, batch: Batch, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum over rows of what gradients are taken of.
+
+    With a masked-language-model head it is the loss at the chosen words, a mean over those of each row. Without one it
+    is the product of the hidden states with random numbers: the mean of its squared gradients over many rows is the
+    Gauss-Newton matrix of the squared error of the hidden states.
+    """
+    if model.mlm_head is None:
+        directions = torch.randn(hidden.shape, generator=generator)
+        return (hidden * directions * batch.visible[:, :, None]).sum() / hidden.shape[1]
+    embedding = embedding_matrix(model.sharebert.word_embeddings, model.config.vocab_size)
+    chosen = batch.labels >= 0
+    logits = model.mlm_head(hidden[chosen], embedding if model.mlm_head.tied else None)
+    assert isinstance(logits, Tensor)
+    losses = F.cross_entropy(logits, batch.labels[chosen], reduction="none")
+    return (losses / chosen.sum(1).repeat_interleave(chosen.sum(1))).sum()
