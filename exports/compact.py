@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 import sharebert
 from exports.cards import model_card
@@ -24,6 +25,7 @@ from exports.tokenizer import write_tokenizer
 from exports.weight_files import write_weights
 from exports.weight_source import TensorWeights, WeightSource, whole
 from sharebert.config import MODEL_TYPE
+from sharebert.sparse import sparse_parts
 from sharebert.stored import stored_tensors
 from sharebert.virtual import used_rows
 
@@ -60,8 +62,18 @@ class Compact:
         """Every model has this form."""
 
     def weights(self, export: Export) -> WeightSource:
-        """What the files hold."""
-        return stored_weights(export)
+        """What the files hold: tensors that the export calls sparse as a mask and the numbers that are not zero."""
+        kept, sparse = stored_weights(export), export.other_keys.get("sparse")
+        if not sparse:
+            return kept
+        tensors: dict[str, Tensor] = {}
+        for name in kept.specs:
+            tensor = whole(kept, name)
+            if name in sparse:
+                tensors |= sparse_parts(name, tensor if self.dtype is None else tensor.to(self.dtype))
+            else:
+                tensors[name] = tensor
+        return TensorWeights(tensors)
 
     def further_keys(self) -> dict[str, Any]:
         """Keys of `config.json` that say how the weights are stored."""

@@ -15,6 +15,9 @@ from sharebert.packed import ROTATED, ROTATION, Packing
 
 LARGE = ("sharebert.word_embeddings.weight", "mlm_head.decoder.weight")
 
+PRUNED = ROTATED
+"""The matrices whose weights the step `prune_weights` sets to zero."""
+
 FACTORS = (*ROTATED, "sharebert.factor_linear.weight", "mlm_head.dense.weight", "mlm_head.decoder.weight")
 """The matrices that are quantised. All others are vectors, or have a row a position or a token type."""
 

@@ -25,6 +25,7 @@ from exports.weight_source import TensorWeights
 from sharebert.config import ShareBertConfig, ShareBertError
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.packed import unpack_all
+from sharebert.sparse import expand_sparse
 from sharebert.stored import full_tensors
 from sharebert_common.errors import BadInput
 
@@ -59,6 +60,10 @@ def read_export(folder: Path) -> Export:
     given = _read_config_file(folder / CONFIG, folder)
     tensors = read_weights(folder)  # in the order of their names
     other_keys = dict(given.other_keys)
+    try:
+        tensors = expand_sparse(other_keys.get("sparse") or (), tensors)
+    except (ShareBertError, TypeError) as error:
+        raise BadInput(f"{folder}: {error}") from error
     if packing := other_keys.pop("packing", None):
         try:
             tensors = unpack_all(packing, tensors)

@@ -70,10 +70,13 @@ def write_weights(
         folder: where the files go.
         source: where the values come from; they are read in pieces.
         metadata: what the files say about where the tensors come from.
-        dtype: values are rounded to it; None keeps the dtypes of the source.
+        dtype: floating values are rounded to it; None keeps the dtypes of the source.
         max_file_bytes: above this, the tensors are spread over several files.
     """
-    given = {name: Spec(dtype or spec.dtype, spec.shape) for name, spec in source.specs.items()}
+    given = {
+        name: Spec(dtype, spec.shape) if dtype is not None and spec.dtype.is_floating_point else spec
+        for name, spec in source.specs.items()
+    }
     specs = dict(sorted(given.items(), key=lambda item: -item[1].dtype.itemsize))
     stream_weights(folder, specs, pieces(source, list(specs)), metadata, max_file_bytes)
 

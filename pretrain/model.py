@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 from data_prep.shards.reader import Dataset
 from exports.tokenizer import training_tokenizer_sha256
 from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
+from pretrain.engine.zeros import keep_zeros
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert.kernels import FLEX_FROM, flex_serves
 from sharebert_common.errors import BadInput, nearest
@@ -35,6 +36,9 @@ class ModelRecipe:
     Chang et al., "Principled Weight Initialization for Hypernetworks", ICLR 2020.)"""
     init_from: str | None = None
     """Folder of an export whose weights the model starts with."""
+    keep_zeros: bool = False
+    """Weights of E and W_all that are zero at the start stay zero, as after the compression step `prune_weights`. Not
+    with ZeRO 3."""
     vocab_size: int | None = None
     """Rows V of the embedding. Without it, the words of the dataset's tokenizer."""
     vocab_pad_multiple: int | None = None
@@ -86,6 +90,8 @@ class ModelChoice:
     """An export whose weights are taken instead."""
     init_scale: float | None = None
     """The generated weights start with standard deviation init_scale / √H; None where `init` alone decides."""
+    keep_zeros: bool = False
+    """Weights of E and W_all that are zero at the start stay zero."""
 
 
 def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | None) -> ModelChoice:
@@ -122,7 +128,7 @@ def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | Non
             f"model.max_position_embeddings: {config.max_position_embeddings}, "
             f"and the dataset's rows have {seq_len} tokens"
         )
-    return ModelChoice(config, recipe.init, init_from, recipe.init_scale)
+    return ModelChoice(config, recipe.init, init_from, recipe.init_scale, recipe.keep_zeros)
 
 
 def refuse_other_tokenizer(choice: ModelChoice, dataset: Dataset) -> None:
@@ -159,6 +165,8 @@ def build_model(choice: ModelChoice, seed: int, quantise: QuantiseRecipe | None 
     initialize(model, choice.init, seed, choice.init_scale)
     if choice.init_from is not None:
         _take_weights(model, choice.init_from)
+    if choice.keep_zeros:
+        keep_zeros(model)
     return model
 
 

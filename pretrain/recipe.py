@@ -127,5 +127,9 @@ class TrainRecipe:
             )
         if self.quantise.bits and self.zero.stage == 3:
             raise BadInput("quantise: not with zero.stage 3, where no rank holds whole matrices; use stage 2")
+        if self.model.keep_zeros and self.zero.stage == 3:
+            raise BadInput("model.keep_zeros: not with zero.stage 3, where no rank holds whole matrices; use stage 2")
+        if self.model.keep_zeros and self.optimizer.muon.generated:
+            raise BadInput("model.keep_zeros: not with optimizer.muon.generated, which moves every weight of a matrix")
         if self.compile and self.zero.stage == 3:
             raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")

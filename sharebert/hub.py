@@ -24,6 +24,7 @@ from .heads import MlmHead
 from .packed import unpack_all
 from .plain_modules import embedding_matrix
 from .roles import ZERO_BIAS, Normal, Uniform, own_roles, set_roles, weight_role
+from .sparse import expand_sparse
 from .stored import full_tensors
 
 if TYPE_CHECKING:  # transformers before 5.10 copies only the files that this one names
@@ -85,7 +86,7 @@ except ImportError:  # before 4.53
 
 POOLINGS = ("pooler", "mean")
 
-STORAGE_KEYS = {"packing", "trimmed", "trimmed_pooler"}
+STORAGE_KEYS = {"packing", "sparse", "trimmed", "trimmed_pooler"}
 """Keys of `config.json` that say how an export stores its tensors."""
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -166,7 +167,9 @@ class ShareBertPreTrainedModel(PreTrainedModel):
         if place is not None and not isinstance(config, cls.config_class):
             stored_as = cls.config_class.from_pretrained(place if config is None else config, **hub)
         packing = getattr(stored_as, "packing", None)
-        if place is None or "state_dict" in options or not (packing or getattr(stored_as, "trimmed", False)):
+        sparse = getattr(stored_as, "sparse", None)
+        as_it_is = not (packing or sparse or getattr(stored_as, "trimmed", False))
+        if place is None or "state_dict" in options or as_it_is:
             return super().from_pretrained(place, *given, config=config, **options)
         changes = {name: options.pop(name) for name in list(options) if _is_a_key(stored_as, name)}
         if changes:  # keys of the config among the arguments, such as num_labels
@@ -176,6 +179,8 @@ class ShareBertPreTrainedModel(PreTrainedModel):
         for name in STORAGE_KEYS & vars(config).keys():  # a copy that is saved from here stores all, as numbers
             delattr(config, name)
         stored = _stored(place, hub)
+        if sparse:
+            stored = expand_sparse(sparse, stored)
         if packing:
             stored = unpack_all(packing, stored)
         for name in ("subfolder", "variant"):

@@ -2,5 +2,8 @@
 
 structure_step   `prune_structure`: fewer heads, columns and layers, and its keys
 structure        which of them matter, by squared gradients; the factors on what stays
+weights_step     `prune_weights`: weights of E and W_all become zero, and its keys
+masks            which weights go, by their scores
+surgeon          Optimal BERT Surgeon: scores from gradients, and how other weights make up
 calibrate        the forward pass on calibration rows, with masks on parts
 """

@@ -8,5 +8,6 @@ fragments           which elements of weights and moments this rank holds, at ev
 generated_muon      orthogonal gradients of generated matrices, and their momenta
 loss_scaler         fp16's dynamic loss scale
 deepspeed_import    importing DeepSpeed without its side effects
+zeros               training of pruned weights: those that are zero stay zero
 fake_quantise       quantisation-aware training: the forward pass of rounded matrices
 """

@@ -1,0 +1,189 @@
+"""The step `prune_weights`: weights of E and W_all become zero, and the file holds only the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.prune.calibrate import Batch, batches, hidden_states, objective
+from compress.prune.masks import Scope, smallest, sparsity_after
+from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
+from compress.quantise.hessians import collect
+from compress.quantise.step import error_costs, with_tensors
+from compress.step import FormName, Source, Tools
+from exports.compact import stored_weights
+from exports.export import Export, model_of, tensor_shapes
+from exports.forms import write_export
+from exports.packed import PRUNED
+from exports.read import read_export
+from exports.weight_source import TensorWeights, whole
+from sharebert.heads import ShareBertForMaskedLM
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
+
+CHUNK = 16
+"""Gradients that update the inverse at once."""
+
+PROGRESS = "pruned.safetensors"
+"""The weights after the last recomputation, in the scratch folder."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class PruneWeights:
+    """Set weights of E and W_all to zero, and store a bit for each and the numbers that are left."""
+
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """The share of the weights that become zero; 0: only store the zeros that are there, as after more training."""
+    method: Literal["magnitude", "wanda", "surgeon"] = "surgeon"
+    """How a weight is scored. magnitude: by its size; wanda: by its size and what an error of it costs on calibration
+    rows; surgeon: Optimal BERT Surgeon, by gradients on calibration rows, and other weights make up for it."""
+    scope: Scope = "global"
+    """global: the share is that of both matrices together; matrix: of each; 2:4: two of each four neighbours."""
+    recomputations: Annotated[int, Field(ge=1)] = 4
+    """surgeon: in how many steps the share is reached; scores are computed anew in each."""
+    block: Annotated[int, Field(ge=1)] = 32
+    """surgeon: neighbours of a row whose gradients are looked at together."""
+    gradients: Annotated[int, Field(ge=1)] = 256
+    """surgeon: gradients that the scores are computed from; each is the mean of some calibration rows."""
+    damping: Annotated[float, Field(gt=0)] = 0.1
+    """surgeon: what is added to the mean squared gradient on the diagonal, as a part of it over all weights."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Step.needs_calibration`."""
+        return self.method != "magnitude" and self.sparsity > 0
+
+    def check(self, source: Source) -> None:
+        """See `Step.check`."""
+        self.result_form(source.form)
+        if self.scope == "2:4" and self.sparsity != 0.5:
+            raise BadInput(f"prune_weights.sparsity: scope 2:4 removes half of the weights, not {self.sparsity:g}")
+        config = read_export(source.folder).config
+        pruned = config.kept_heads is not None or config.kept_columns is not None
+        if self.method == "wanda" and (config.sharing != "veps" or pruned):
+            raise BadInput(
+                "prune_weights.method: wanda takes a model with sharing: veps and without pruned heads or columns; "
+                "use surgeon"
+            )
+
+    def result_form(self, source: FormName) -> FormName:
+        """See `Step.result_form`."""
+        if source != "compact":
+            raise BadInput(f"prune_weights: takes a compact export, this one is {source}")
+        return source
+
+    def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
+        """See `Step.apply`."""
+        export = read_export(source.folder)
+        kept = stored_weights(export)  # of a trimmed W_all only the rows that are used
+        weights = {name: whole(kept, name).float().clone() for name in PRUNED if name in kept.specs}
+        if self.sparsity > 0:
+            if self.method == "surgeon":
+                weights = self.by_surgeon(export, weights, source, tools)
+            else:
+                removed = smallest(self.scores(export, weights, tools), self.sparsity, self.scope)
+                weights = {name: torch.where(removed[name], 0.0, weights[name]) for name in weights}
+        write_export(sparse(export, weights), out)
+        return {f"zeros of {name}": round(float((tensor == 0).float().mean()), 4) for name, tensor in weights.items()}
+
+    def scores(self, export: Export, weights: dict[str, Tensor], tools: Tools) -> dict[str, Tensor]:
+        """What each weight is worth, by magnitude or Wanda."""
+        squares = {name: tensor**2 for name, tensor in weights.items()}
+        if self.method == "magnitude":
+            return squares
+        model = _model(export, weights)
+        statistics = collect(model, tools.calibration())
+        full = {name: model.get_parameter(name).detach() for name in weights}
+        costs = {name: error_costs(name, len(tensor), model, statistics, full) for name, tensor in weights.items()}
+        return {name: squares[name] * costs[name] for name in weights}
+
+    def by_surgeon(self, export: Export, weights: dict[str, Tensor], source: Source, tools: Tools) -> dict[str, Tensor]:
+        """The weights after all recomputations. What is done is kept in the scratch folder, and not done again."""
+        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self._rows_at_once(tools))
+        rows = rows[: self.gradients]
+        start = _zeros(weights)
+        done, weights = _resume(tools.scratch / PROGRESS, weights)
+        for step in range(done + 1, self.recomputations + 1):
+            share = sparsity_after(step, self.recomputations, min(start, self.sparsity), self.sparsity)
+            inverses = self.inverse_fisher(_model(export, weights), weights, rows, tools.seed)
+            worth = {
+                name: unblocked(saliency(blocked(tensor, self.block), inverses[name]), tensor.shape)
+                for name, tensor in weights.items()
+            }
+            if self.scope == "2:4" and step < self.recomputations:  # all four-groups lose their two at the end
+                removed = {name: smallest({name: values}, share, "matrix")[name] for name, values in worth.items()}
+                removed = {name: removed[name] & smallest(worth, 0.5, "2:4")[name] for name in worth}
+            else:
+                removed = smallest(worth, share, self.scope)
+            for name, tensor in weights.items():
+                gone = blocked(removed[name] | (tensor == 0), self.block)
+                moved = without(blocked(tensor, self.block), gone, inverses.pop(name))
+                weights[name] = unblocked(moved, tensor.shape).contiguous()
+            _save(tools.scratch / PROGRESS, step, weights)
+            tools.say(f"prune_weights: {_zeros(weights):.1%} zeros after recomputation {step} of {self.recomputations}")
+        return weights
+
+    def inverse_fisher(
+        self, model: ShareBertForMaskedLM, weights: dict[str, Tensor], rows: Sequence[Batch], seed: int
+    ) -> dict[str, InverseFisher]:
+        """F⁻¹ of each matrix, in blocks. A weight that is zero has no gradient, so that it takes part in nothing."""
+        generator = torch.Generator().manual_seed(seed)
+        parameters = {name: model.get_parameter(name).requires_grad_() for name in weights}
+        found: dict[str, InverseFisher] = {}
+        for first in range(0, len(rows), CHUNK):
+            chunk: dict[str, list[Tensor]] = {name: [] for name in weights}
+            for batch in rows[first : first + CHUNK]:
+                loss = objective(model, batch, hidden_states(model, batch), generator) / len(batch.tokens)
+                for name, given in zip(weights, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+                    used = given[len(given) - len(weights[name]) :] * (weights[name] != 0)
+                    chunk[name].append(blocked(used, self.block))
+            for name, gradients in chunk.items():
+                together = torch.stack(gradients)
+                if name not in found:
+                    damping = self.damping * float((together**2).mean()) + 1e-20
+                    found[name] = InverseFisher(together.shape[1], self.block, len(rows), damping)
+                found[name].add(together)
+        return found
+
+    def _rows_at_once(self, tools: Tools) -> int:
+        return max(1, len(tools.calibration()) // self.gradients)
+
+
+def sparse(export: Export, weights: dict[str, Tensor]) -> Export:
+    """The export with these weights, given as a trimmed export stores them, which its file will hold as sparse."""
+    keys = {**export.other_keys, "sparse": sorted(weights)}
+    return dataclasses.replace(with_tensors(export, weights), other_keys=keys)
+
+
+def _model(export: Export, weights: dict[str, Tensor]) -> ShareBertForMaskedLM:
+    changed = with_tensors(export, weights)
+    assert isinstance(changed.weights, TensorWeights)
+    return model_of(export.config, {name: changed.weights.tensors[name] for name in tensor_shapes(export.config)})
+
+
+def _zeros(weights: dict[str, Tensor]) -> float:
+    return sum(int((t == 0).sum()) for t in weights.values()) / sum(t.numel() for t in weights.values())
+
+
+def _save(path: Path, step: int, weights: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".writing")
+    save_file(weights, temporary, metadata={"step": str(step)})
+    temporary.replace(path)
+
+
+def _resume(path: Path, weights: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
+    """How many recomputations are done, and the weights after them."""
+    if not path.is_file():
+        return 0, weights
+    with safe_open(path, "pt") as file:
+        return int((file.metadata() or {})["step"]), {name: file.get_tensor(name) for name in weights}

@@ -1,0 +1,237 @@
+"""The step `prune_weights`, and that its zeros survive loading and training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compress_models import tiny_export, tokens_of
+from safetensors.numpy import load_file
+
+from compress.prune import weights_step
+from compress.prune.calibrate import batches, hidden_states, objective
+from compress.prune.masks import smallest, sparsity_after
+from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
+from compress.prune.weights_step import PruneWeights
+from compress.source import open_source
+from compress.trim import Trim
+from exports.compact import Compact
+from exports.forms import write_export
+from exports.read import load_model, read_export
+from pretrain.engine.zeros import keep_zeros
+from sharebert_common.errors import BadInput
+
+E, ALL = "sharebert.word_embeddings.weight", "sharebert.factor_linear_all.weight"
+
+
+def tools(scratch: Path, rows: int = 48) -> Any:
+    tokens = torch.randint(5, 250, (rows, 12), generator=torch.Generator().manual_seed(2))
+    said: list[str] = []
+    return SimpleNamespace(calibration=lambda: tokens, seed=0, scratch=scratch / "scratch", say=said.append, said=said)
+
+
+def pruned(folder: Path, source: Path, name: str = "out", **keys: Any) -> tuple[Path, dict[str, Any]]:
+    step, out = PruneWeights(**keys), folder / name
+    step.check(open_source(source))
+    return out, step.apply(open_source(source), tools(folder), out)
+
+
+def problem(gradients: int = 40, blocks: int = 3, size: int = 5) -> tuple[torch.Tensor, InverseFisher, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(gradients, blocks, size, generator=generator)
+    inverse = InverseFisher(blocks, size, gradients, 0.3)
+    for first in range(0, gradients, 16):
+        inverse.add(g[first : first + 16])
+    explicit = torch.einsum("nbi,nbj->bij", g, g) / gradients + 0.3 * torch.eye(size)
+    return torch.randn(blocks, size, generator=generator), inverse, explicit
+
+
+def test_woodbury_gives_the_explicit_inverse() -> None:
+    _, inverse, explicit = problem()
+    torch.testing.assert_close(inverse.inverse, torch.linalg.inv(explicit), rtol=1e-4, atol=1e-5)
+
+
+def test_saliency_and_update_of_one_weight_are_those_of_the_paper() -> None:
+    weights, inverse, explicit = problem()
+    explicit_inverse = torch.linalg.inv(explicit)
+    found = saliency(weights, inverse)
+    for block in range(3):
+        for q in range(5):
+            w, f = weights[block], explicit_inverse[block]
+            assert found[block, q].item() == pytest.approx((w[q] ** 2 / (2 * f[q, q])).item(), rel=1e-3)
+            removed = torch.zeros(3, 5, dtype=torch.bool)
+            removed[block, q] = True
+            by_hand = w - w[q] / f[q, q] * f[:, q]
+            by_hand[q] = 0
+            torch.testing.assert_close(without(weights, removed, inverse)[block], by_hand, rtol=1e-3, atol=1e-4)
+
+
+def test_the_update_of_several_weights_costs_least() -> None:
+    """The oracle: minimise ½·δᵀFδ over the weights that stay, by their own normal equations."""
+    weights, inverse, explicit = problem()
+    removed = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    found = without(weights, removed, inverse)
+    for block in range(3):
+        stay, go = ~removed[block], removed[block]
+        f, w = explicit[block], weights[block]
+        expected = torch.zeros(5)
+        expected[stay] = w[stay] + torch.linalg.solve(f[stay][:, stay], f[stay][:, go] @ w[go])
+        torch.testing.assert_close(found[block], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_are_neighbours_of_a_row() -> None:
+    matrix = torch.arange(14.0).view(2, 7)
+    blocks = blocked(matrix, 3)
+    assert blocks[1].tolist() == [3, 4, 5]
+    assert blocks[2].tolist() == [6, 0, 0]
+    assert unblocked(blocks, matrix.shape).equal(matrix)
+
+
+def test_scopes() -> None:
+    scores = {"a": torch.tensor([[1.0, 2, 3, 4, 9]]), "b": torch.tensor([[10.0, 0.5, 30, 20, 5]])}
+    together, each, half = (smallest(scores, 0.4, scope) for scope in ("global", "matrix", "2:4"))  # type: ignore[arg-type]
+    assert together["a"].tolist() == [[True, True, True, False, False]]
+    assert together["b"].tolist() == [[False, True, False, False, False]]
+    assert each["b"].tolist() == [[False, True, False, False, True]]
+    assert half["b"].tolist() == [[True, True, False, False, False]]
+    assert sparsity_after(4, 4, 0.1, 0.9) == 0.9
+    assert sparsity_after(1, 2, 0.0, 0.8) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "surgeon"])
+@pytest.mark.parametrize("scope", ["global", "matrix", "2:4"])
+def test_the_file_holds_only_what_is_not_zero(tmp_path: Path, method: str, scope: str) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    out, _ = pruned(tmp_path, source, method=method, scope=scope, gradients=12, block=4)
+    model, file = load_model(out), load_file(out / "model.safetensors")
+    zeros = total = 0
+    for name in (E, ALL):
+        bits = np.unpackbits(file[f"{name}.mask"], bitorder="little")
+        shape = tuple(file[f"{name}.shape"])
+        by_numpy = np.zeros(np.prod(shape), dtype=np.float32)
+        by_numpy[bits[: by_numpy.size] == 1] = file[f"{name}.values"]
+        assert (by_numpy.reshape(shape) == model.get_parameter(name).detach().numpy()).all()
+        zeros, total = zeros + int((by_numpy == 0).sum()), total + by_numpy.size
+        if scope == "2:4":
+            assert ((by_numpy.reshape(-1, 4) == 0).sum(1) == 2).all()
+    assert zeros == pytest.approx(total / 2, abs=2)
+    assert (out / "model.safetensors").stat().st_size < 0.85 * (source / "model.safetensors").stat().st_size
+
+
+def test_magnitude_keeps_the_largest_as_they_are(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source")
+    out, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.9, scope="matrix")
+    before, after = load_model(source).get_parameter(E), load_model(out).get_parameter(E)
+    limit = before.abs().flatten().sort().values[round(0.9 * before.numel())]
+    assert after.equal(torch.where(before.abs() >= limit, before, 0.0))
+
+
+def test_a_killed_step_goes_on_after_the_last_recomputation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_export(tmp_path / "source")
+    keys: dict[str, Any] = {"gradients": 8, "recomputations": 3}
+    whole, _ = pruned(tmp_path / "whole", source, **keys)
+    save, count = weights_step._save, []
+
+    def dies(path: Path, step: int, weights: Any) -> None:
+        save(path, step, weights)
+        count.append(step)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights_step, "_save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(tmp_path / "killed", source, **keys)
+    assert count == [1, 2]
+    out, _ = pruned(tmp_path / "killed", source, **keys)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_transformers_loads_it_trimmed_or_not(tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    first, _ = pruned(tmp_path, source, method="magnitude")
+    Trim().apply(open_source(first), None, tmp_path / "trimmed")  # type: ignore[arg-type]
+    assert f"{ALL}.mask" in load_file(tmp_path / "trimmed" / "model.safetensors")
+    for folder in (first, tmp_path / "trimmed"):
+        expected, tokens = load_model(folder), tokens_of(read_export(folder).config)
+        model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
+        torch.testing.assert_close(model(tokens).logits, expected.logits(tokens), rtol=1e-4, atol=1e-4)
+        model.save_pretrained(tmp_path / "copy")
+        assert "sparse" not in json.loads((tmp_path / "copy" / "config.json").read_text())
+
+
+def test_another_dtype_rounds_the_values_and_leaves_the_mask(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source")
+    out, _ = pruned(tmp_path, source, method="magnitude")
+    write_export(read_export(out), tmp_path / "half", Compact(torch.float16))
+    expected, found = load_model(out).get_parameter(E), load_model(tmp_path / "half").get_parameter(E)
+    assert found.equal(expected.half().float())
+
+
+def test_zeros_survive_training(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    out, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.8)
+    model, (batch, *_) = load_model(out), batches(tools(tmp_path).calibration(), out / "tokenizer.json", 0)
+    keep_zeros(model.train())
+    before = {name: model.get_parameter(name).detach().clone() for name in (E, ALL)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        objective(model, batch, hidden_states(model, batch), torch.Generator()).backward()
+        optimizer.step()
+    for name, tensor in before.items():
+        after = model.get_parameter(name)
+        assert (after == 0).equal(tensor == 0)
+        assert not after.equal(tensor)
+
+
+def test_sparsity_0_stores_the_zeros_that_are_there(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source")
+    first, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.6)
+    export = read_export(first)
+    dense = {name: value for name, value in export.other_keys.items() if name != "sparse"}
+    import dataclasses
+
+    write_export(dataclasses.replace(export, other_keys=dense), tmp_path / "whole")
+    again, _ = pruned(tmp_path, tmp_path / "whole", name="again", sparsity=0)
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file
+
+    source = tiny_export(tmp_path / "source")
+    out, _ = pruned(tmp_path, source, method="magnitude")
+    tensors = load_torch(out / "model.safetensors")
+    tensors[f"{E}.values"] = tensors[f"{E}.values"][:-1].clone()
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(BadInput, match=f"{E}: not the sparse tensor"):
+        read_export(out)
+
+
+@pytest.mark.parametrize(
+    ("keys", "changes", "message"),
+    [
+        ({"scope": "2:4", "sparsity": 0.7}, {}, "scope 2:4 removes half"),
+        ({"method": "wanda"}, {"sharing": "eps"}, "wanda takes a model with sharing: veps"),
+    ],
+)
+def test_wrong_keys_are_one_line(tmp_path: Path, keys: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        PruneWeights(**keys).check(open_source(tiny_export(tmp_path / "source", **changes)))
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0])
+def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
+    from compress.steps import step_of
+
+    with pytest.raises(BadInput, match="sparsity"):
+        step_of({"prune_weights": {"sparsity": sparsity}}, "steps[0]")
