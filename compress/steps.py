@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.dense.onnx_int8 import OnnxInt8
 from compress.dense.to_onnx import ToOnnx
+from compress.low_rank.factor_step import LowerFactor
 from compress.prune.structure_step import PruneStructure
 from compress.prune.weights_step import PruneWeights
 from compress.quantise.step import Quantise
@@ -17,6 +18,7 @@ from sharebert_common.recipe import describe, parse
 
 STEPS: dict[str, type[Any]] = {
     "trim": Trim,
+    "lower_factor": LowerFactor,
     "prune_structure": PruneStructure,
     "prune_weights": PruneWeights,
     "quantise": Quantise,

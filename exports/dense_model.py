@@ -143,9 +143,9 @@ def _dense(inputs: int, outputs: int) -> Parts:
 
 def check_fits(config: ShareBertConfig) -> None:
     """Raises BadInput where the MLM head has no dense form."""
-    if config.mlm_head == "tied" and config.hidden_size % config.factor_size:
+    if config.mlm_head == "tied" and config.hidden_size % config.row_size:
         raise BadInput(
-            f"a tied MLM head has a dense form only where factor_size ({config.factor_size}) divides "
+            f"a tied MLM head has a dense form only where factor_size ({config.row_size}) divides "
             f"hidden_size ({config.hidden_size}); export the encoder alone (--no-head)"
         )
 
@@ -188,7 +188,7 @@ def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
         yield "bert.embeddings.word_embeddings.weight", encoder.embed_words(factors)
     yield from encoder_tensors(encoder)
     if model.mlm_head is not None:
-        yield from _head(model.mlm_head, encoder.word_embeddings.weight, config)
+        yield from _head(model.mlm_head, encoder, config)
 
 
 @torch.no_grad()
@@ -236,7 +236,8 @@ def _layer(prefix: str, layer: Layer, made: dict[str, Tensor], factor: float) ->
     yield from _linear(prefix + "output.dense", made["output"], layer.output_bias)
 
 
-def _head(head: MlmHead, embedding: Tensor, config: ShareBertConfig) -> Iterator[tuple[str, Tensor]]:
+def _head(head: MlmHead, encoder: ShareBert, config: ShareBertConfig) -> Iterator[tuple[str, Tensor]]:
+    embedding, expansion = encoder.word_embeddings.weight, encoder.factor_expansion
     bias = head.bias if head.tied else embedding.new_zeros(config.vocab_size)
     times = config.hidden_size // len(head.norm.weight)
     yield "cls.predictions.bias", bias
@@ -245,6 +246,8 @@ def _head(head: MlmHead, embedding: Tensor, config: ShareBertConfig) -> Iterator
     yield "cls.predictions.transform.LayerNorm.weight", head.norm.weight.repeat(times)
     yield "cls.predictions.transform.LayerNorm.bias", head.norm.bias.repeat(times)
     for rows in (embedding if head.tied else head.decoder.weight).split(ROWS_AT_ONCE):
+        if head.tied and expansion is not None:
+            rows = expansion(rows)
         yield "cls.predictions.decoder.weight", F.pad(rows, (0, config.hidden_size - rows.shape[1]))
     yield "cls.predictions.decoder.bias", bias.clone()  # torch takes two names of one memory for one tensor
 

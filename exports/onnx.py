@@ -143,14 +143,16 @@ def _name_products(model: Any, config: ShareBertConfig, classifier: OnnxClassifi
 
     Tools that quantise take the names, to leave a product as it is. The nodes are in the order of the forward pass.
     """
-    names = ["bert.embeddings.factor_linear"] if config.sharing != "eps" else []
+    names = ["bert.embeddings.factor_expansion"] if config.expanded_size is not None else []
+    names += ["bert.embeddings.factor_linear"] if config.sharing != "eps" else []
     names += [f"{LAYER}{number}.{name}" for number in range(config.num_hidden_layers) for name in PRODUCTS]
     if classifier is None or classifier.pooling == "pooler":
         names.append("bert.pooler.dense")
     if classifier is not None:
         names.append("classifier")
     elif config.mlm_head != "none":
-        names += ["mlm_head.dense", "mlm_head.decoder"]
+        narrow = ["mlm_head.factor_expansion"] if config.mlm_head == "tied" and config.expanded_size is not None else []
+        names += ["mlm_head.dense", *narrow, "mlm_head.decoder"]
     weights = model.graph.initializers
     products = [
         (node, matrix)
@@ -226,7 +228,9 @@ class _Words(nn.Module):
         self.factors = encoder.word_embeddings
         projected = encoder.config.sharing != "eps"
         norm = encoder.pos_factor_norm
-        self.rest = nn.Sequential(encoder.pre_factor_norm, encoder.factor_linear, norm) if projected else norm
+        parts = [encoder.pre_factor_norm, encoder.factor_linear, norm] if projected else [norm]
+        expansion = [] if encoder.factor_expansion is None else [encoder.factor_expansion]
+        self.rest = nn.Sequential(*expansion, *parts)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.rest(self.factors(tokens))  # type: ignore[no-any-return]
@@ -244,6 +248,7 @@ class _Outputs(nn.Module):
         self.encoder.load_state_dict(dict(encoder_tensors(encoder)), assign=True)
         self.encoder.bert.embeddings.word_embeddings = _Words(encoder)
         self.mlm_head = model.mlm_head
+        self.expansion = encoder.factor_expansion
         self.classifier = classifier
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
@@ -253,7 +258,7 @@ class _Outputs(nn.Module):
         if self.mlm_head is None:
             return hidden, pooled
         embedding = self.encoder.bert.embeddings.word_embeddings.factors.weight if self.mlm_head.tied else None
-        return hidden, pooled, self.mlm_head(hidden, embedding)
+        return hidden, pooled, self.mlm_head(hidden, embedding, expansion=self.expansion)
 
 
 @dataclass(frozen=True)

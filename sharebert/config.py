@@ -19,6 +19,9 @@ CHOICES = {
 KEPT = {"kept_heads": "num_attention_heads", "kept_columns": "intermediate_size"}
 """Keys of a pruned model: which parts of the generated matrices it uses, and the key that says how many there are."""
 
+OPTIONAL = {*KEPT, "expanded_size"}
+"""Keys that only a compressed model has."""
+
 SIZES: dict[str, dict[str, int]] = {
     "sharebert-small": {"factor_size": 128, "num_hidden_layers": 12},
     "sharebert-base": {"factor_size": 384, "num_hidden_layers": 12},
@@ -45,6 +48,9 @@ class ShareBertConfig:
     """V is rounded up to a multiple of this number."""
     factor_size: int = 384
     """Columns F of the embedding. `sharing: eps` needs F = H."""
+    expanded_size: int | None = None
+    """Width to which rows of E are multiplied, by `factor_expansion`, before the first norm and in a tied head: the
+    factor size before it was lowered. None: rows of E are used as they are."""
     hidden_size: int = 2048
     """Width H of the residual stream."""
     num_hidden_layers: int = 12
@@ -81,8 +87,13 @@ class ShareBertConfig:
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
-            if key not in KEPT:
+            if key not in KEPT and (key != "expanded_size" or value is not None):
                 _check(key, value)
+        if self.expanded_size is not None and (self.sharing == "eps" or self.expanded_size < self.factor_size):
+            raise ShareBertError(
+                f"expanded_size: must be factor_size ({self.factor_size}) or more, and is not for sharing: eps "
+                f"(got {self.expanded_size} with {self.sharing})"
+            )
         rows = -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
         object.__setattr__(self, "vocab_size", rows)  # the dataclass is frozen
         if self.hidden_size % self.num_attention_heads:
@@ -123,6 +134,16 @@ class ShareBertConfig:
         return self.sharing in ("veps", "eps")
 
     @property
+    def altered(self) -> bool:
+        """Whether parts of the generated matrices are not used, or rows of E are expanded."""
+        return any(getattr(self, key) is not None for key in OPTIONAL)
+
+    @property
+    def row_size(self) -> int:
+        """Width of a row of E as the first norm and a tied head use it: F, unless F was lowered."""
+        return self.expanded_size or self.factor_size
+
+    @property
     def head_size(self) -> int:
         """d, the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
@@ -158,9 +179,11 @@ class ShareBertConfig:
         return float(self.head_size) ** (-2 / 3 if self.attention_scale == "authors" else -1 / 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `config.json`, including `model_type`. Those of a pruned model are left out of another's."""
+        """The keys of `config.json`, including `model_type`. Those of a compressed model are left out of another's."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {"model_type": MODEL_TYPE} | {key: v for key, v in values.items() if key not in KEPT or v is not None}
+        return {"model_type": MODEL_TYPE} | {
+            key: v for key, v in values.items() if key not in OPTIONAL or v is not None
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ShareBertConfig:

@@ -103,10 +103,14 @@ class ShareBert(nn.Module):
         self.config = config
         self.sharing: Sharing = OneGeneratedSet(config) if config.generates else OwnMatrices(config)
         hidden, factor, weight = config.hidden_size, config.factor_size, weight_role(config.initializer_range)
+        row = config.row_size
         self.word_embeddings = set_roles(nn.Embedding(config.vocab_size, factor), weight=weight)
         if config.sharing != "eps":
-            self.pre_factor_norm = _factor_norm(factor, config)
-            self.factor_linear = set_roles(nn.Linear(factor, hidden), weight=weight, bias=ZERO_BIAS)
+            self.pre_factor_norm = _factor_norm(row, config)
+            self.factor_linear = set_roles(nn.Linear(row, hidden), weight=weight, bias=ZERO_BIAS)
+        self.factor_expansion = None
+        if config.expanded_size is not None:
+            self.factor_expansion = set_roles(nn.Linear(factor, row, bias=False), weight=weight)
         if config.sharing == "veps":
             # E has standard deviation `initializer_range`; with W_all N(0, 1/F) the matrices have the same.
             start = weight.start._replace(variance=Normal(1 / sqrt(factor)))
@@ -210,6 +214,8 @@ class ShareBert(nn.Module):
 
     def embed_words(self, factors: Tensor) -> Tensor:
         """Rows of E [..., F] as they enter the residual stream, before position and type, [..., H]."""
+        if self.factor_expansion is not None:
+            factors = self.factor_expansion(factors)
         if self.config.sharing != "eps":
             factors = self.factor_linear(self.pre_factor_norm(factors))
         return self.pos_factor_norm(factors)  # type: ignore[no-any-return]

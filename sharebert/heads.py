@@ -30,7 +30,7 @@ class MlmHead(nn.Module):
     def __init__(self, config: ShareBertConfig) -> None:
         super().__init__()
         self.tied = config.mlm_head == "tied"
-        width = config.factor_size if self.tied else config.hidden_size
+        width = config.row_size if self.tied else config.hidden_size
         uniform = Uniform(1 / sqrt(config.hidden_size))
         start = Start(uniform, uniform)
         self.dense = nn.Linear(config.hidden_size, width)
@@ -44,23 +44,33 @@ class MlmHead(nn.Module):
             self.decoder = set_roles(decoder, weight=weight_role(config.initializer_range))
 
     def forward(
-        self, hidden: Tensor, embedding: Tensor | None, labels: Tensor | None = None, loss_weights: Tensor | None = None
+        self,
+        hidden: Tensor,
+        embedding: Tensor | None,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        expansion: nn.Linear | None = None,
     ) -> Tensor | MlmOutput:
         """Logits [N, V] of `hidden` [N, H], or their loss if labels and loss weights [N] are given.
 
-        `embedding` is E [V, F] for a tied head, and None for an untied one.
+        `embedding` is E [V, F] for a tied head, and None for an untied one; `expansion` is the encoder's.
         """
         if labels is None and not (is_plain(self.dense) and (self.tied or is_plain(self.decoder))):
-            x = self.norm(nn.functional.gelu(self.dense(hidden)))
+            x = self._narrow(self.norm(nn.functional.gelu(self.dense(hidden))), expansion)
             return nn.functional.linear(x, embedding, self.bias) if embedding is not None else self.decoder(x)
         x = linear_gelu(hidden, self.dense.weight.t(), self.dense.bias)
         _, x = add_dropout_norm(x, None, self.norm.weight, self.norm.bias, self.norm.eps, 0.0)
+        x = self._narrow(x, expansion)
         matrix = embedding if self.tied else self.decoder.weight
         bias = self.bias if self.tied else None
         assert matrix is not None
         if labels is None or loss_weights is None:
             return nn.functional.linear(x, matrix, bias)
         return MlmOutput(*linear_cross_entropy(x, matrix, bias, labels, loss_weights))
+
+    def _narrow(self, x: Tensor, expansion: nn.Linear | None) -> Tensor:
+        """What multiplies E, [..., F], of a tied head: x·(E·Xᵀ)ᵀ is (x·X)·Eᵀ."""
+        return x if expansion is None or not self.tied else x @ expansion.weight.to(x.dtype)
 
 
 class ShareBertForMaskedLM(nn.Module):
@@ -139,4 +149,4 @@ class ShareBertForMaskedLM(nn.Module):
             raise ShareBertError("this model has no MLM head (mlm_head: none), so it has no loss and no logits")
         words = self.sharebert.word_embeddings
         embedding = embedding_matrix(words, self.config.vocab_size) if self.mlm_head.tied else None
-        return self.mlm_head(rows, embedding, labels, loss_weights)  # type: ignore[no-any-return]
+        return self.mlm_head(rows, embedding, labels, loss_weights, self.sharebert.factor_expansion)  # type: ignore[no-any-return]

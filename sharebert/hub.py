@@ -428,7 +428,7 @@ class ShareBertForMaskedLM(ShareBertPreTrainedModel):
         )
         words = self.sharebert.word_embeddings
         embedding = embedding_matrix(words, self.config.vocab_size) if self.mlm_head.tied else None
-        logits = self.mlm_head(encoded.hidden, embedding)
+        logits = self.mlm_head(encoded.hidden, embedding, expansion=self.sharebert.factor_expansion)
         loss = None
         if labels is not None:
             loss = _mean(F.cross_entropy, logits.flatten(0, 1).float(), labels.flatten(), num_items_in_batch)

@@ -133,7 +133,9 @@ def objective(model: ShareBertForMaskedLM, batch: Batch, hidden: Tensor, generat
         return (hidden * directions * batch.visible[:, :, None]).sum() / hidden.shape[1]
     embedding = embedding_matrix(model.sharebert.word_embeddings, model.config.vocab_size)
     chosen = batch.labels >= 0
-    logits = model.mlm_head(hidden[chosen], embedding if model.mlm_head.tied else None)
+    logits = model.mlm_head(
+        hidden[chosen], embedding if model.mlm_head.tied else None, expansion=model.sharebert.factor_expansion
+    )
     assert isinstance(logits, Tensor)
     losses = F.cross_entropy(logits, batch.labels[chosen], reduction="none")
     return (losses / chosen.sum(1).repeat_interleave(chosen.sum(1))).sum()

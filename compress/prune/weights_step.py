@@ -68,10 +68,9 @@ class PruneWeights:
         if self.scope == "2:4" and self.sparsity != 0.5:
             raise BadInput(f"prune_weights.sparsity: scope 2:4 removes half of the weights, not {self.sparsity:g}")
         config = read_export(source.folder).config
-        pruned = config.kept_heads is not None or config.kept_columns is not None
-        if self.method == "wanda" and (config.sharing != "veps" or pruned):
+        if self.method == "wanda" and (config.sharing != "veps" or config.altered):
             raise BadInput(
-                "prune_weights.method: wanda takes a model with sharing: veps and without pruned heads or columns; "
+                "prune_weights.method: wanda takes a model with sharing: veps that has all heads, columns and factors; "
                 "use surgeon"
             )
 

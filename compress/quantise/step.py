@@ -77,9 +77,10 @@ class Quantise:
         config = read_export(source.folder).config
         if self.awq and config.sharing != "veps":
             raise BadInput("quantise.awq: takes a model with sharing: veps")
-        pruned = config.kept_heads is not None or config.kept_columns is not None
-        if pruned and (self.awq or self.rounding == "gptq"):
-            raise BadInput("quantise: awq and rounding: gptq take no model with pruned heads or columns; use search")
+        if config.altered and (self.awq or self.rounding == "gptq"):
+            raise BadInput(
+                "quantise: awq and rounding: gptq take no model with fewer heads, columns or factors; use search"
+            )
         if self.rotate and config.sharing != "veps":
             raise BadInput(
                 f"quantise.rotate: needs W_all to rotate along with E, and sharing: {config.sharing} has none"

@@ -1,0 +1,90 @@
+"""The step `lower_factor`: fewer columns of E, which are most of the bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from compress.low_rank.factor import basis, mean_hessian, projected
+from compress.quantise.hessians import collect, of_embedding
+from compress.step import FormName, Source, Tools
+from exports.forms import write_export
+from exports.read import load_model, read_export
+from exports.weight_source import TensorWeights, whole
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
+
+EMBEDDING, PROJECTION = "sharebert.word_embeddings.weight", "sharebert.factor_linear_all.weight"
+EXPANSION = "sharebert.factor_expansion.weight"
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class LowerFactor:
+    """Lower the factor size F: E becomes a product of two matrices, of which the large one has fewer columns."""
+
+    size: Annotated[int, Field(ge=1)]
+    """Columns of E that stay, fewer than there are."""
+    gauge: Literal["plain", "product", "hessians"] = "hessians"
+    """What the truncated SVD is near to. plain: E itself; product: E·W_allᵀ, from which matrices are cut; hessians:
+    whatever costs least on calibration rows."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Step.needs_calibration`."""
+        return self.gauge == "hessians"
+
+    def check(self, source: Source) -> None:
+        """See `Step.check`."""
+        self.result_form(source.form)
+        config = read_export(source.folder).config
+        if config.sharing != "veps":
+            raise BadInput(f"lower_factor: takes a model with sharing: veps, this one has {config.sharing}")
+        if self.size >= config.factor_size:
+            raise BadInput(f"lower_factor.size: {self.size} is not below the model's factor_size, {config.factor_size}")
+        if self.gauge == "hessians" and config.altered:
+            raise BadInput(
+                "lower_factor.gauge: hessians takes a model that has all heads, columns and factors; use product, or "
+                "lower the factor size first"
+            )
+
+    def result_form(self, source: FormName) -> FormName:
+        """See `Step.result_form`."""
+        if source != "compact":
+            raise BadInput(f"lower_factor: takes a compact export, this one is {source}")
+        return source
+
+    def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
+        """See `Step.apply`."""
+        export = read_export(source.folder)
+        tensors = {name: whole(export.weights, name).float() for name in export.weights.specs}
+        embedding, projection = tensors[EMBEDDING], tensors[PROJECTION].double()
+        if self.gauge == "hessians":
+            model = load_model(source.folder)
+            statistics = collect(model, tools.calibration())
+            hessians = of_embedding(model, statistics, tensors[PROJECTION])
+            matrix = basis(embedding, self.size, *mean_hessian(hessians, len(embedding)))
+            lower = projected(embedding, matrix, hessians)
+        else:
+            metric = None if self.gauge == "plain" else projection.t() @ projection
+            matrix = basis(embedding, self.size, metric=metric)
+            lower = least_squares(embedding, matrix, metric)
+        before = tensors.get(EXPANSION)  # of a factor size that was lowered before
+        expansion = matrix.t() if before is None else before.double() @ matrix.t()
+        changed = {EMBEDDING: lower, PROJECTION: projection @ matrix.t(), EXPANSION: expansion}
+        tensors |= {name: tensor.float().contiguous() for name, tensor in changed.items()}
+        config = dataclasses.replace(export.config, factor_size=self.size, expanded_size=export.config.row_size)
+        write_export(dataclasses.replace(export, config=config, weights=TensorWeights(tensors)), out)
+        error = (lower @ matrix - embedding.double()).norm() / embedding.double().norm()
+        return {"factor size": self.size, "relative error of E": round(float(error), 4)}
+
+
+def least_squares(embedding: Tensor, matrix: Tensor, metric: Tensor | None) -> Tensor:
+    """E' [V, F'], float64, whose product with B [F', F] is nearest to E, with errors measured by the metric [F, F]."""
+    weighted = matrix if metric is None else matrix @ metric
+    return torch.linalg.solve(weighted @ matrix.t(), weighted @ embedding.double().t()).t()
