@@ -8,6 +8,8 @@ from typing import Any
 from compress.dense.onnx_int8 import OnnxInt8
 from compress.dense.to_onnx import ToOnnx
 from compress.low_rank.factor_step import LowerFactor
+from compress.low_rank.pc_lora_step import PcLora
+from compress.low_rank.step import LowRankStep
 from compress.prune.structure_step import PruneStructure
 from compress.prune.weights_step import PruneWeights
 from compress.quantise.step import Quantise
@@ -19,6 +21,8 @@ from sharebert_common.recipe import describe, parse
 STEPS: dict[str, type[Any]] = {
     "trim": Trim,
     "lower_factor": LowerFactor,
+    "low_rank": LowRankStep,
+    "pc_lora": PcLora,
     "prune_structure": PruneStructure,
     "prune_weights": PruneWeights,
     "quantise": Quantise,

@@ -87,7 +87,7 @@ def folded(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         changed: dict[str, Tensor] = {}
         for index, module in enumerate(model.layers):
             layer: Any = module
-            weights = layer_weights.of_layer(index)
+            weights = layer_weights.of_layer(index).written_out()
             beta, ffn_beta = layer.attention_norm.bias, layer.ffn_norm.bias
             value = layer.value_bias + beta @ weights.value
             new = {

@@ -210,7 +210,7 @@ def _matrices(encoder: ShareBert, layer: int) -> dict[str, Tensor]:
     """The matrices of a layer and the pooler's, by name, [out, in] as in `nn.Linear`, the query with its factor."""
     weights = encoder.layer_weights()
     encoder.forget_weights()
-    given: dict[str, Tensor | None] = {**weights.of_layer(layer)._asdict(), "pooler": weights.pooler}
+    given: dict[str, Tensor | None] = {**weights.of_layer(layer).written_out()._asdict(), "pooler": weights.pooler}
     del weights
     made = {}
     while given:  # takes each out before the next is copied, so that only one is in memory twice

@@ -9,7 +9,9 @@ from sharebert import ShareBertConfig
 
 
 def generated_elements(config: ShareBertConfig) -> int:
-    """Elements of the matrices that a layer uses: four [H, H], and two of the feed-forward network."""
+    """Elements of a layer's matrices: four [H, H] and two [H, I]; of a low rank, those of their factors."""
+    if config.rank is not None:
+        return config.rank * (10 * config.hidden_size + 2 * config.intermediate_size)
     return 4 * config.hidden_size * config.attention_size + 2 * config.hidden_size * config.inner_size
 
 

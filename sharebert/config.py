@@ -11,7 +11,7 @@ from typing import Any
 MODEL_TYPE = "sharebert"
 
 CHOICES = {
-    "sharing": ("veps", "eps", "layers", "none"),
+    "sharing": ("veps", "eps", "layers", "none", "low_rank"),
     "mlm_head": ("untied", "tied", "none"),
     "attention_scale": ("authors", "standard"),
 }
@@ -19,7 +19,7 @@ CHOICES = {
 KEPT = {"kept_heads": "num_attention_heads", "kept_columns": "intermediate_size"}
 """Keys of a pruned model: which parts of the generated matrices it uses, and the key that says how many there are."""
 
-OPTIONAL = {*KEPT, "expanded_size"}
+OPTIONAL = {*KEPT, "expanded_size", "rank"}
 """Keys that only a compressed model has."""
 
 SIZES: dict[str, dict[str, int]] = {
@@ -73,7 +73,10 @@ class ShareBertConfig:
     """Standard deviation of the weights of a new model."""
     sharing: str = "veps"
     """`veps`: the matrices of all layers are cut from the virtual matrix E·W_allᵀ + b_all; `eps`: from E itself.
-    `layers`: all layers use one set of matrices, which are parameters; `none`: every layer has a set of its own."""
+    `layers`: all layers use one set of matrices, which are parameters; `none`: every layer has a set of its own;
+    `low_rank`: all layers use one set, each matrix a product of two parameters of rank `rank`."""
+    rank: int | None = None
+    """Rank of the matrices with `sharing: low_rank`, and only there; a matrix has its smaller side at most."""
     mlm_head: str = "untied"
     """`untied`: the head has its own decoder [V, H]; `tied`: it uses E and a bias [V]; `none`: there is no head."""
     attention_scale: str = "authors"
@@ -87,8 +90,12 @@ class ShareBertConfig:
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
-            if key not in KEPT and (key != "expanded_size" or value is not None):
+            if key not in KEPT and (key not in OPTIONAL or value is not None):
                 _check(key, value)
+        if (self.rank is not None) != (self.sharing == "low_rank"):
+            raise ShareBertError(
+                f"rank: is for sharing: low_rank, and needed there (got {self.rank} with {self.sharing})"
+            )
         if self.expanded_size is not None and (self.sharing == "eps" or self.expanded_size < self.factor_size):
             raise ShareBertError(
                 f"expanded_size: must be factor_size ({self.factor_size}) or more, and is not for sharing: eps "

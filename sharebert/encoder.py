@@ -14,7 +14,7 @@ from .config import ShareBertConfig, ShareBertError
 from .kernels import add_dropout_norm, attention, document_mask, linear_gelu
 from .roles import FACTOR_NORM_WEIGHT, LAYER_BIAS, NORM_WEIGHT, ZERO_BIAS, Normal, set_roles, weight_role
 from .shared_linear import linear
-from .sharing import LayerWeights, OneGeneratedSet, OwnMatrices, Sharing, Weights
+from .sharing import LayerWeights, OneGeneratedSet, Sharing, Weights, sharing_of
 
 
 class Encoded(NamedTuple):
@@ -101,7 +101,7 @@ class ShareBert(nn.Module):
     def __init__(self, config: ShareBertConfig) -> None:
         super().__init__()
         self.config = config
-        self.sharing: Sharing = OneGeneratedSet(config) if config.generates else OwnMatrices(config)
+        self.sharing: Sharing = sharing_of(config)
         hidden, factor, weight = config.hidden_size, config.factor_size, weight_role(config.initializer_range)
         row = config.row_size
         self.word_embeddings = set_roles(nn.Embedding(config.vocab_size, factor), weight=weight)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .config import ShareBertError
 from .kernels_cpu import Dropout, DropoutAttention
 from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype
-from .shared_linear import linear, matmul
+from .shared_linear import LowRank, linear, matmul, narrowed
 from .tracing import is_traced
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
@@ -61,8 +61,9 @@ def cpu_kernels_for(x: Tensor) -> bool:
     return x.device.type == "cpu" and not is_traced()
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor | LowRank, bias: Tensor) -> Tensor:
     """gelu(x·W + b) with the exact (erf) GELU; shapes as in `linear`."""
+    x, weight = narrowed(x, weight)
     if fused := triton_for(x):
         return fused.bias_gelu(matmul(x, weight), bias).view(*x.shape[:-1], weight.shape[1])  # type: ignore[no-any-return]
     return F.gelu(linear(x, weight, bias))

@@ -6,7 +6,7 @@ the memory of W for every layer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,27 @@ class SharedGradients:
             self._sums, self._backward_pass = [None] * len(self._sums), this
 
 
+class LowRank(NamedTuple):
+    """A matrix [in, out] as the product a·b, which is never made: x·a·b is two small products."""
+
+    a: Tensor
+    """[in, rank]."""
+    b: Tensor
+    """[rank, out]."""
+
+
+def narrowed(x: Tensor, weight: Tensor | LowRank) -> tuple[Tensor, Tensor]:
+    """What is multiplied by what, so that the result is x [..., in] · weight [in, out]."""
+    if not isinstance(weight, LowRank):
+        return x, weight
+    return matmul(x, weight.a).view(*x.shape[:-1], weight.a.shape[1]), weight.b
+
+
+def written_out(weight: Tensor | LowRank) -> Tensor:
+    """The matrix [in, out] itself."""
+    return weight.a @ weight.b if isinstance(weight, LowRank) else weight
+
+
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] · weight [in, out] as [rows, out], without a bias; else as `linear`."""
     dtype = compute_dtype(x)
@@ -60,12 +81,13 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
     return _Linear.apply(None, flat, weight)  # type: ignore[no-any-return]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | LowRank, bias: Tensor) -> Tensor:
     """x [..., in] · weight [in, out] + bias [out].
 
     It is one `addmm` on views: neither the weight nor its gradient is copied or transposed. If `virtual` made the
     weight, the gradients of all its uses are summed by the products that make them.
     """
+    x, weight = narrowed(x, weight)
     dtype = compute_dtype(x)
     flat, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
     if is_traced() or not torch.is_grad_enabled():

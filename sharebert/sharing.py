@@ -16,14 +16,16 @@ from .config import ShareBertConfig
 from .kept import KeptMatrices, may_keep
 from .plain_modules import embedding_matrix, is_plain
 from .precision import compute_dtype
-from .roles import set_roles, weight_role
+from .roles import Normal, set_roles, weight_role
+from .shared_linear import LowRank, written_out
 from .slices import slices_of
 from .tracing import is_traced
 from .virtual import GradientChange, blocks, generate
 
 
 class Weights(NamedTuple):
-    """The matrices of one layer, each [in, out]: y = x·W + b."""
+    """The matrices of one layer, each [in, out]: y = x·W + b. With `sharing: low_rank` each is a `LowRank` instead,
+    which `linear` and `linear_gelu` take as well."""
 
     query: Tensor
     """[H, H]."""
@@ -37,6 +39,10 @@ class Weights(NamedTuple):
     """[H, I]."""
     output: Tensor
     """[I, H]."""
+
+    def written_out(self) -> Weights:
+        """The same with every product of a low rank made."""
+        return Weights(*map(written_out, self))
 
 
 class LayerWeights(Protocol):
@@ -174,6 +180,42 @@ class OwnMatrices(nn.Module):
     def forward(self, encoder: Encoder, pooler: bool) -> OwnSets:
         """The parameters of all sets."""
         return OwnSets([one.weights() for one in self.layers], self.pooler if pooler else None)  # type: ignore[operator]
+
+
+class LowRankMatrices(nn.Module):
+    """One set of matrices for all layers, each a product a·b of two parameters, and the pooler's."""
+
+    def __init__(self, config: ShareBertConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        assert config.rank is not None
+        for name in (*Weights._fields, "pooler"):
+            rows, columns = {"intermediate": (hidden, inner), "output": (inner, hidden)}.get(name, (hidden, hidden))
+            rank = min(config.rank, rows, columns)
+            self.register_parameter(f"{name}_a", nn.Parameter(torch.zeros(rows, rank)))
+            self.register_parameter(f"{name}_b", nn.Parameter(torch.zeros(rank, columns)))
+            # the elements of a·b have the standard deviation `initializer_range`
+            role = weight_role(config.initializer_range)
+            half = role._replace(
+                start=role.start._replace(variance=Normal((config.initializer_range**2 / rank) ** 0.25))
+            )
+            set_roles(self, **{f"{name}_a": half, f"{name}_b": half})
+
+    def forward(self, encoder: Encoder, pooler: bool) -> SameForAll:
+        """The parameters themselves; the pooler's are multiplied here."""
+        made: list[Any] = [self.matrix(name) for name in Weights._fields]
+        return SameForAll(Weights(*made), written_out(self.matrix("pooler")) if pooler else None)
+
+    def matrix(self, name: str) -> LowRank:
+        """That of a name in `Weights`, or `pooler`."""
+        return LowRank(getattr(self, f"{name}_a"), getattr(self, f"{name}_b"))
+
+
+def sharing_of(config: ShareBertConfig) -> Sharing:
+    """The way to share of a model."""
+    if config.generates:
+        return OneGeneratedSet(config)
+    return LowRankMatrices(config) if config.sharing == "low_rank" else OwnMatrices(config)
 
 
 class OwnSets(NamedTuple):

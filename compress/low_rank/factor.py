@@ -3,9 +3,8 @@
 E [V, F] becomes E'·B with E' [V, F'] and B [F', F]. Every use of E then uses E'·B: the virtual matrix is
 E'·(W_all·Bᵀ)ᵀ, and the input path and a tied head multiply by B. Which B is best depends on what an error δ of a row of
 E costs. With the closed form δ·H_v·δᵀ of `compress/quantise/hessians.py`, taken as a_v·δ·H·δᵀ with one H for all rows,
-B comes from the singular vectors of diag(√a)·E·H^½, and then each row of E' from its own H_v:
-
-    e'_v = e_v·H_v·Bᵀ·(B·H_v·Bᵀ)⁻¹
+B comes from the singular vectors of diag(√a)·E·H^½, and E' = E·H·Bᵀ·(B·H·Bᵀ)⁻¹. (To take each row of E' by its own
+H_v brought nothing more: a loss of 4.5384 in place of 4.5380 for F 64 → 56.)
 """
 
 from __future__ import annotations
@@ -17,6 +16,10 @@ from torch import Tensor
 
 AT_ONCE = 512
 """Rows whose Hessians are in memory at once."""
+
+SMOOTHING = 0.1
+"""Part of the mean cost that every row has beside its own. Words that calibration rows lack would cost almost nothing
+otherwise, though a head scores them in every place."""
 
 
 def basis(embedding: Tensor, rank: int, weights: Tensor | None = None, metric: Tensor | None = None) -> Tensor:
@@ -43,27 +46,17 @@ def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_hessian(hessians: Callable[[slice], Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    """a [rows] and H [F, F] so that a_v·H is near to H_v: the mean of the diagonal, and the mean of H_v / a_v."""
-    traces, total = [], torch.zeros(())
+    """a [rows] and H [F, F] so that a_v·H is near to H_v + SMOOTHING·(mean of all): by the means of diagonals."""
+    traces, total = [], torch.zeros((), dtype=torch.float64)
     for first in range(0, rows, AT_ONCE):
         found = hessians(slice(first, min(first + AT_ONCE, rows))).double()
-        trace = found.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-        traces.append(trace)
+        traces.append(found.diagonal(dim1=1, dim2=2).mean(1))
         total = total + found.sum(0)
     weights = torch.cat(traces)
-    return weights, total / weights.sum()
+    return weights + SMOOTHING * weights.mean(), total / weights.sum()
 
 
-def projected(embedding: Tensor, matrix: Tensor, hessians: Callable[[slice], Tensor]) -> Tensor:
-    """E' [V, F'], float64: each row the one whose product with B costs least by its own Hessian."""
-    found = []
-    for first in range(0, len(embedding), AT_ONCE):
-        rows = slice(first, min(first + AT_ONCE, len(embedding)))
-        costs = hessians(rows).double()
-        traces = costs.diagonal(dim1=1, dim2=2).mean(1)
-        floor = 1e-9 * torch.maximum(traces, traces.max().clamp(min=1e-30) * 1e-3)  # words that nothing uses cost 0
-        costs = costs + floor[:, None, None] * torch.eye(costs.shape[1])
-        right = matrix @ costs  # [rows, F', F]
-        system = right @ matrix.t()
-        found.append(torch.linalg.solve(system, (right @ embedding[rows].double()[:, :, None]))[:, :, 0])
-    return torch.cat(found)
+def least_squares(embedding: Tensor, matrix: Tensor, metric: Tensor | None) -> Tensor:
+    """E' [V, F'], float64, whose product with B [F', F] is nearest to E, with errors measured by the metric [F, F]."""
+    weighted = matrix if metric is None else matrix @ metric.double()
+    return torch.linalg.solve(weighted @ matrix.t(), weighted @ embedding.double().t()).t()

@@ -6,12 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
-from compress.low_rank.factor import basis, mean_hessian, projected
+from compress.low_rank.factor import basis, least_squares, mean_hessian
 from compress.quantise.hessians import collect, of_embedding
 from compress.step import FormName, Source, Tools
 from exports.forms import write_export
@@ -64,16 +62,15 @@ class LowerFactor:
         export = read_export(source.folder)
         tensors = {name: whole(export.weights, name).float() for name in export.weights.specs}
         embedding, projection = tensors[EMBEDDING], tensors[PROJECTION].double()
+        weights, metric = None, None
         if self.gauge == "hessians":
             model = load_model(source.folder)
             statistics = collect(model, tools.calibration())
-            hessians = of_embedding(model, statistics, tensors[PROJECTION])
-            matrix = basis(embedding, self.size, *mean_hessian(hessians, len(embedding)))
-            lower = projected(embedding, matrix, hessians)
-        else:
-            metric = None if self.gauge == "plain" else projection.t() @ projection
-            matrix = basis(embedding, self.size, metric=metric)
-            lower = least_squares(embedding, matrix, metric)
+            weights, metric = mean_hessian(of_embedding(model, statistics, tensors[PROJECTION]), len(embedding))
+        elif self.gauge == "product":
+            metric = projection.t() @ projection
+        matrix = basis(embedding, self.size, weights, metric)
+        lower = least_squares(embedding, matrix, metric)
         before = tensors.get(EXPANSION)  # of a factor size that was lowered before
         expansion = matrix.t() if before is None else before.double() @ matrix.t()
         changed = {EMBEDDING: lower, PROJECTION: projection @ matrix.t(), EXPANSION: expansion}
@@ -82,9 +79,3 @@ class LowerFactor:
         write_export(dataclasses.replace(export, config=config, weights=TensorWeights(tensors)), out)
         error = (lower @ matrix - embedding.double()).norm() / embedding.double().norm()
         return {"factor size": self.size, "relative error of E": round(float(error), 4)}
-
-
-def least_squares(embedding: Tensor, matrix: Tensor, metric: Tensor | None) -> Tensor:
-    """E' [V, F'], float64, whose product with B [F', F] is nearest to E, with errors measured by the metric [F, F]."""
-    weighted = matrix if metric is None else matrix @ metric
-    return torch.linalg.solve(weighted @ matrix.t(), weighted @ embedding.double().t()).t()

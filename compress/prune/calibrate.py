@@ -63,8 +63,8 @@ def batches(tokens: Tensor, tokenizer: Path, seed: int, rows_at_once: int = 32) 
 
 
 Watch = Callable[[int, str, Tensor], None]
-"""Is given the number of a layer, `attention_output` or `output`, and what that matrix is multiplied by [B, T, width];
-or `branches`, and what the layer adds to the stream [B, T, H]."""
+"""Is given the number of a layer, the name of a matrix, and what it is multiplied by [B, T, width] (`query` stands for
+key and value too); or `branches`, and what the layer adds to the stream [B, T, H]."""
 
 
 def hidden_states(
@@ -92,9 +92,9 @@ def hidden_states(
     for index, layer in enumerate(encoder.layers):
         assert isinstance(layer, Layer)
         matrices = weights.of_layer(index)
-        _, x = layer.attention_norm(stream, None)
+        _, first = layer.attention_norm(stream, None)
         query, key, value = (
-            layer._heads(linear(x, matrix, bias))
+            layer._heads(linear(first, matrix, bias))
             for matrix, bias in (
                 (matrices.query, layer.query_bias),
                 (matrices.key, layer.key_bias),
@@ -114,6 +114,8 @@ def hidden_states(
             inner = inner * columns[:, None, :]
         second = linear(inner, matrices.output, layer.output_bias)
         if watch is not None:
+            watch(index, "query", first)
+            watch(index, "intermediate", x)
             watch(index, "attention_output", attended)
             watch(index, "output", inner)
             watch(index, "branches", branch + second)

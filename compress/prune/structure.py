@@ -57,7 +57,7 @@ def least_important(matrix: Tensor, count: int) -> list[int]:
 
 
 class Inputs:
-    """Sums over calibration rows of what the two output matrices of each layer are multiplied by."""
+    """Sums over calibration rows of what the matrices of each layer are multiplied by."""
 
     def __init__(self, model: ShareBertForMaskedLM, rows: Sequence[Batch]) -> None:
         self.products: dict[str, Tensor] = {}
@@ -80,6 +80,10 @@ class Inputs:
                 tokens += int(seen.sum())
                 hidden_states(model, batch, watch=watch)
         self.means = {key: total / tokens for key, total in self.means.items()}
+        self.second_moments: dict[str, Tensor] = {
+            name: torch.stack([second[i, name] for i in range(layers)]).sum(0) / tokens for _, name in second
+        }
+        """Matrix name (`query` stands for key and value too) → Σ_layers E[x·xᵀ] of its input, [width, width]."""
         for name in ("attention_output", "output"):
             covariances = (
                 second[i, name] / tokens - torch.outer(self.means[i, name], self.means[i, name]) for i in range(layers)

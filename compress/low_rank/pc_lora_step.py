@@ -1,0 +1,203 @@
+"""The step `pc_lora`: the shared matrices fade out while low-rank products learn, with the model itself as teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from math import cos, pi
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from compress.low_rank.fading import FadingMatrices, Schedule, base_share
+from compress.low_rank.step import check_source, products, with_products
+from compress.prune.calibrate import Batch, batches, hidden_states, objective
+from compress.prune.structure import Inputs
+from compress.step import FormName, Source, Tools
+from exports.export import Export
+from exports.forms import write_export
+from exports.read import load_model, read_export
+from exports.weight_source import TensorWeights, whole
+from sharebert.heads import ShareBertForMaskedLM
+from sharebert.shared_linear import LowRank
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
+
+PROGRESS = "pc_lora.pt"
+"""The state of the training, in the scratch folder."""
+
+SAVE_EVERY = 100
+"""Steps between two saves of that state."""
+
+WARM_UP = 0.05
+"""Part of the steps in which the learning rate rises."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class PcLora:
+    """Train a low-rank product for each shared matrix while the matrix fades out (PC-LoRA); the result is as that of
+    `low_rank`."""
+
+    rank: Annotated[int, Field(ge=1)]
+    """Rank of each product, below the hidden size."""
+    steps: Annotated[int, Field(ge=1)] = 2000
+    """Steps of the training, each with `batch` calibration rows."""
+    fade: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Part of the steps after which nothing of the matrices is left."""
+    schedule: Schedule = "sine"
+    """How the matrices fade: linear; sine, fast at first; cosine, slowly at first and last."""
+    start: Literal["svd", "zero"] = "svd"
+    """svd: products start as in `low_rank`, and what they lack fades out; zero: they start at zero, as in the paper."""
+    task_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Weight of the masked-language-model loss; the rest is of the squared error of the states of each layer."""
+    batch: Annotated[int, Field(ge=1)] = 32
+    """Calibration rows of a step."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """The highest learning rate, of AdamW; it rises over the first steps, and falls to zero as a cosine."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Step.needs_calibration`."""
+        return True
+
+    def check(self, source: Source) -> None:
+        """See `Step.check`."""
+        self.result_form(source.form)
+        config = read_export(source.folder).config
+        check_source("pc_lora", config, self.rank)
+        if config.mlm_head == "none" and self.task_weight > 0:
+            raise BadInput("pc_lora.task_weight: this model has no masked-language-model head; set it to 0")
+
+    def result_form(self, source: FormName) -> FormName:
+        """See `Step.result_form`."""
+        if source != "compact":
+            raise BadInput(f"pc_lora: takes a compact export, this one is {source}")
+        return source
+
+    def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
+        """See `Step.apply`."""
+        export, teacher, student = (
+            read_export(source.folder),
+            load_model(source.folder).requires_grad_(False),
+            load_model(source.folder).requires_grad_(False),
+        )
+        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self.batch)
+        fading = self.fading(student, rows)
+        student.sharebert.sharing = fading
+        trained = [*fading.parameters(), *_own(student).values()]
+        for parameter in trained:
+            parameter.requires_grad_()
+        self.train(student, teacher, fading, trained, rows, tools)
+        write_export(with_products(_with_biases(export, student), self.rank, fading.products()), out)
+        return {"rank": self.rank, "steps": self.steps}
+
+    def fading(self, model: ShareBertForMaskedLM, rows: list[Batch]) -> FadingMatrices:
+        """The matrices of the model, and the products at the start."""
+        with torch.no_grad():
+            made = model.sharebert.layer_weights()
+        matrices: dict[str, Any] = {**made.of_layer(0)._asdict(), "pooler": made.pooler}
+        found: dict[str, LowRank] = products(model, self.rank, Inputs(model, rows[:64]).second_moments)
+        return FadingMatrices(matrices, found, from_zero=self.start == "zero")
+
+    def train(
+        self,
+        student: ShareBertForMaskedLM,
+        teacher: ShareBertForMaskedLM,
+        fading: FadingMatrices,
+        trained: list[nn.Parameter],
+        rows: list[Batch],
+        tools: Tools,
+    ) -> None:
+        """Train until nothing of the matrices is left. It goes on after the last save in the scratch folder."""
+        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
+        path, first = tools.scratch / PROGRESS, 0
+        if path.is_file():
+            kept = torch.load(path, weights_only=True)
+            first = kept["step"]
+            optimizer.load_state_dict(kept["optimizer"])
+            with torch.no_grad():
+                for parameter, value in zip(trained, kept["parameters"], strict=True):
+                    parameter.copy_(value)
+        order = _order(len(rows), self.steps, tools.seed)
+        for step, batch in enumerate((rows[number] for number in order), 1):
+            if step <= first:
+                continue
+            fading.share = base_share(self.schedule, step / max(1, round(self.fade * self.steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * _lr_share(step, self.steps)
+            optimizer.zero_grad()
+            loss = self.loss(student, teacher, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            if step % SAVE_EVERY == 0 or step == self.steps:
+                tools.say(f"pc_lora: step {step} of {self.steps}, λ {fading.share:.3f}, loss {loss.item():.4f}")
+                _save(path, {"step": step, "optimizer": optimizer.state_dict(), "parameters": trained})
+        fading.share = 0.0
+
+    def loss(self, student: ShareBertForMaskedLM, teacher: ShareBertForMaskedLM, batch: Batch) -> Tensor:
+        """The weighted sum of both losses, a mean over rows."""
+        ours: list[Tensor] = []
+        hidden = hidden_states(student, batch, watch=_branches_of(ours))
+        features = torch.zeros(())
+        if self.task_weight < 1:
+            theirs: list[Tensor] = []
+            with torch.no_grad():
+                expected = hidden_states(teacher, batch, watch=_branches_of(theirs))
+            pairs = [*zip(ours, theirs, strict=True), (hidden, expected)]
+            errors = [F.mse_loss(x, y) / y.square().mean() for x, y in pairs]
+            features = torch.stack(errors).mean()
+        if self.task_weight == 0:
+            return features
+        task = objective(student, batch, hidden, torch.Generator()) / len(batch.tokens)
+        return self.task_weight * task + (1 - self.task_weight) * features
+
+
+def _branches_of(found: list[Tensor]) -> Any:
+    """A `Watch` that collects what each layer adds to the stream."""
+
+    def watch(_: int, name: str, x: Tensor) -> None:
+        if name == "branches":
+            found.append(x)
+
+    return watch
+
+
+def _own(model: ShareBertForMaskedLM) -> dict[str, nn.Parameter]:
+    """Biases and norms of the layers, and the last norm: what is trained beside the products."""
+    parts = ("sharebert.layers.", "sharebert.final_norm.")
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(parts)}
+
+
+def _with_biases(export: Export, model: ShareBertForMaskedLM) -> Export:
+    tensors = {name: whole(export.weights, name) for name in export.weights.specs}
+    tensors |= {name: parameter.detach() for name, parameter in _own(model).items()}
+    keys = {key: value for key, value in export.other_keys.items() if not key.startswith("trimmed")}
+    return dataclasses.replace(export, weights=TensorWeights(tensors), other_keys=keys)
+
+
+def _order(count: int, steps: int, seed: int) -> Iterator[int]:
+    """The numbers of the batches of all steps: one random order after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    while done < steps:
+        for number in torch.randperm(count, generator=generator).tolist()[: steps - done]:
+            yield number
+            done += 1
+
+
+def _lr_share(step: int, steps: int) -> float:
+    rising = max(1, round(WARM_UP * steps))
+    return step / rising if step <= rising else (1 + cos(pi * (step - rising) / max(1, steps - rising))) / 2
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".writing")
+    torch.save(state, temporary)
+    temporary.replace(path)

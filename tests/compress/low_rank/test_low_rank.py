@@ -1,0 +1,126 @@
+"""The step `low_rank`: the oracle is the whole model with the products written out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from compress_models import tiny_export, tokens_of
+
+from compress.low_rank.step import LowRankStep
+from compress.low_rank.svd import truncated
+from compress.source import open_source
+from compress.trim import Trim
+from exports.dense import Dense
+from exports.forms import write_export
+from exports.read import load_model, read_export
+from sharebert import ShareBertConfig, ShareBertForMaskedLM
+from sharebert.config import ShareBertError
+from sharebert_common.errors import BadInput
+
+
+def low_rank(folder: Path, rank: int, calibrated: bool = True, **changes: Any) -> tuple[Path, Path]:
+    source = tiny_export(folder / "source", **changes)
+    tokens = torch.randint(5, 250, (30, 12), generator=torch.Generator().manual_seed(2))
+    step, out = LowRankStep(rank=rank, calibrated=calibrated), folder / "out"
+    step.check(open_source(source))
+    step.apply(open_source(source), SimpleNamespace(calibration=lambda: tokens, seed=0), out)  # type: ignore[arg-type]
+    return source, out
+
+
+def written_out(model: ShareBertForMaskedLM) -> ShareBertForMaskedLM:
+    """The same model with `sharing: layers`, and a·b as its matrices."""
+    plain = ShareBertForMaskedLM(dataclasses.replace(model.config, sharing="layers", rank=None))
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if ".sharing." not in name}
+    own = model.state_dict()
+    for name in ("query", "key", "value", "attention_output", "intermediate", "output", "pooler"):
+        place = "pooler" if name == "pooler" else f"layers.0.{name}"
+        pair = (own[f"sharebert.sharing.{name}_{half}"] for half in "ab")
+        tensors[f"sharebert.sharing.{place}"] = torch.matmul(*pair)
+    plain.load_state_dict(tensors)
+    return plain.eval()
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("sharing", ["veps", "layers"])
+def test_it_computes_what_the_products_compute(tmp_path: Path, calibrated: bool, sharing: str) -> None:
+    _, out = low_rank(tmp_path, 5, calibrated, sharing=sharing)
+    model = load_model(out)
+    assert not [name for name, _ in model.named_parameters() if "factor_linear_all" in name]
+    tokens = tokens_of(model.config)
+    expected = written_out(model)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            torch.testing.assert_close(model.logits(tokens), expected.logits(tokens), rtol=1e-4, atol=1e-5)
+            found = model.sharebert(tokens).pooled
+            torch.testing.assert_close(found, expected.sharebert(tokens).pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_at_almost_full_rank_little_is_lost(tmp_path: Path) -> None:
+    source, out = low_rank(tmp_path, 23)
+    tokens = tokens_of(read_export(out).config)
+    expected, found = load_model(source).logits(tokens), load_model(out).logits(tokens)
+    assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_the_product_is_nearest_on_what_the_matrix_sees() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 8, generator=generator) * torch.arange(1.0, 9)
+    w = torch.randn(8, 6, generator=generator)
+    product, plain = truncated(w, 3, x.t() @ x), truncated(w, 3)
+    u, s, v = torch.linalg.svd(x @ w, full_matrices=False)
+    torch.testing.assert_close(x @ product.a @ product.b, (u[:, :3] * s[:3]) @ v[:3], rtol=1e-3, atol=1e-3)
+    u, s, v = torch.linalg.svd(w, full_matrices=False)
+    torch.testing.assert_close(plain.a @ plain.b, (u[:, :3] * s[:3]) @ v[:3], rtol=1e-4, atol=1e-5)
+    assert truncated(w, 99).a.shape == (8, 6)
+
+
+def test_gradients_are_those_of_the_written_out_products(tmp_path: Path) -> None:
+    _, out = low_rank(tmp_path, 4)
+    model = load_model(out).train()
+    tokens = tokens_of(model.config)
+    model.logits(tokens).square().sum().backward()
+    own, expected = model.sharebert.sharing, written_out(model).train()
+    expected.logits(tokens).square().sum().backward()
+    full = expected.sharebert.sharing.layers[0].intermediate.grad  # type: ignore[attr-defined]
+    by_hand = full @ own.intermediate_b.t()  # type: ignore[attr-defined]
+    torch.testing.assert_close(own.intermediate_a.grad, by_hand, rtol=1e-3, atol=1e-3)  # type: ignore[attr-defined]
+
+
+def test_transformers_trim_and_dense_take_it(tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    _, out = low_rank(tmp_path, 6)
+    Trim().apply(open_source(out), None, tmp_path / "trimmed")  # type: ignore[arg-type]
+    tokens = tokens_of(read_export(out).config)
+    expected = load_model(out).logits(tokens)
+    for folder in (out, tmp_path / "trimmed"):
+        model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    write_export(read_export(out), tmp_path / "dense", Dense())
+    stock = AutoModelForMaskedLM.from_pretrained(tmp_path / "dense").eval()
+    torch.testing.assert_close(stock(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rank", "changes", "message"),
+    [
+        (24, {}, "low_rank.rank: 24 is not below the hidden size, 24"),
+        (4, {"sharing": "none"}, "this one has none"),
+        (4, {"sharing": "eps"}, "takes sharing: veps or layers"),
+    ],
+)
+def test_wrong_keys_are_one_line(tmp_path: Path, rank: int, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        LowRankStep(rank=rank).check(open_source(tiny_export(tmp_path / "source", **changes)))
+
+
+@pytest.mark.parametrize("keys", [{"rank": 4}, {"sharing": "low_rank"}, {"sharing": "low_rank", "rank": 0}])
+def test_a_rank_and_the_sharing_belong_together(keys: dict[str, Any]) -> None:
+    with pytest.raises(ShareBertError, match="rank"):
+        ShareBertConfig(vocab_size=250, hidden_size=24, intermediate_size=40, factor_size=8, num_attention_heads=3,
+                        **keys)  # fmt: skip
