@@ -13,5 +13,7 @@ latency       time and memory of a model, in a process of its own
 report        the report as a table, JSON, a picture and curves, and its check
 quantise      the step that stores the factors in a few bits a number
 trim          the step that leaves out parameters that change no output
+prune         steps that remove heads, columns and layers, or set weights to zero
+low_rank      steps that replace matrices by products of smaller ones
 dense         steps for models whose matrices are written out: ONNX, and int8 products
 """

@@ -13,6 +13,10 @@ FormName = Literal["compact", "dense", "onnx", "hub"]
 onnx, or the folder of any other BERT-like encoder that plain transformers loads."""
 
 
+MASK_RATE = 0.15
+"""Share of a row's tokens that are predicted where a loss is measured; every one of them is [MASK]."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The model that a step starts from: a whole folder that nobody changes."""

@@ -14,15 +14,13 @@ from torch import Tensor
 
 from compress.recipe import CompressRecipe, RowsRecipe
 from compress.source import has_class, open_source
+from compress.step import MASK_RATE
 from data_prep.shards.reader import Dataset, open_dataset
 from exports.read import load_model
 from exports.tokenizer import load_tokenizer, training_tokenizer_sha256
 from pretrain.objective import MaskedLanguageModelling
 from pretrain.validate import ValidateRecipe, validate
 from sharebert_common.errors import BadInput
-
-MASK_RATE = 0.15
-"""Share of a row's tokens that are predicted; every one of them is [MASK]."""
 
 
 class RecipeTools:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.tools import MASK_RATE
+from compress.step import MASK_RATE
 from exports.tokenizer import load_tokenizer
 from sharebert.encoder import Layer
 from sharebert.heads import ShareBertForMaskedLM

@@ -43,7 +43,7 @@ class PruneWeights:
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """The share of the weights that become zero; 0: only store the zeros that are there, as after more training."""
-    method: Literal["magnitude", "wanda", "surgeon"] = "surgeon"
+    method: Literal["magnitude", "wanda", "surgeon"] = "wanda"
     """How a weight is scored. magnitude: by its size; wanda: by its size and what an error of it costs on calibration
     rows; surgeon: Optimal BERT Surgeon, by gradients on calibration rows, and other weights make up for it."""
     scope: Scope = "global"

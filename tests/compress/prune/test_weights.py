@@ -133,7 +133,7 @@ def test_magnitude_keeps_the_largest_as_they_are(tmp_path: Path) -> None:
 
 def test_a_killed_step_goes_on_after_the_last_recomputation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_export(tmp_path / "source")
-    keys: dict[str, Any] = {"gradients": 8, "recomputations": 3}
+    keys: dict[str, Any] = {"method": "surgeon", "gradients": 8, "recomputations": 3}
     whole, _ = pruned(tmp_path / "whole", source, **keys)
     save, count = weights_step._save, []
 
