@@ -4,6 +4,8 @@ config              the keys of a model's `config.json`, and their checks
 encoder             layers and encoder: tokens to hidden states
 sharing             which matrices each layer uses
 kept                generated matrices that evaluation keeps between forward passes
+slices              the parts of the generated matrices that a pruned model uses
+sparse              tensors that are stored without their zeros
 packed              tensors as few bits a number
 stored              the tensors that a trimmed export stores, and all tensors
 virtual             the virtual embedding matrix, and the matrices cut from it
