@@ -7,7 +7,8 @@ Networks 191 (2025) 107794. With V the vocabulary, F the factor size, H the hidd
     M = E                    [V, H]                                            (EPS, F = H)
 
 A matrix [in, out] is a block of ⌈in·out/V⌉ columns of M, flattened row by row and cut to its first in·out values.
-M itself is never made: each block is one product, which is contiguous, and the matrix is a view of it.
+M itself is never made. On a CPU each block is one product, which is contiguous, and the matrix is a view of it. On CUDA
+one product makes all blocks, which are neighbours, as a slab; `kernels_triton_slab` cuts the matrices out of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import ShareBertConfig
-from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype
+from .kernels import triton_for
+from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype, product
 from .shared_linear import SharedGradients
 from .tracing import is_traced
 
@@ -101,6 +103,8 @@ def generate(
         return _Columns.apply(embedding, tuple(cut), dtype, change)  # type: ignore[no-any-return]
     if plain:
         return products_of(embedding, projection, bias, cut, dtype)
+    if triton_for(embedding):
+        return _SlabProduct.apply(embedding, projection, bias, tuple(cut), dtype, change)  # type: ignore[no-any-return]
     return _Products.apply(embedding, projection, bias, tuple(cut), dtype, change)  # type: ignore[no-any-return]
 
 
@@ -174,6 +178,68 @@ class _Products(torch.autograd.Function):
                 grad_w[started] += torch.outer(rest, e[n])
                 grad_b[started] += rest
         return grad_e.to(embedding.dtype), grad_w.to(projection.dtype), grad_b.to(ctx.bias_dtype), None, None, None
+
+
+class _SlabProduct(torch.autograd.Function):
+    """VEPS on CUDA: one product makes a slab of M that holds all blocks, and one kernel a matrix of each.
+
+    Three products in all, forward and backward, whose operands are aligned, where `_Products` has three a block.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embedding: Tensor,
+        projection: Tensor,
+        bias: Tensor,
+        cut: tuple[Block, ...],
+        dtype: torch.dtype,
+        change: GradientChange | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(embedding, projection)
+        ctx.cut, ctx.dtype, ctx.bias_dtype, ctx.change = cut, dtype, bias.dtype, change
+        ctx.shared_gradients = SharedGradients(len(cut))
+        columns = slab_columns(cut)
+        e, w, b = embedding.to(dtype), projection[columns].to(dtype), bias[columns].to(dtype)
+        fused = triton_for(embedding)
+        assert fused is not None
+        return fused.cut_slab(torch.addmm(b, e, w.t()), _places(cut, columns))  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        embedding, projection = ctx.saved_tensors
+        taken = ctx.shared_gradients.take(gradients)
+        if ctx.change is not None:
+            taken = ctx.change(taken)
+        if all(gradient is None for gradient in taken):
+            return (None,) * 6
+        fused = triton_for(embedding)
+        assert fused is not None
+        columns, sums = slab_columns(ctx.cut), accumulation_dtype(ctx.dtype)
+        width = columns.stop - columns.start
+        # The sums over layers are rounded once, here.
+        slab = fused.fill_slab(taken, _places(ctx.cut, columns), len(embedding), width, ctx.dtype)
+        grad_w = torch.zeros_like(projection)
+        grad_w[columns] = product(slab.t(), embedding.to(ctx.dtype))
+        grad_b = torch.zeros(len(projection), dtype=ctx.bias_dtype, device=projection.device)
+        grad_b[columns] = column_sums(slab, sums)
+        grad_e = product(slab, projection[columns].to(ctx.dtype)).to(embedding.dtype)
+        return grad_e, grad_w, grad_b, None, None, None
+
+
+def slab_columns(cut: Sequence[Block]) -> slice:
+    """The columns of the virtual matrix that hold all blocks, and up to 7 more so that their number is aligned.
+
+    A width that is a multiple of 8 is a multiple of 16 bytes in every dtype in which products run.
+    """
+    first, last = min(block.first for block in cut), max(block.last for block in cut)
+    return slice(max(0, last - -(-(last - first) // 8) * 8), last)
+
+
+def _places(cut: Sequence[Block], columns: slice) -> list[tuple[int, int, int, int]]:
+    return [(block.first - columns.start, block.last - block.first, block.rows, block.columns) for block in cut]
 
 
 class _Columns(torch.autograd.Function):
