@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 from data_prep.shards.reader import Dataset
 from pretrain.checkpoint.writer import CheckpointRecipe
 from pretrain.data.datasets import DataRecipe, micro_shape, open_datasets
+from pretrain.distill.recipe import DistillPlan, DistillRecipe, plan_distillation
 from pretrain.engine.config import Precision, ZeroRecipe, ZeroSettings, check_zero
 from pretrain.engine.fake_quantise import QuantiseRecipe
 from pretrain.engine.optimizer import OptimizerRecipe, ScheduleRecipe
@@ -36,13 +37,21 @@ class ResolvedTraining:
     """Of a rank in an optimizer step."""
     micro_rows: int
     """Rows of a micro-batch."""
+    distill: DistillPlan | None = None
+    """How a teacher is learned from; None without one."""
 
 
 @recipe_dataclass(config=STRICT, kw_only=True)
 class TrainRecipe:
     """A training run. Started again with the same recipe, it resumes from its newest whole checkpoint."""
 
-    SHORTHAND: ClassVar[dict[str, str]] = {"model": "size", "zero": "stage", "data": "dataset", "quantise": "bits"}
+    SHORTHAND: ClassVar[dict[str, str]] = {
+        "model": "size",
+        "zero": "stage",
+        "data": "dataset",
+        "quantise": "bits",
+        "distill": "teacher",
+    }
 
     run: str
     """Directory of the run."""
@@ -57,6 +66,8 @@ class TrainRecipe:
     quantise: QuantiseRecipe = field(default_factory=QuantiseRecipe)
     """Quantisation-aware training: each forward pass rounds the matrices that compression will quantise. Not with
     ZeRO 3."""
+    distill: DistillRecipe = field(default_factory=DistillRecipe)
+    """Learning from a teacher as well. Not with `quantise` or `compile`."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     """Settings of AdamW."""
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
@@ -106,7 +117,8 @@ class TrainRecipe:
         refuse_nothing_to_validate(datasets, self.validate)
         model = choose_model(self.model, datasets[0].vocab_size, datasets[0].seq_len)
         refuse_other_tokenizer(model, datasets[0])
-        return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows)
+        distill = plan_distillation(self.distill, model.config, datasets[0].tokenizer_path)
+        return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows, distill)
 
     def check(self, world_size: int) -> None:
         """Find what is wrong, as `resolve` does, on a machine that does not train: no dataset is copied into a cache.
@@ -127,5 +139,11 @@ class TrainRecipe:
             )
         if self.quantise.bits and self.zero.stage == 3:
             raise BadInput("quantise: not with zero.stage 3, where no rank holds whole matrices; use stage 2")
+        if self.distill.teacher is not None and (self.compile or self.quantise.bits):
+            raise BadInput("distill: not with compile or quantise; distil first, then quantise with model.init_from")
+        if self.distill.uses_projections and self.recompute:
+            raise BadInput(
+                "distill: relations and attention need each layer's queries, keys and values, which recompute drops"
+            )
         if self.compile and self.zero.stage == 3:
             raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")

@@ -17,6 +17,8 @@ from pretrain import distributed
 from pretrain.checkpoint.identity import identity, report_changes
 from pretrain.checkpoint.training_state import TrainingState, find_checkpoint
 from pretrain.data.loader import Loader, StepBatch
+from pretrain.distill.objective import Distillation
+from pretrain.distill.teacher import load_teacher
 from pretrain.distributed import World
 from pretrain.engine.config import deepspeed_config
 from pretrain.engine.engine import open_engine
@@ -81,6 +83,16 @@ def accept(recipe: TrainRecipe, run: RunFolder, world: World) -> ResolvedTrainin
     return training
 
 
+def make_objective(recipe: TrainRecipe, training: ResolvedTraining, device: torch.device) -> Objective:
+    """What a step minimises. Raises BadInput where a teacher cannot be loaded."""
+    within = recipe.data.within_documents
+    mlm = MaskedLanguageModelling(device, within_documents=within, one_graph=recipe.compile)
+    if training.distill is None:
+        return mlm
+    teacher = load_teacher(training.distill, device, within_documents=within, precision=recipe.precision)
+    return Distillation(mlm, teacher, recipe.data.mask_rate)
+
+
 class Trainer:
     """One attempt at a run. Entering builds everything and loads the newest checkpoint; `loop` trains."""
 
@@ -96,9 +108,7 @@ class Trainer:
         self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
         self.metric_log = MetricLog(run, enabled=world.is_main, steps=recipe.steps)
         self.watchdog = Watchdog(run, world, recipe.faults.hang_s)
-        self.objective: Objective = MaskedLanguageModelling(
-            world.device, within_documents=recipe.data.within_documents, one_graph=recipe.compile
-        )
+        self.objective: Objective = make_objective(recipe, training, world.device)
         self.meter = Meter(
             world, training.model.config, training.seq_len, recipe.data, training.micro_rows, recipe.monitor
         )
@@ -127,7 +137,7 @@ class Trainer:
             attention_dropout = training.model.config.attention_probs_dropout_prob
             set_numerics(attention_dropout, deterministic=recipe.deterministic)
             torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))
-            model = build_model(training.model, recipe.seed, recipe.quantise)
+            model = build_model(training.model, recipe.seed, recipe.quantise, training.distill)
             model.sharebert.recompute = recipe.recompute
             if recipe.compile:
                 compile_layers(model)

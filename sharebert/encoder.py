@@ -73,13 +73,8 @@ class Layer(nn.Module):
         `mask` is as in `kernels.attention`; `head_mask` [heads] is a factor on each head's probabilities.
         """
         stream, x = self.attention_norm(stream, branch)
-        query, key, value = linears(
-            x, (weights.query, weights.key, weights.value), (self.query_bias, self.key_bias, self.value_bias)
-        )
         attended = attention(
-            self._heads(query),
-            self._heads(key),
-            self._heads(value),
+            *self.project(x, weights),
             mask,
             self.scale,
             self.attention_dropout if self.training else 0.0,
@@ -90,6 +85,13 @@ class Layer(nn.Module):
         stream, x = self.ffn_norm(stream, branch)
         inner = linear_gelu(x, weights.intermediate, self.intermediate_bias)
         return stream, linear(inner, weights.output, self.output_bias)
+
+    def project(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, T, d] of x [B, T, H]."""
+        query, key, value = linears(
+            x, (weights.query, weights.key, weights.value), (self.query_bias, self.key_bias, self.value_bias)
+        )
+        return self._heads(query), self._heads(key), self._heads(value)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, H] → [B, heads, T, d], a view."""
