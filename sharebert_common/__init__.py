@@ -1,6 +1,7 @@
 """The ground floor. It imports no other package of this project.
 
 errors       the base class of errors that end a command, and all exit codes
+encodings    the text of UTF-8 bytes, and a clear line for others
 files        files that are whole or absent, and checksums
 recipe       YAML recipes and `key=value` overrides become checked dataclasses
 key_types    what the type of a recipe's key says about a value

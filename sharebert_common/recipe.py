@@ -301,6 +301,8 @@ def _explain(schema: type, error: Any) -> str:
     if error["input"] is None and key and error["type"] != "value_error":
         return f"{key}: has no value; give it one, or leave it out"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "list_type" and isinstance(error["input"], bool):
+        message = 'YAML reads this as a boolean; write a list, such as ["no"]'
     if error["type"] == "string_type" and isinstance(error["input"], (bool, int, float)):
         message = f"YAML reads this as a {_kind(error['input'])}; put it in quotes if it is a text"
     return (

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass as config_dataclass
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.progress import say
+from sharebert_common.encodings import decode_utf8
 from sharebert_common.errors import BadInput
 from sharebert_common.inference_tokenizer import SPECIAL_TOKENS, for_inference, training_template
 from sharebert_common.recipe import STRICT
@@ -89,7 +90,7 @@ def load(path: str, lowercase: bool) -> str:
     """
     file = Path(path)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = decode_utf8(file.read_bytes())
         if file.suffix == ".txt":
             words = word_list(path, text)
             _require_special(path, words)

@@ -114,6 +114,14 @@ def test_the_home_alone_is_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert load(Example, None, ["run=~"]).run == str(tmp_path)
 
 
+@pytest.mark.parametrize("given", ["clean.languages=no", "clean.languages=[no]"])
+def test_a_boolean_is_no_list_and_no_text(given: str) -> None:
+    from data_prep.recipe import PrepRecipe
+
+    with pytest.raises(BadInput, match=r'YAML read.*\["no"\]'):
+        load(PrepRecipe, None, ["output=o", "source.paths=x", given])
+
+
 @pytest.mark.parametrize("given", ["steps=on", "rate=yes", "numbers.a=off"])
 def test_a_boolean_is_no_number(given: str) -> None:
     with pytest.raises(BadInput, match="write a number") as raised:

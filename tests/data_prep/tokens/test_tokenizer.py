@@ -135,3 +135,11 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "a", "a"]))
     with pytest.raises(BadInput, match=r"vocab\.txt: the same word 'a' is on lines 6 and 7"):
         load(str(tmp_path / "vocab.txt"), lowercase=True)
+
+
+def test_a_word_list_in_another_encoding_is_named(tmp_path: Path) -> None:
+    words = "\n".join([*SPECIAL, "caf\u00e9"])
+    for encoding, said in (("utf-16", "it looks like UTF-16"), ("latin-1", "byte 0xe9 on line 6 is not UTF-8")):
+        (tmp_path / "vocab.txt").write_bytes(words.encode(encoding))
+        with pytest.raises(BadInput, match=said):
+            load(str(tmp_path / "vocab.txt"), lowercase=True)
