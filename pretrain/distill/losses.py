@@ -38,6 +38,12 @@ def cosine_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     return (weights * (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1))).sum()
 
 
+def scores_of(projections: Projections, scale: float) -> Tensor:
+    """The attention scores [B, heads, T, T] of a layer, before softmax."""
+    query, key, _ = projections
+    return scale * (query @ key.transpose(-1, -2))
+
+
 def attention_loss(student: Tensor, teacher: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
     """Σ w · mean over heads and visible keys of (score - score)², before softmax (TinyBERT, equation 7).
 

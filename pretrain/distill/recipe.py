@@ -61,6 +61,8 @@ class DistillPlan:
     teacher: Path
     width: int
     """Of the teacher's hidden states."""
+    words: int
+    """Of the vocabulary; either model may have more rows."""
     layers: tuple[tuple[int, int], ...]
     relation_heads: int
 
@@ -88,7 +90,7 @@ def plan_distillation(recipe: DistillRecipe, student: ShareBertConfig, tokenizer
         raise BadInput(f"distill.teacher: no loss with it has a weight; give one of {', '.join(weights)}")
     teacher = Path(recipe.teacher)
     theirs, ours = _shape_of(teacher), _shape(student)
-    _refuse_other_words(teacher, tokenizer)
+    words = _words(teacher, tokenizer)
     if recipe.logits and not theirs.has_mlm_head:
         raise BadInput(f"distill.logits: {teacher} has no MLM head; use distill.relations or distill.hidden")
     if recipe.cosine and theirs.width != ours.width:
@@ -103,7 +105,7 @@ def plan_distillation(recipe: DistillRecipe, student: ShareBertConfig, tokenizer
     for name, shape in (("teacher", theirs), ("student", ours)) if recipe.relations else ():
         if shape.width % heads:
             raise BadInput(f"distill.relation_heads: {heads} do not divide the {name}'s width {shape.width}")
-    return DistillPlan(recipe, teacher, theirs.width, _layers(recipe, ours, theirs), heads)
+    return DistillPlan(recipe, teacher, theirs.width, words, _layers(recipe, ours, theirs), heads)
 
 
 def _layers(recipe: DistillRecipe, ours: _Shape, theirs: _Shape) -> tuple[tuple[int, int], ...]:
@@ -150,13 +152,14 @@ def read_teacher_config(teacher: Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_other_words(teacher: Path, tokenizer: Path) -> None:
-    """Raise BadInput where a word of the dataset has another id in the teacher's vocabulary."""
+def _words(teacher: Path, tokenizer: Path) -> int:
+    """How many words the vocabulary has. Raises BadInput where a word has another id in the teacher's vocabulary."""
     theirs, ours = (load_tokenizer(file).get_vocab() for file in (teacher / "tokenizer.json", tokenizer))
     different = [word for word, number in ours.items() if theirs.get(word) != number]
     if different or len(theirs) != len(ours):
         example = f", '{different[0]}' for one" if different else ""
         raise BadInput(
-            f"distill.teacher: {teacher} has another vocabulary than the dataset ({len(different)} of {len(ours)} words "
-            f"have other ids{example}): prepare the dataset with tokenizer.path={teacher / 'tokenizer.json'}"
+            f"distill.teacher: {teacher} has another vocabulary than the dataset ({len(different)} of {len(ours)} "
+            f"words have other ids{example}): prepare the dataset with tokenizer.path={teacher / 'tokenizer.json'}"
         )
+    return max(ours.values()) + 1

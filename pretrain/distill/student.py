@@ -1,4 +1,4 @@
-"""The model that is trained with a teacher: its forward pass makes all losses, so that ZeRO 3 gathers what they need."""
+"""The model that is trained with a teacher. Its forward pass makes all losses: so ZeRO 3 gathers what they need."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.distill.losses import attention_loss, cosine_loss, hidden_loss, logits_loss, relations_loss
+from pretrain.distill.losses import (
+    attention_loss,
+    cosine_loss,
+    hidden_loss,
+    logits_loss,
+    relations_loss,
+    scores_of,
+)
 from pretrain.distill.recipe import DistillPlan
 from pretrain.distill.recording import RecordingForMaskedLM
 from pretrain.distill.teacher import TeacherOutput
@@ -76,10 +83,13 @@ class DistilledForMaskedLM(RecordingForMaskedLM):
         if recipe.logits:
             assert taught.logits is not None
             scores = self.scores(rows)
-            words = F.cross_entropy(scores.float(), labels, reduction="none")
+            entropies = F.cross_entropy(scores.float(), labels, reduction="none")
             guessed = (scores.detach().argmax(-1) == labels).float()
-            mlm = MlmOutput((loss_weights * words).sum(), (loss_weights * guessed).sum())
-            total = recipe.logits * logits_loss(scores, taught.logits, loss_weights, recipe.temperature)
+            mlm = MlmOutput((loss_weights * entropies).sum(), (loss_weights * guessed).sum())
+            words = self.plan.words
+            total = recipe.logits * logits_loss(
+                scores[:, :words], taught.logits[:, :words], loss_weights, recipe.temperature
+            )
         else:
             mlm = self.mlm_loss(rows, labels, loss_weights)
             total = torch.zeros_like(mlm.loss_sum)
@@ -103,14 +113,9 @@ class DistilledForMaskedLM(RecordingForMaskedLM):
         pairs = layers if recipe.attention else layers[-1:]
         projections = {ours: self.sharebert.take(ours) for ours in {ours for ours, _ in pairs}}
         for ours, theirs in layers if recipe.attention else ():
-            scores = [
-                scale * (query @ key.transpose(-1, -2))
-                for (query, key, _), scale in (
-                    (projections[ours], self.config.score_scale),
-                    (taught.projections[theirs], taught.score_scale),
-                )
-            ]
-            total = total + recipe.attention / len(layers) * attention_loss(*scores, token_weights, visible)
+            found = scores_of(projections[ours], self.config.score_scale)
+            wanted = scores_of(taught.projections[theirs], taught.score_scale)
+            total = total + recipe.attention / len(layers) * attention_loss(found, wanted, token_weights, visible)
         if recipe.relations:
             ours, theirs = layers[-1]
             total = total + recipe.relations * relations_loss(

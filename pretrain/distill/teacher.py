@@ -125,11 +125,13 @@ class BertTeacher(_Frozen):
     def outputs(self, batch: MicroBatch) -> TeacherOutput:
         """See `Teacher`."""
         ids = batch.document_ids
-        mask = (ids[:, :, None] == ids[:, None, :]) if self.within_documents else ids != 0
-        made = self.model(batch.tokens, attention_mask=mask.long(), output_hidden_states=bool(self.states))
+        pairs = (ids[:, :, None] == ids[:, None, :])[:, None]
+        mask = pairs if self.within_documents else (ids != 0).long()
+        made = self.model(batch.tokens, attention_mask=mask, output_hidden_states=bool(self.states))
         logits = made.logits.flatten(0, 1).index_select(0, batch.positions) if self.wants_logits else None
+        seen = self._seen
         projections = {
-            layer: tuple(self._seen[layer, n] for n in ("query", "key", "value")) for layer in self.projections
+            layer: (seen[layer, "query"], seen[layer, "key"], seen[layer, "value"]) for layer in self.projections
         }
         self._seen.clear()
         width = self.model.config.hidden_size // self._heads
