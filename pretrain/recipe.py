@@ -36,6 +36,8 @@ class ResolvedTraining:
     """Of a rank in an optimizer step."""
     micro_rows: int
     """Rows of a micro-batch."""
+    picked: str = ""
+    """What was picked for `data.micro_batch: auto`, and why, in one line."""
 
 
 @recipe_dataclass(config=STRICT, kw_only=True)
