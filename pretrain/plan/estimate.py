@@ -182,7 +182,8 @@ def network_bytes(shape: Shape, micro_batches: int) -> float:
     """Bytes that a rank sends in an optimizer step, by ring algorithms: (n-1)/n of the size for a reduce-scatter or a
     gather, and both for an all-reduce. Gradients travel in fp32, weights in the working precision.
 
-    Stages 2 and 3 reduce gradients after every micro-batch; stage 3 gathers weights in every forward and backward pass.
+    Stages 2 and 3 reduce gradients in every micro-batch, stage 2 of DeepSpeed by all-reduces of whole buckets; stage 3
+    gathers weights in every forward and backward pass.
     """
     part = (shape.world_size - 1) / shape.world_size
     gradients, weights = 4 * shape.parameters, (4 if shape.precision == "fp32" else 2) * shape.parameters
@@ -191,7 +192,7 @@ def network_bytes(shape: Shape, micro_batches: int) -> float:
         * {
             0: 2 * gradients,
             1: 2 * gradients + weights,
-            2: micro_batches * gradients + weights,
+            2: 2 * micro_batches * gradients + weights,
             3: micro_batches * (gradients + 2 * weights),
         }[shape.stage]
     )
