@@ -15,7 +15,6 @@ read.py                  an export in the compact form → its value, its config
 files.py                 the names of an export's files
 cards.py                 the model card of each form
 tokenizer.py             the tokenizer files of an export
-inference_tokenizer.py   a tokenizer that gives for a text what a training row holds
 weight_files.py          safetensors files of any size, with checksums, written in a stream
 tensor_file.py           the byte layout of a safetensors file
 meta_device.py           models without values

@@ -78,6 +78,7 @@ def join(timeout_s: float) -> World:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if "MASTER_ADDR" in os.environ:
+        _number("MASTER_PORT")
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         # A rank of an earlier attempt must not join this one, if both use the same port.
         prefix = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -104,7 +105,7 @@ def _refuse_partial_group() -> None:
 
 def _number(name: str, default: int | None = None) -> int:
     """The number in an environment variable that describes the group."""
-    text = os.environ.get(name, str(default) if default is not None else ALONE[name])
+    text = os.environ.get(name, ALONE.get(name, "") if default is None else str(default))
     if not (text.isascii() and text.isdigit()):
         raise BadInput(f"the environment sets {name} to {text!r}, which is no number; {_UNSET}")
     return int(text)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from exports.export import Export
 from exports.files import CARD, TOKENIZER
 from exports.forms import write_export
-from exports.inference_tokenizer import for_inference
 from exports.kinds import Classifier
 from exports.read import load_model, read_config
 from exports.tokenizer import (
@@ -36,6 +35,7 @@ from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import whole_or_absent_folder
+from sharebert_common.inference_tokenizer import for_inference
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For every `from_pretrained`. With `trust_remote_code` None, transformers would ask on the terminal."""
@@ -160,7 +160,7 @@ class ShareBertExport(Encoder):
                 f"{self.folder / TOKENIZER}: {words} words, but the model has {self.words}: "
                 "this is another model's tokenizer"
             )
-        ready = for_inference(tokenizer, pair_type(config))
+        ready, _ = for_inference(tokenizer, pair_type(config))
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=ready, **transformers_settings(config))
         if not self.fresh:
             _ = self._weights

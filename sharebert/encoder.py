@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import ShareBertConfig, ShareBertError
 from .kernels import add_dropout_norm, attention, document_mask, linear_gelu
 from .roles import FACTOR_NORM_WEIGHT, LAYER_BIAS, NORM_WEIGHT, ZERO_BIAS, Normal, set_roles, weight_role
-from .shared_linear import linear
+from .shared_linear import linear, linears
 from .sharing import LayerWeights, OneGeneratedSet, OwnMatrices, Sharing, Weights
 
 
@@ -73,10 +73,13 @@ class Layer(nn.Module):
         `mask` is as in `kernels.attention`; `head_mask` [heads] is a factor on each head's probabilities.
         """
         stream, x = self.attention_norm(stream, branch)
+        query, key, value = linears(
+            x, (weights.query, weights.key, weights.value), (self.query_bias, self.key_bias, self.value_bias)
+        )
         attended = attention(
-            self._heads(linear(x, weights.query, self.query_bias)),
-            self._heads(linear(x, weights.key, self.key_bias)),
-            self._heads(linear(x, weights.value, self.value_bias)),
+            self._heads(query),
+            self._heads(key),
+            self._heads(value),
             mask,
             self.scale,
             self.attention_dropout if self.training else 0.0,

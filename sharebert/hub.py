@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # transformers before 5.10 copies only the files that this on
     from .kernels_triton_gelu import FusedBiasGelu  # noqa: F401
     from .kernels_triton_loss import chunk_cross_entropy  # noqa: F401
     from .kernels_triton_norm import FusedAddDropoutNorm  # noqa: F401
+    from .kernels_triton_slab import cut_slab  # noqa: F401
     from .precision import compute_dtype  # noqa: F401
     from .shared_linear import linear  # noqa: F401
     from .sharing import Sharing  # noqa: F401

@@ -18,10 +18,10 @@ from tiny_models import SPECIAL, tiny_config
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_prep.tokens.tokenizer import TokenizerRecipe, TrainTokenizerRecipe, load, train
-from exports.inference_tokenizer import for_inference
 from exports.tokenizer import training_tokenizer_sha256, write_tokenizer
 from sharebert import ShareBertConfig
 from sharebert_common.files import file_sha256
+from sharebert_common.inference_tokenizer import for_inference
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -182,7 +182,7 @@ def test_a_right_tokenizer_is_copied_and_another_one_keeps_the_sha256_of_the_tra
 
 
 def test_one_token_type_gives_pairs_of_one_type() -> None:
-    tokenizer = for_inference(Tokenizer.from_str(KINDS["wordpiece"]()), pair_type=0)
+    tokenizer, _ = for_inference(Tokenizer.from_str(KINDS["wordpiece"]()), pair_type=0)
     assert not any(tokenizer.encode("the cat", "a dog").type_ids)
 
 

@@ -11,9 +11,9 @@ import pytest
 from made_texts import made_texts
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
-from data_prep.shards.format import SPECIAL_TOKENS
 from data_prep.tokens.tokenizer import TokenizerRecipe, TrainTokenizerRecipe, Vocabulary, load, train
 from sharebert_common.errors import BadInput
+from sharebert_common.inference_tokenizer import SPECIAL_TOKENS
 
 TEXTS = made_texts(200, seed=3)
 SPECIAL = list(SPECIAL_TOKENS.values())
