@@ -9,4 +9,5 @@ measure    such steps on this machine, to hold a plan against
 fit        the largest micro-batch that fits, for `data.micro_batch: auto`
 gpus       the data sheets of GPUs
 tables     the tables of docs/performance.md
+roofline   the time of a micro-batch, part by part, at stated shares of a GPU's peaks
 """
