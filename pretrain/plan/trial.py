@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharebert_common.errors import BadInput
+from sharebert_common.processes import STOP_SIGNALS, signal_on_parent_death
 from sharebert_common.recipe import load, to_yaml
 
 if TYPE_CHECKING:
@@ -71,14 +72,19 @@ def _alone(environment: Mapping[str, str], device: int | None) -> dict[str, str]
 
 
 def read_given() -> tuple[TrainRecipe, dict[str, Any]]:
-    """In the fresh process: the recipe, and the other values. Signals that ask a run to stop are not for it."""
+    """In the fresh process: the recipe, and the other values.
+
+    Signals that ask a run to stop are not for it, and it dies with the process that started it: it would hold memory
+    of which the next attempt then finds less.
+    """
     import tempfile
 
     from pretrain.recipe import TrainRecipe
     from sharebert_common.quiet import quiet_libraries
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal_on_parent_death(signal.SIGKILL)
     quiet_libraries()
     given = json.load(sys.stdin)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

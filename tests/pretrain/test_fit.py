@@ -6,12 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tiny_runs import losses, train_arguments, train_many
 
+from pretrain import distributed
 from pretrain.data.datasets import micro_shape
-from pretrain.plan import fit
+from pretrain.plan import fit, trial
 from pretrain.plan.command import plan
 from pretrain.plan.estimate import PLAN_DEFAULTS, USABLE, Assumptions, largest_rows, make_plan, shape_of
 from pretrain.plan.gpus import GPUS
@@ -85,6 +88,32 @@ def test_a_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fit.free_memory() == min(free, 1.5e9)
     monkeypatch.setattr(fit, "_control_groups", lambda: [(1e9, 2e9)])
     assert fit.free_memory() == 0
+
+
+def test_the_smallest_of_all_ranks_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks on GPUs, the second of which has less free memory."""
+    found = [fit.Fit(9, 90, 100), fit.Fit(4, 40, 50), fit.Fit(9, 91, 100)]
+
+    def gathered(into: list[Any], _: Any) -> None:
+        into[:] = found if isinstance(_, tuple) else [None] * 3
+
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gathered)
+    monkeypatch.setattr(fit, "fit_micro_batch", lambda *_, **__: found[0])
+    recipe = load(TrainRecipe, "sharebert-small", ["data.global_batch=27"], defaults=PLAN_DEFAULTS)
+    training = recipe.resolve(3, needs_data=False)
+    world = distributed.World(rank=0, world_size=3, local_rank=0, device=torch.device("cuda", 0))
+    settled, training = fit.settle_micro_batch(recipe, training, world)
+    assert settled.data.micro_batch == 4
+    assert (training.micro_batches, training.micro_rows) == (3, 3), "9 rows in the fewest equal parts of at most 4"
+    assert training.picked.startswith("data.micro_batch: auto picked 4, the most rows that fit (")
+
+
+def test_the_trial_is_no_rank_and_sees_its_own_gpu() -> None:
+    rank = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "TORCHELASTIC_RUN_ID": "b"}
+    assert trial._alone(rank | {"PATH": "p"}, 1) == {"PATH": "p", "CUDA_VISIBLE_DEVICES": "1"}
+    assert trial._alone(rank | {"CUDA_VISIBLE_DEVICES": "4,6"}, 1) == {"CUDA_VISIBLE_DEVICES": "6"}
+    assert trial._alone(rank | {"CUDA_VISIBLE_DEVICES": ""}, None) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_only_a_number_of_rows_or_auto_is_taken() -> None:
