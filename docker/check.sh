@@ -37,6 +37,6 @@ run 1000 'export HOME=/work/user; cd /work/user
 mkdir texts; for i in $(seq 400); do echo "The cat number $i sat on the mat and looked at the moon over town $((i % 7))."; done > texts/a.txt
 sharebert prep demo-data source.paths=texts source.document=line output=data validation=0.1
 sharebert train demo data=data run=run steps=3 data.global_batch=4 data.micro_batch=4 validate.rows=8 \
-    model.hidden_size=8 model.intermediate_size=16 model.factor_size=8 model.num_attention_heads=2
+    model.hidden_size=8 model.intermediate_size=12 model.factor_size=8 model.num_attention_heads=2
 sharebert consolidate run export
 sharebert fill export "The cat sat on the [MASK]."'

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from sharebert_common.errors import BadInput
+
+T = TypeVar("T")
 
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that describe a process group; torchrun sets them all."""
@@ -155,6 +157,13 @@ def first_text(text: str | None) -> str | None:
     texts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, text)
     return next((text for text in texts if text is not None), None)
+
+
+def smallest(value: T | None) -> T | None:
+    """The smallest `value` of all ranks that have one, on every rank; None where none has."""
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return min((value for value in values if value is not None), default=None)  # type: ignore[type-var]
 
 
 def first_refusal(message: str | None) -> None:

@@ -39,6 +39,8 @@ class ResolvedTraining:
     """Rows of a micro-batch."""
     distill: DistillPlan | None = None
     """How a teacher is learned from; None without one."""
+    picked: str = ""
+    """What was picked for `data.micro_batch: auto`, and why, in one line."""
 
 
 @recipe_dataclass(config=STRICT, kw_only=True)
@@ -141,6 +143,8 @@ class TrainRecipe:
             raise BadInput("quantise: not with zero.stage 3, where no rank holds whole matrices; use stage 2")
         if self.distill.teacher is not None and (self.compile or self.quantise.bits):
             raise BadInput("distill: not with compile or quantise; distil first, then quantise with model.init_from")
+        if self.distill.teacher is not None and self.data.micro_batch == "auto":
+            raise BadInput("data.micro_batch: auto does not count the memory of a teacher (distill); give a number")
         if self.distill.uses_projections and self.recompute:
             raise BadInput(
                 "distill: relations and attention need each layer's queries, keys and values, which recompute drops"

@@ -32,6 +32,7 @@ from pretrain.faults.stop import StopRequest
 from pretrain.faults.watchdog import Watchdog
 from pretrain.model import build_model, compile_layers, refuse_dropout_within_documents
 from pretrain.objective import MaskedLanguageModelling, Objective
+from pretrain.plan.fit import settle_micro_batch
 from pretrain.recipe import ResolvedTraining, TrainRecipe
 from pretrain.run.environment import environment
 from pretrain.run.folder import RunFolder
@@ -55,7 +56,7 @@ def train(recipe: TrainRecipe, world: World, stop: StopRequest) -> int:
     if world.is_main:
         stop.watch(run.stop_file)
     try:
-        training = accept(recipe, run, world)
+        recipe, training = settle_micro_batch(recipe, accept(recipe, run, world), world)
         with Trainer(recipe, run, world, stop, training) as trainer:
             return trainer.loop()
     except Exception as error:
@@ -161,7 +162,7 @@ class Trainer:
                 probe_memory(self.engine, self.loader, self.objective)
             self.first_step = self.state.load(found, recipe.seed) if found else self.state.begin()
             self.start_run()
-            self.metric_log.open(self.first_step, to_yaml(recipe))
+            self.metric_log.open(self.first_step, self.recipe_text())
             self.metric_log.event(self.first_step, f"resumed from step {self.first_step}" if found else "started")
             if recipe.monitor.look and recipe.zero.stage < 3 and self.world.is_main:
                 self.looker = Looker(self.training.datasets[0].tokenizer_path, recipe.monitor.sentences)
@@ -186,9 +187,14 @@ class Trainer:
                 step=self.first_step,
                 steps=self.recipe.steps,
                 tokenizer=self.training.datasets[0].tokenizer_path,
-                recipe_yaml=to_yaml(self.recipe),
+                recipe_yaml=self.recipe_text(),
                 environment=environment(self.world.device, self.hosts) | {"deepspeed": self.deepspeed_keys},
             )
+
+    def recipe_text(self) -> str:
+        """The recipe with all of its keys, below what was picked for `auto`."""
+        picked = self.training.picked
+        return (f"# {picked}\n" if picked else "") + to_yaml(self.recipe)
 
     def loop(self) -> int:
         """Make all optimizer steps that are left; an exit code."""

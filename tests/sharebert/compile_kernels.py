@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that this machine need not have; prints a JSON line for each.
 
-    python compile_kernels.py 80 90
+    python compile_kernels.py 80 90 100
 
 A line is {"kernel", "architecture", "dtype", "registers", "spills": bytes}, from ptxas -v on the PTX that Triton makes.
 It does not work under TRITON_INTERPRET.

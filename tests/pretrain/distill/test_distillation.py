@@ -209,6 +209,7 @@ def test_a_teacher_with_another_vocabulary_or_without_a_head_is_refused(
     [
         ({"compile": True}, "distill: not with compile or quantise"),
         ({"quantise__bits": 8}, "distill: not with compile or quantise"),
+        ({"data__micro_batch": "auto"}, r"data\.micro_batch: auto does not count the memory of a teacher"),
         ({"recompute": True}, "distill: relations and attention need each layer's queries"),
     ],
 )
