@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from exports.packed import FACTORS, bits_of
+from exports.packed import bits_of, is_matrix
 from exports.rounding import to_nearest
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert.packed import Packing
@@ -52,13 +52,13 @@ class FakeQuantisedForMaskedLM(ShareBertForMaskedLM):
         """The rounded matrices by the names that `_PlainForward` gives them, in the dtype of the weights."""
         found = {}
         for name, parameter in self.named_parameters():
-            if name in FACTORS:
+            if is_matrix(name):
                 values = _StraightThrough.apply(parameter.float(), self.packing_of(name, parameter))
                 found[f"model.{name}"] = values.to(parameter.dtype)
         return found
 
     def packing_of(self, name: str, matrix: Tensor) -> Packing:
-        """How the step `quantise` packs one of FACTORS with the same keys."""
+        """How the step `quantise` packs a matrix with the same keys."""
         assert self.recipe.bits is not None
         bits = bits_of(name, matrix.shape, self.recipe.bits, self.recipe.small_bits)
         return Packing(tuple(matrix.shape), bits, self.recipe.scheme, self.recipe.group)

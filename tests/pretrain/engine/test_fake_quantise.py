@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.quantise.step import Quantise
 from compress.step import Source
-from exports.packed import FACTORS
+from exports.packed import is_matrix
 from exports.read import load_model
 from exports.weight_files import read_weights
 from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
@@ -60,13 +60,13 @@ def loss_and_gradients(model: ShareBertForMaskedLM) -> tuple[Tensor, dict[str, T
 
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
-@pytest.mark.parametrize("sharing", ["veps", "eps"])
+@pytest.mark.parametrize("sharing", ["veps", "eps", "layers", "none"])
 def test_loss_and_gradients_are_those_of_the_rounded_weights(head: str, sharing: str) -> None:
     plain = tiny_model(mlm_head=head, sharing=sharing)
     model = fake(plain, bits=4, small_bits=6, group=5)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
-            if name in FACTORS:
+            if is_matrix(name):
                 bits = 4 if "word_embeddings" in name or "decoder" in name else 6
                 parameter.copy_(torch.from_numpy(by_hand(parameter.numpy(), bits, 5)))
     expected, its_gradients = loss_and_gradients(plain)
