@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from exports.onnx import FILE as ONNX_FILE
 from scoring.architecture import read_model_type
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
+
+JSON, TABLE, PICTURE, BOARD = "report.json", "REPORT.md", "report.png", "tensorboard"
+OF_A_REPORT = (JSON, TABLE, PICTURE, BOARD)
+"""What a folder holds that is about its model, not of it: files of a report, and a folder of curves."""
 
 
 def open_source(folder: Path) -> Source:
@@ -39,3 +44,8 @@ def config_of(folder: Path) -> dict[str, Any]:
 def has_class(folder: Path, *endings: str) -> bool:
     """Whether a class that `config.json` names ends in one of `endings`, as `ForMaskedLM`."""
     return any(name.endswith(endings) for name in config_of(folder).get("architectures") or [])
+
+
+def copy_model(folder: Path, out: Path, *without: str) -> None:
+    """Copy the files of a model, but not those of a report, nor those whose name matches a pattern of `without`."""
+    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_A_REPORT, *without))

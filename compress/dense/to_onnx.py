@@ -26,6 +26,11 @@ class ToOnnx:
         """See `Step.needs_calibration`."""
         return False
 
+    @property
+    def needs_validation(self) -> bool:
+        """See `Step.needs_validation`."""
+        return False
+
     def check(self, source: Source) -> None:
         """See `Step.check`."""
         self.result_form(source.form)
