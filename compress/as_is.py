@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.source import config_of, has_class
+from compress.source import config_of, has_class, open_hub_model
 from compress.step import FormName
 from scoring.data import load_task
 from scoring.encoders import Encoder, HuggingFaceEncoder, ShareBertExport, label_names
@@ -60,10 +60,7 @@ def model_of(folder: Path, form: FormName) -> nn.Module:
         from sharebert.hub import ShareBertForSequenceClassification
 
         return ShareBertForSequenceClassification.from_pretrained(folder).eval()  # type: ignore[no-any-return]
-    from transformers import AutoModelForSequenceClassification
-
-    local = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
-    return AutoModelForSequenceClassification.from_pretrained(folder, **local).eval()  # type: ignore[no-any-return]
+    return open_hub_model(folder, "SequenceClassification")  # type: ignore[no-any-return]
 
 
 class _OnnxClassifier(nn.Module):

@@ -66,7 +66,7 @@ def opened(folder: Path, runtime: str, threads: int) -> Opened:
 
         return Opened(run_session, config["vocab_size"], config["max_position_embeddings"])
     torch.set_num_threads(threads)
-    from compress.source import open_source
+    from compress.source import open_hub_model, open_source
 
     if open_source(folder).form == "compact":
         from exports.read import load_model
@@ -78,10 +78,7 @@ def opened(folder: Path, runtime: str, threads: int) -> Opened:
                 return encoder(ids)
 
         return Opened(run_compact, encoder.config.vocab_size, encoder.config.max_position_embeddings)
-    import transformers
-
-    given = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
-    model = transformers.AutoModel.from_pretrained(folder, **given).eval()
+    model = open_hub_model(folder)
 
     def run(ids: Any) -> Any:
         with torch.no_grad():

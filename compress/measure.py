@@ -153,8 +153,12 @@ def tensors_of(folder: Path) -> list[Tensor]:
         import onnx
 
         graph = onnx.load(str(folder / "model.onnx")).graph
-        stored = {tensor.name: tensor for tensor in graph.initializer}
-        arrays = [onnx.numpy_helper.to_array(tensor) for name, tensor in stored.items() if _is_learned(name, stored)]
+        initializers = {tensor.name: tensor for tensor in graph.initializer}
+        arrays = [
+            onnx.numpy_helper.to_array(tensor)
+            for name, tensor in initializers.items()
+            if _is_learned(name, initializers)
+        ]
         return [torch.from_numpy(array.copy()) for array in arrays if array.size > 1 and array.dtype != np.int64]
     return list(read_weights(folder).values())
 
