@@ -17,8 +17,9 @@ from torch import Tensor
 from compress import latency
 from compress.as_is import is_classifier, score_as_is
 from compress.dense.onnx_int8 import TRANSPOSED
+from compress.dense.pack_quantised import unpacked
 from compress.recipe import CompressRecipe
-from compress.source import open_source
+from compress.source import config_of, open_source
 from compress.tools import masked_lm_loss
 from exports.compact import stored_weights
 from exports.read import read_export
@@ -160,7 +161,9 @@ def tensors_of(folder: Path) -> list[Tensor]:
             if _is_learned(name, initializers)
         ]
         return [torch.from_numpy(array.copy()) for array in arrays if array.size > 1 and array.dtype != np.int64]
-    return list(read_weights(folder).values())
+    return [
+        tensor for tensor in unpacked(config_of(folder), read_weights(folder)).values() if tensor.is_floating_point()
+    ]
 
 
 def _is_learned(name: str, stored: Collection[str]) -> bool:

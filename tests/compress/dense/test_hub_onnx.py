@@ -93,6 +93,7 @@ def test_a_dense_export(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_recipe_with_latency_and_score(tmp_path: Path) -> None:
     """A classifier of Hugging Face goes through both steps, with its scores as it is and its loss where it has one."""
     source = hub_folder(tmp_path / "bert", "SequenceClassification")
