@@ -20,6 +20,7 @@ from compress.dense.onnx_int8 import TRANSPOSED
 from compress.dense.pack_quantised import unpacked
 from compress.recipe import CompressRecipe
 from compress.source import config_of, open_source
+from compress.static import STATIC, STATIC_INT8, static_scores
 from compress.tools import masked_lm_loss
 from exports.compact import stored_weights
 from exports.read import read_export
@@ -33,6 +34,9 @@ from sharebert_common.errors import BadInput
 WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data", "*.bin")
 
 GZIP_LEVEL = 6
+
+OF_A_FOLDER = (RANDOM, STATIC, STATIC_INT8)
+"""What a reference begins with that is made from the model in the folder after it."""
 
 QUANTISED, QUANTISER_PARTS = "_quantized", ("_scale", "_zero_point")
 """What ONNX Runtime's quantiser appends to the name of a tensor: for its codes, and for what they are read with."""
@@ -102,7 +106,10 @@ def measure(name: str, folder: Path, recipe: CompressRecipe, results: Path, note
 
 
 def measure_baseline(name: str, recipe: CompressRecipe, results: Path) -> Measured:
-    """A row for `tfidf`, `majority` or `random:FOLDER`, which exist only once they are fitted to the task."""
+    """A row for a reference that exists only once it was fitted to the task; see `needs_task`."""
+    if name.startswith((STATIC, STATIC_INT8)):
+        scores, parameters, size = static_scores(name, recipe)
+        return Measured(name=name, folder="", form="baseline", scores=scores, parameters=parameters, bytes=size)
     row = Measured(name=name, folder="", form="baseline", scores=score(name, recipe, results))
     (result,) = [result for result in read_results(results / _task_name(recipe)) if result.model == name]
     row.parameters, row.bytes = result.parameters, result.bytes
@@ -115,8 +122,8 @@ def is_baseline(name: str) -> bool:
 
 
 def needs_task(name: str) -> bool:
-    """Whether a reference is made by fitting it to the task."""
-    return is_baseline(name) or name.startswith(RANDOM)
+    """Whether a reference is made by fitting it to the task: `tfidf`, `majority`, or one that begins as below."""
+    return is_baseline(name) or name.startswith(OF_A_FOLDER)
 
 
 def score(model: str, recipe: CompressRecipe, results: Path) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compress.measure import Measured, is_baseline, measure, measure_baseline, needs_task
+from compress.measure import OF_A_FOLDER, Measured, is_baseline, measure, measure_baseline, needs_task
 from compress.recipe import CompressRecipe, RowsRecipe
 from compress.report import STEP, model_files, table, write_report
 from compress.source import JSON, open_source
@@ -19,7 +19,6 @@ from compress.step_folders import StepFolder, checksums, digest
 from compress.steps import step_of
 from compress.tools import RecipeTools, open_rows
 from data_prep.shards.reader import open_dataset
-from scoring.encoders import RANDOM
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, whole_or_absent_folder, write_atomically
 from sharebert_common.recipe import plain
@@ -88,7 +87,7 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
         if needs_task(reference) and recipe.task is None:
             raise BadInput(f"report.references: {reference} needs a task to be scored on")
         if not is_baseline(reference):
-            open_source(Path(reference.removeprefix(RANDOM)))
+            open_source(Path(reference.partition(":")[2] if reference.startswith(OF_A_FOLDER) else reference))
     parent = steps_of(out)
     here, there = source.folder.resolve(), out.resolve()
     if here == there:
