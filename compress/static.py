@@ -55,7 +55,7 @@ def static_scores(name: str, recipe: CompressRecipe) -> tuple[dict[str, list[flo
     size = vectors.nbytes
     if name.startswith(STATIC_INT8):
         codes, scale = in_int8(vectors)
-        vectors, size = codes * scale, codes.nbytes + scale.nbytes
+        vectors, size = (codes * scale).astype(np.float32), codes.nbytes + scale.nbytes
     train = features(data.train.texts, vectors, encoder)
     labels = data.train.labels
     if data.task.regression:

@@ -11,8 +11,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
+from exports.fake_quantise import QuantiseRecipe
 from exports.tokenizer import training_tokenizer_sha256
-from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
+from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert.kernels import FLEX_FROM, flex_serves
 from sharebert_common.errors import BadInput, nearest
