@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from compress import latency
-from compress.as_is import is_classifier, score_as_is
+from compress.as_is import score_as_is
 from compress.dense.onnx_int8 import TRANSPOSED
 from compress.dense.pack_quantised import unpacked
 from compress.recipe import CompressRecipe
-from compress.source import config_of, open_source
+from compress.source import config_of, is_classifier, open_source
 from compress.static import STATIC, STATIC_INT8, static_scores
 from compress.tools import masked_lm_loss
 from exports.compact import stored_weights

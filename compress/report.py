@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from compress.as_is import is_classifier, score_as_is
+from compress.as_is import score_as_is
 from compress.measure import Measured, counts, same, sizes
 from compress.recipe import CompressRecipe
-from compress.source import BOARD, JSON, OF_A_REPORT, PICTURE, TABLE, open_source
+from compress.source import BOARD, JSON, OF_A_REPORT, PICTURE, TABLE, is_classifier, open_source
 from compress.step_folders import checksums, digest
 from compress.tools import installed, masked_lm_loss
 from sharebert_common.errors import BadInput

@@ -53,6 +53,16 @@ def has_class(folder: Path, *endings: str) -> bool:
     return any(name.endswith(endings) for name in config_of(folder).get("architectures") or [])
 
 
+def is_masked_lm(folder: Path) -> bool:
+    """Whether the model in `folder` has a masked-language-model head."""
+    return has_class(folder, "ForMaskedLM", "ForPreTraining")
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether the `config.json` of a folder names a classifier of texts."""
+    return has_class(folder, "ForSequenceClassification")
+
+
 def open_hub_model(folder: Path, head: str = "", **options: Any) -> Any:
     """The model that plain transformers loads from `folder`, in fp32, in evaluation mode.
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.as_is import is_classifier
-from compress.source import open_hub_model
-from compress.tools import is_masked_lm
+from compress.source import is_classifier, is_masked_lm, open_hub_model
 from exports.onnx_graph import (
     make_token_types_optional,
     name_the_longest_input,
