@@ -156,7 +156,7 @@ def test_wrong_sources_and_files(made: tuple[Path, Any], tmp_path: Path) -> None
     folder, _ = made
     with pytest.raises(BadInput, match="put the step `onnx` before it"):
         OnnxInt8().check(Source(folder, "compact"))
-    with pytest.raises(BadInput, match="onnx: takes a compact export, this one is onnx"):
+    with pytest.raises(BadInput, match="onnx: this folder holds an ONNX file already"):
         ToOnnx().check(Source(folder, "onnx"))
     (tmp_path / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(BadInput, match="ONNX Runtime cannot read it"):
