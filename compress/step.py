@@ -55,6 +55,11 @@ class Step(Protocol):
         """Whether it asks for calibration rows, so that a recipe without a dataset is refused before any work."""
         ...
 
+    @property
+    def needs_validation(self) -> bool:
+        """Whether it asks for the loss on validation rows, so that a recipe without them is refused before any work."""
+        ...
+
     def check(self, source: Source) -> None:
         """Raise BadInput, with one line, if this step cannot take `source`. Called before any work."""
         ...

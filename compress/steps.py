@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compress.dense.awq import Awq
 from compress.dense.onnx_int8 import OnnxInt8
+from compress.dense.to_dense import ToDense
 from compress.dense.to_onnx import ToOnnx
 from compress.quantise.step import Quantise
 from compress.step import Step
@@ -16,6 +18,8 @@ from sharebert_common.recipe import describe, parse
 STEPS: dict[str, type[Any]] = {
     "trim": Trim,
     "quantise": Quantise,
+    "dense": ToDense,
+    "awq": Awq,
     "onnx": ToOnnx,
     "onnx_int8": OnnxInt8,
 }

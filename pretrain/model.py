@@ -11,10 +11,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
+from exports.fake_quantise import QuantiseRecipe
 from exports.tokenizer import training_tokenizer_sha256
 from pretrain.distill.recipe import DistillPlan
 from pretrain.distill.student import NOT_EXPORTED, DistilledForMaskedLM
-from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
+from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert.kernels import FLEX_FROM, flex_serves
 from sharebert_common.errors import BadInput, nearest

@@ -10,11 +10,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
+from exports.fake_quantise import QuantiseRecipe
 from pretrain.checkpoint.writer import CheckpointRecipe
 from pretrain.data.datasets import DataRecipe, micro_shape, open_datasets
 from pretrain.distill.recipe import DistillPlan, DistillRecipe, plan_distillation
 from pretrain.engine.config import Precision, ZeroRecipe, ZeroSettings, check_zero
-from pretrain.engine.fake_quantise import QuantiseRecipe
 from pretrain.engine.optimizer import OptimizerRecipe, ScheduleRecipe
 from pretrain.faults.recipe import FaultsRecipe
 from pretrain.model import ModelChoice, ModelRecipe, choose_model, refuse_other_tokenizer

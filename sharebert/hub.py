@@ -148,6 +148,10 @@ class ShareBertPreTrainedModel(PreTrainedModel):
         if not has_mlm_head and config.mlm_head != "none":  # so that the config of a copy is true
             config = copy.deepcopy(config)
             config.mlm_head = "none"
+        if STORAGE_KEYS & vars(config).keys():  # they are about a file; this model stores all tensors as they are
+            config = copy.deepcopy(config)
+            for name in STORAGE_KEYS & vars(config).keys():
+                delattr(config, name)
         super().__init__(config)
         self.sharebert = HubEncoder(config.plain())
         if not pools:  # no gradient would ever reach it, which DistributedDataParallel takes for an error
