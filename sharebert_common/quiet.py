@@ -15,7 +15,7 @@ TRANSFORMERS = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS
 
 
 def quiet_libraries() -> None:
-    """Hide FutureWarnings and DeprecationWarnings (torch warns of DeepSpeed's collectives), noisy loggers and transformers.
+    """Hide FutureWarnings and DeprecationWarnings (torch warns of DeepSpeed's collectives), and noisy libraries.
 
     The `sharebert` command and `python -m pretrain` call this, unless they are given `--debug`. Where the user chose
     warnings, with `python -W`, PYTHONWARNINGS or the variables of transformers, those choices stay.

@@ -14,11 +14,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 from doc_commands import ROOT, Block, all_blocks, commands
 
 import sharebert_cli
@@ -28,7 +28,7 @@ from data_prep.recipe import PrepRecipe
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.recipe import SweepRecipe
 from scoring.recipe import EvaluateRecipe
-from sharebert_common.recipe import _keys, load
+from sharebert_common.recipe import keys, load
 
 BLOCKS = all_blocks()
 COMMANDS = sorted({(block.page, command) for block in BLOCKS for command in commands(block) if " " in command})
@@ -180,13 +180,13 @@ def test_what_a_python_block_imports_exists(block: Block) -> None:
 
 
 def test_every_key_in_backticks_is_a_key() -> None:
-    keys = {name for schema in RECIPES for name, *_ in _keys(schema)}
-    structures = {name.rpartition(".")[0] for name in keys} - {""}
+    known = {name for schema in RECIPES for name, *_ in keys(schema)}
+    structures = {name.rpartition(".")[0] for name in known} - {""}
     wrong = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for code in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", page.read_text(encoding="utf-8")):
             names = code.split(".")
-            if names[0] not in structures or names[-1] in FILES or code in keys | structures or is_python(code):
+            if names[0] not in structures or names[-1] in FILES or code in known | structures or is_python(code):
                 continue
             wrong.append(f"{page.name}: {code}")
     assert not wrong
