@@ -30,8 +30,8 @@ RECIPES = {
 INTRODUCTION = """# All keys of all recipes
 
 `python -m docs.recipes_reference` writes this page from the code; do not edit it. `sharebert VERB --help` prints
-the same keys. A key with dots stands inside another: `data.global_batch=64` on the command line is `data: {global_batch: 64}` in
-a recipe. A key without a default is required.
+the same keys. A key with dots stands inside another: `data.global_batch=64` on the command line is
+`data: {global_batch: 64}` in a recipe. A key without a default is required.
 """
 
 
