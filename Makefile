@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLAYS := $(VENV)/.plays
 
-.PHONY: install demo demo-quick test test-slow test-slurm soak gpu gpu-wheels lint clean
+.PHONY: install demo demo-quick test test-slow test-slurm soak gpu gpu-wheels docs lint clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ gpu: $(VENV)/.installed
 # What a machine with torch, transformers and tensorboard, but without a network, lacks for `python -m benchmarks.gpu`.
 gpu-wheels: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu.wheels $(if $(GPU_PYTHON),--python $(GPU_PYTHON))
+
+# The docs as a site, in build/docs. A link or anchor that leads nowhere ends it.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
