@@ -9,5 +9,6 @@ run_files    state.json and log.jsonl of a run: read and written here alone
 processes    stop signals, and what happens to a process whose parent dies
 import_path  where Python finds the packages of this project
 quiet        hides messages of libraries
+progress     a progress bar on a terminal
 counter_rng  random numbers as a pure function of a key and a counter
 """

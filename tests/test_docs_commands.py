@@ -308,11 +308,11 @@ def test_the_way_from_text_to_model_is_run(tmp_path: Path) -> None:
     stand_ins = {"/data/exports/base": f"{data}/exports/base", "out/demo/export": f"{data}/exports/base"}
     stand_ins |= {"out/demo/dense": f"{tmp_path}/out/dense", "out/demo/encoder": f"{tmp_path}/out/encoder"}
     stand_ins |= {"train/shard-": f"{data}/dataset/train/shard-"}
-    for block in PYTHON:
-        code = block.text if "import webdataset" in block.text else "import webdataset\n" + block.text
-        for shown, here in stand_ins.items():
-            code = code.replace(f'"{shown}', f'"{here}')
-        run_here([sys.executable, "-c", code], tmp_path)
+    codes = [block.text for block in PYTHON]
+    for shown, here in stand_ins.items():
+        codes = [code.replace(f'"{shown}', f'"{here}') for code in codes]
+    each_alone = "import webdataset\nfor code in {!r}:\n    exec(code, {{'webdataset': webdataset}})"
+    run_here([sys.executable, "-c", each_alone.format(codes)], tmp_path)
     assert (tmp_path / "out" / "encoder" / "model.safetensors").exists()
 
 
