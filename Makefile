@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLAYS := $(VENV)/.plays
 
-.PHONY: install demo demo-quick test test-slow test-slurm soak image-check gpu gpu-wheels lint clean
+.PHONY: install demo demo-quick test test-slow test-slurm soak image-check gpu gpu-wheels docs lint clean
 
 install: $(VENV)/.installed
 
@@ -57,6 +57,10 @@ image-check:
 	@command -v buildah debootstrap > /dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap; }
 	docker/check.sh
+
+# The docs as a site, in build/docs. A link or anchor that leads nowhere ends it.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

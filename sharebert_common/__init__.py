@@ -11,5 +11,6 @@ processes    stop signals, and what happens to a process whose parent dies
 import_path  where Python finds the packages of this project
 quiet        hides messages of libraries
 inference_tokenizer  corrects a tokenizer so that it gives what a training row holds
+progress     a progress bar on a terminal
 counter_rng  random numbers as a pure function of a key and a counter
 """

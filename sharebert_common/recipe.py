@@ -225,9 +225,9 @@ def to_yaml(config: Any) -> str:
 def describe(schema: type) -> str:
     """The keys of a schema, with types, defaults and docstrings, for `--help`."""
     lines = []
-    for name, key_type, info, text in _keys(schema):
+    for name, key_type, info, text in keys(schema):
         default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
-        if _dataclasses_in(key_type):
+        if dataclasses_in(key_type):
             lines.append(f"  {name}: {text}".rstrip())
         else:
             lines.append(f"  {name}: {text} [{_type_name(key_type)}, {default}]")
@@ -249,18 +249,20 @@ def _docstrings(schema: type) -> dict[str, str]:
     return found
 
 
-def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo, str]]:
+def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo, str]]:
+    """Every key of a schema, with dots before inner ones: its name, type, field and docstring."""
     hints, texts = get_type_hints(schema, include_extras=False), _docstrings(schema)
     for name, info in _own_fields(schema).items():
         yield prefix + name, hints[name], info, texts.get(name, "")
-        for inner in _dataclasses_in(hints[name]):
-            yield from _keys(inner, f"{prefix}{name}.")
+        for inner in dataclasses_in(hints[name]):
+            yield from keys(inner, f"{prefix}{name}.")
 
 
-def _dataclasses_in(key_type: Any) -> list[type]:
+def dataclasses_in(key_type: Any) -> list[type]:
+    """The recipes that a key of this type holds."""
     if isinstance(key_type, type) and is_dataclass(key_type):
         return [key_type]
-    return [found for arg in get_args(key_type) for found in _dataclasses_in(arg)]
+    return [found for arg in get_args(key_type) for found in dataclasses_in(arg)]
 
 
 def _type_name(key_type: Any) -> str:
@@ -324,7 +326,7 @@ def _known_beside(schema: type, location: list[str]) -> list[str]:
             for level in here
             for field in fields(level)
             if field.name == part
-            for found in _dataclasses_in(get_type_hints(level)[part])
+            for found in dataclasses_in(get_type_hints(level)[part])
         ]
         here = inner or here  # list indices and names of classes are no field names
     return [field.name for level in here for field in fields(level)]
