@@ -1,33 +1,36 @@
-"""Folders of Hugging Face encoders, for tests."""
+"""Tiny models of `sharebert.hub`, made without an export, for tests."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from tiny_models import tiny_tokenizer
+from tiny_models import TINY
+from torch import Tensor
+
+from sharebert import hub
+
+M = TypeVar("M", bound=hub.ShareBertPreTrainedModel)
+
+FORMS = [("untied", "veps"), ("tied", "veps"), ("untied", "eps"), ("tied", "eps")]
+"""(MLM head, sharing)."""
 
 
-def hub_folder(folder: Path, head: str, seed: int = 0, **changes: Any) -> Path:
-    """A tiny BERT with a tokenizer, as `save_pretrained` writes it; `head` as in `AutoModelFor<head>`."""
-    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
-    from transformers import PreTrainedTokenizerFast as Fast
-
-    place = folder.parent / f"{folder.name}-tokenizer"
-    place.mkdir(parents=True, exist_ok=True)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = BertConfig(vocab_size=304, max_position_embeddings=32, **{**sizes, **changes})
-    config.id2label = {0: "bad", 1: "good"}
-    torch.manual_seed(seed)
-    classes = {"": BertModel, "MaskedLM": BertForMaskedLM, "SequenceClassification": BertForSequenceClassification}
-    model = classes[head](config)
+def hub_model(kind: type[M], **changes: Any) -> M:
+    """A model of class `kind` in evaluation mode, in which no parameter is 0 or 1."""
+    if changes.get("sharing") == "eps":
+        changes.setdefault("factor_size", TINY["hidden_size"])
+    torch.manual_seed(0)
+    model: Any = kind(hub.ShareBertHubConfig(**{**TINY, **changes}))  # type: ignore[call-arg]
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    Fast(tokenizer_file=str(tiny_tokenizer(place)), unk_token="[UNK]", model_max_length=32, **names).save_pretrained(
-        folder
-    )
-    return folder
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def padded_batch() -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [3, 9]; the second row ends in padding."""
+    ids = torch.randint(5, 250, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    return ids, mask

@@ -307,6 +307,7 @@ def test_the_way_from_text_to_model_is_run(tmp_path: Path) -> None:
     run(fill.replace("out/demo/export", "/data/exports/base"))
     stand_ins = {"/data/exports/base": f"{data}/exports/base", "out/demo/export": f"{data}/exports/base"}
     stand_ins |= {"out/demo/dense": f"{tmp_path}/out/dense", "out/demo/encoder": f"{tmp_path}/out/encoder"}
+    stand_ins |= {"OUT": f"{tmp_path}/out/onnx"}
     stand_ins |= {"train/shard-": f"{data}/dataset/train/shard-"}
     codes = [block.text for block in PYTHON]
     for shown, here in stand_ins.items():

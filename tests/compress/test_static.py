@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from compress_models import tiny_export
-from hub_models import hub_folder
+from hub_folders import hub_folder
 
 from compress.recipe import CompressRecipe
 from compress.report import read_report

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from compress_models import tiny_export
-from hub_models import hub_folder
+from hub_folders import hub_folder
 
 from compress.as_is import model_of
 from compress.quantise.step import Quantise

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hub_models import hub_folder
+from hub_folders import hub_folder
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tiny_models import tiny_model

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_models import hub_folder
+from hub_folders import hub_folder
 from tiny_models import tiny_model, tiny_tokenizer
 
 from compress.dense.onnx_int8 import OnnxInt8, nodes_with_weights
