@@ -129,8 +129,9 @@ def _words_of_one_token(tokenizer: Any) -> Iterator[str]:
     """Words of the vocabulary, whatever its script, that are one token inside a row."""
     for token_id in range(min(tokenizer.get_vocab_size(), _TRIED_IDS)):
         word = tokenizer.decode([token_id]).strip()
-        if word.isalnum() and _knows(tokenizer, word):
-            ids = tokenizer.encode(f"{word} {word} {word}", add_special_tokens=False).ids
+        row = f"{word} {word} {word}"
+        if word.isalnum() and _knows(tokenizer, row):
+            ids = tokenizer.encode(row, add_special_tokens=False).ids
             if len(ids) >= 3 and ids[-1] == ids[-2] == token_id:
                 yield word
 

@@ -194,3 +194,12 @@ def test_what_has_no_mask_rule_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "export").mkdir()
     write_tokenizer(tmp_path / "export", tmp_path / "tokenizer.json", config_for(tokenizer.get_vocab_size()))
     assert "beside some words, [MASK] gives other ids than in training" in capsys.readouterr().err
+
+
+def test_a_model_that_names_no_unknown_token_is_left_as_it_is() -> None:
+    """Its words may be known alone and not beside a space."""
+    words = {word: number for number, word in enumerate([*SPECIAL, "w0", "w1"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[NONE]"))
+    ready, changes = for_inference(tokenizer)
+    assert ready.encode("w0", add_special_tokens=False).ids == [len(SPECIAL)]
+    assert not any("take the space" in change for change in changes)
