@@ -58,7 +58,7 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
     flat, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
     if is_traced() or not torch.is_grad_enabled():
         return flat @ weight
-    return _Linear.apply(None, flat, weight)  # type: ignore[no-any-return]
+    return _Linears.apply(flat, weight, None)[0]  # type: ignore[no-any-return]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -67,58 +67,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     It is one `addmm` on views: neither the weight nor its gradient is copied or transposed. If `virtual` made the
     weight, the gradients of all its uses are summed by the products that make them.
     """
-    dtype = compute_dtype(x)
-    flat, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
-    if is_traced() or not torch.is_grad_enabled():
-        y = torch.addmm(bias.to(dtype), flat, weight)
-    else:
-        y = _Linear.apply(bias, flat, weight)
-    return y.view(*x.shape[:-1], weight.shape[1])
+    return linears(x, (weight,), (bias,))[0]
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """`linear` of one x with several weights. Their gradients of x are added up by the products that make them."""
     dtype = compute_dtype(x)
+    flat, weights = x.flatten(0, -2).to(dtype), [weight.to(dtype) for weight in weights]
     if is_traced() or not torch.is_grad_enabled():
-        return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    made = _Linears.apply(x.flatten(0, -2).to(dtype), *(weight.to(dtype) for weight in weights), *biases)
+        made = [torch.addmm(bias.to(dtype), flat, weight) for weight, bias in zip(weights, biases, strict=True)]
+    else:
+        made = _Linears.apply(flat, *weights, *biases)
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in made)
 
 
-class _Linear(torch.autograd.Function):
-    """If the node that made the weight has `shared_gradients`, adds to them and gives autograd no gradient for it."""
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.shared, ctx.index = getattr(weight.grad_fn, "shared_gradients", None), weight.output_nr
-        return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_bias, needs_x, needs_weight = ctx.needs_input_grad
-        grad_x = gradient @ weight.t() if needs_x else None
-        grad_bias = column_sums(gradient, ctx.bias_dtype) if needs_bias else None
-        grad_weight = _grad_weight(ctx.shared, ctx.index, x, gradient) if needs_weight else None
-        return grad_bias, grad_x, grad_weight
-
-
 class _Linears(torch.autograd.Function):
-    """x [rows, in] and n pairs of weight and bias → n outputs [rows, out]; weights are treated as in `_Linear`."""
+    """x [rows, in], n weights and as many biases (or None) → n outputs [rows, out].
+
+    Where the node that made a weight has `shared_gradients`, adds to them and gives autograd no gradient for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, *weights_and_biases: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         count = len(weights_and_biases) // 2
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         ctx.save_for_backward(x, *weights)
-        ctx.bias_dtypes = [bias.dtype for bias in biases]
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         ctx.shared = [getattr(weight.grad_fn, "shared_gradients", None) for weight in weights]
         ctx.indices = [weight.output_nr for weight in weights]
-        return tuple(torch.addmm(bias.to(x.dtype), x, weight) for weight, bias in zip(weights, biases, strict=True))
+        return tuple(
+            x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
