@@ -24,14 +24,7 @@ from exports.dense_model import DenseBert, encoder_tensors
 from exports.export import Export
 from exports.kinds import Classifier
 from exports.meta_device import without_weights
-from exports.onnx_graph import (
-    make_token_types_optional,
-    name_the_longest_input,
-    quiet,
-    save,
-    share_equal_weights,
-    strip_metadata,
-)
+from exports.onnx_graph import finish, quiet
 from sharebert.config import ShareBertConfig
 from sharebert.encoder import ShareBert
 from sharebert.heads import ShareBertForMaskedLM
@@ -119,12 +112,12 @@ def write_onnx(
             verbose=False,
         )
     assert program is not None
-    strip_metadata(program.model)
-    _name_products(program.model, model.config, classifier)
-    share_equal_weights(program.model)
-    make_token_types_optional(program.model)
-    name_the_longest_input(program.model, model.config.max_position_embeddings)
-    save(program, out)
+    finish(
+        program,
+        lambda graph: _name_products(graph, model.config, classifier),
+        model.config.max_position_embeddings,
+        out,
+    )
 
 
 def _name_products(model: Any, config: ShareBertConfig, classifier: OnnxClassifier | None) -> None:

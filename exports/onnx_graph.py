@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,26 @@ def save(program: Any, out: Path) -> None:
         program.save(Path(folder) / out.name, external_data=size > ONE_FILE_BYTES)
         for path in sorted(Path(folder).iterdir(), reverse=True):  # OUT.data before the OUT that refers to it
             path.replace(out.parent / path.name)
+
+
+def finish(program: Any, name_products: Callable[[Any], None], positions: int | None, out: Path) -> None:
+    """Make the exporter's graph what runtimes and quantisers expect, and write it to `out`.
+
+    Args:
+        program: what torch's exporter made.
+        name_products: gives tensors and products the names of a checkpoint, in place.
+        positions: tokens of the longest input; None where the model has no such limit.
+        out: the file; a large model has a second one beside it.
+    """
+    model = program.model
+    strip_metadata(model)
+    name_products(model)
+    share_equal_weights(model)
+    if any(value.name == "token_type_ids" for value in model.graph.inputs):
+        make_token_types_optional(model)
+    if positions is not None:
+        name_the_longest_input(model, positions)
+    save(program, out)
 
 
 def strip_metadata(model: Any) -> None:

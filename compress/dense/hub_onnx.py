@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.source import is_classifier, is_masked_lm, open_hub_model
-from exports.onnx_graph import (
-    make_token_types_optional,
-    name_the_longest_input,
-    quiet,
-    save,
-    share_equal_weights,
-    strip_metadata,
-)
+from exports.onnx_graph import finish, quiet
 from scoring.architecture import Inputs
 from sharebert_common.errors import BadInput
 
@@ -57,14 +50,7 @@ def write_hub_onnx(folder: Path, out: Path, opset: int) -> None:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise BadInput(f"{folder}: torch cannot export this model to ONNX ({reason})") from error
     assert program is not None
-    strip_metadata(program.model)
-    _name_products(program.model)
-    share_equal_weights(program.model)
-    if "token_type_ids" in names:
-        make_token_types_optional(program.model)
-    if inputs.positions is not None:
-        name_the_longest_input(program.model, inputs.positions)
-    save(program, out)
+    finish(program, _name_products, inputs.positions, out)
 
 
 class _Product(nn.Module):
