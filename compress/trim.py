@@ -22,7 +22,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export
 from exports.forms import write_export
@@ -34,22 +34,12 @@ from sharebert_common.recipe import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class Trim:
+class Trim(NeedsNoRows):
     """Leave out parameters that change no output: key and value biases, the layers' betas, unused rows of W_all."""
 
     keep_pooler: bool | None = None
     """Keep the pooler's rows of W_all. Without them the pooled output is 0, and fine-tuning by the pooler starts from
     there; none: keep them unless the model is a masked language model."""
-
-    @property
-    def needs_calibration(self) -> bool:
-        """See `Step.needs_calibration`."""
-        return False
-
-    @property
-    def needs_validation(self) -> bool:
-        """See `Step.needs_validation`."""
-        return False
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""

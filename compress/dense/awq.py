@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress.dense.awq_search import Grid, best_clips, best_factors, output_error, rounded
 from compress.dense.pack_quantised import quantization_config, stored
 from compress.source import WEIGHTS, config_of, copy_model, open_hub_model
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.files import CARD, CONFIG, write_json
 from exports.weight_files import read_metadata, read_weights, write_weights
 from exports.weight_source import TensorWeights
@@ -38,7 +38,7 @@ TARGETS = [r"re:.*encoder\.layer\.\d+\..*(query|key|value|dense)$"]
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class Awq:
+class Awq(NeedsNoRows):
     """The matrices of all layers in a few bits a number, of a dense export or a BERT of Hugging Face; activation-aware.
 
     The result is in compressed-tensors' layout: transformers loads it where that package is installed.
@@ -61,11 +61,6 @@ class Awq:
     def needs_calibration(self) -> bool:
         """See `Step.needs_calibration`."""
         return self.scale or self.clip
-
-    @property
-    def needs_validation(self) -> bool:
-        """See `Step.needs_validation`."""
-        return False
 
     @property
     def grid(self) -> Grid:

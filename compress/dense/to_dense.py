@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.dense import Dense
 from exports.forms import write_export
 from exports.read import read_export
@@ -16,18 +16,8 @@ from sharebert_common.recipe import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class ToDense:
+class ToDense(NeedsNoRows):
     """Writes every generated matrix out, in fp32, for steps that take a dense export."""
-
-    @property
-    def needs_calibration(self) -> bool:
-        """See `Step.needs_calibration`."""
-        return False
-
-    @property
-    def needs_validation(self) -> bool:
-        """See `Step.needs_validation`."""
-        return False
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from compress.source import WEIGHTS, copy_model
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.onnx import FILE, OPSET, Onnx, check_onnx
 from exports.read import read_export
 from sharebert_common.errors import BadInput
@@ -16,21 +16,11 @@ from sharebert_common.recipe import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class ToOnnx:
+class ToOnnx(NeedsNoRows):
     """Writes the model as an ONNX file, in fp32. It takes the folder of any BERT-like encoder too."""
 
     opset: int = OPSET
     """The version of ONNX's operators, 18 to 22."""
-
-    @property
-    def needs_calibration(self) -> bool:
-        """See `Step.needs_calibration`."""
-        return False
-
-    @property
-    def needs_validation(self) -> bool:
-        """See `Step.needs_validation`."""
-        return False
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""

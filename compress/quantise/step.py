@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.quantise.awq import column_factors
 from compress.quantise.hessians import Statistics, collect, of_embedding, of_projection
 from compress.quantise.rounding import gptq, searched
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export
 from exports.forms import write_export
@@ -32,7 +32,7 @@ EMBEDDING, PROJECTION = ROTATED
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class Quantise:
+class Quantise(NeedsNoRows):
     """Store the factors in a few bits a number, and all vectors in 16 or 8; products are as before."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 8
@@ -65,11 +65,6 @@ class Quantise:
     def needs_calibration(self) -> bool:
         """See `Step.needs_calibration`."""
         return self.rounding == "gptq" or self.awq or self.frequent > 0
-
-    @property
-    def needs_validation(self) -> bool:
-        """See `Step.needs_validation`."""
-        return False
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""
