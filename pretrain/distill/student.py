@@ -77,7 +77,12 @@ class DistilledForMaskedLM(RecordingForMaskedLM):
         assert visible is not None
         recipe, layers = self.plan.recipe, self.plan.layers
         encoded = self.sharebert(
-            tokens, attention_mask, token_type_ids, document_ids=document_ids, pool=False, keep_states=True
+            tokens,
+            attention_mask,
+            token_type_ids,
+            document_ids=document_ids,
+            pool=False,
+            keep_states=bool(recipe.hidden or recipe.cosine),
         )
         rows = encoded.hidden.flatten(0, 1).index_select(0, positions)
         if recipe.logits:

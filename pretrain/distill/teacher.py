@@ -86,14 +86,15 @@ class ShareBertTeacher(_Frozen):
             hide,
             document_ids=batch.document_ids if self.within_documents else None,
             pool=False,
-            keep_states=True,
+            keep_states=bool(self.states),
         )
+        states = encoded.states or ()
         projections = {layer: model.sharebert.take(layer) for layer in self.projections}
         model.sharebert.forget()
         rows = encoded.hidden.flatten(0, 1).index_select(0, batch.positions)
         logits = model.scores(rows) if self.wants_logits else None
         return TeacherOutput(
-            logits, {layer: encoded.states[layer] for layer in self.states}, projections, model.config.score_scale
+            logits, {layer: states[layer] for layer in self.states}, projections, model.config.score_scale
         )
 
 
