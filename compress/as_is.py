@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.source import config_of, has_class
+from compress.source import config_of, open_hub_model
 from compress.step import FormName
 from scoring.data import load_task
 from scoring.encoders import Encoder, HuggingFaceEncoder, ShareBertExport, label_names
@@ -17,11 +17,6 @@ from scoring.finetune import Classifier
 from scoring.metrics import measure
 from scoring.recipe import EvaluateRecipe, FineTuneRecipe
 from sharebert_common.errors import BadInput
-
-
-def is_classifier(folder: Path) -> bool:
-    """Whether the `config.json` of a folder names a classifier of texts."""
-    return has_class(folder, "ForSequenceClassification")
 
 
 def score_as_is(folder: Path, form: FormName, recipe: EvaluateRecipe) -> dict[str, list[float]]:
@@ -60,10 +55,7 @@ def model_of(folder: Path, form: FormName) -> nn.Module:
         from sharebert.hub import ShareBertForSequenceClassification
 
         return ShareBertForSequenceClassification.from_pretrained(folder).eval()  # type: ignore[no-any-return]
-    from transformers import AutoModelForSequenceClassification
-
-    local = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
-    return AutoModelForSequenceClassification.from_pretrained(folder, **local).eval()  # type: ignore[no-any-return]
+    return open_hub_model(folder, "SequenceClassification")  # type: ignore[no-any-return]
 
 
 class _OnnxClassifier(nn.Module):

@@ -25,7 +25,7 @@ def runtimes(form: str) -> list[str]:
 
     if form != "onnx":
         return ["pytorch" if form == "compact" else "transformers"]
-    return ["onnxruntime"] if installed("onnxruntime") else []
+    return [runtime for runtime in ("onnxruntime", "openvino") if installed(runtime)]
 
 
 def measure(folder: Path, runtime: str, shapes: Sequence[str], threads: int, repeats: int) -> dict[str, Any]:
@@ -65,8 +65,10 @@ def opened(folder: Path, runtime: str, threads: int) -> Opened:
             return session(ids, torch.ones_like(ids), outputs)
 
         return Opened(run_session, config["vocab_size"], config["max_position_embeddings"])
+    if runtime == "openvino":
+        return _opened_openvino(folder, threads)
     torch.set_num_threads(threads)
-    from compress.source import open_source
+    from compress.source import open_hub_model, open_source
 
     if open_source(folder).form == "compact":
         from exports.read import load_model
@@ -78,16 +80,31 @@ def opened(folder: Path, runtime: str, threads: int) -> Opened:
                 return encoder(ids)
 
         return Opened(run_compact, encoder.config.vocab_size, encoder.config.max_position_embeddings)
-    import transformers
-
-    given = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
-    model = transformers.AutoModel.from_pretrained(folder, **given).eval()
+    model = open_hub_model(folder)
 
     def run(ids: Any) -> Any:
         with torch.no_grad():
             return model(input_ids=ids)
 
     return Opened(run, model.config.vocab_size, model.config.max_position_embeddings)
+
+
+def _opened_openvino(folder: Path, threads: int) -> Opened:
+    import openvino
+    import torch
+
+    from exports.onnx import FILE
+
+    # Without the hint OpenVINO computes fp32 models in bf16 where the processor can, which changes their outputs.
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    model = openvino.Core().compile_model(str(folder / FILE), "CPU", options)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    request = model.create_infer_request()
+
+    def run(ids: Any) -> Any:
+        return request.infer({"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
+
+    return Opened(run, config["vocab_size"], config["max_position_embeddings"])
 
 
 def main(folder: str, runtime: str, threads: str, repeats: str, *shapes: str) -> None:

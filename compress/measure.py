@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compress import latency
-from compress.as_is import is_classifier, score_as_is
+from compress.as_is import score_as_is
+from compress.dense.onnx_int8 import TRANSPOSED
+from compress.dense.pack_quantised import unpacked
 from compress.recipe import CompressRecipe
-from compress.source import open_source
+from compress.source import config_of, is_classifier, open_source
+from compress.static import STATIC, STATIC_INT8, static_scores
 from compress.tools import masked_lm_loss
 from exports.compact import stored_weights
 from exports.read import read_export
 from exports.weight_files import read_weights
 from exports.weight_source import whole
+from scoring.encoders import RANDOM
 from scoring.report import read_results
 from scoring.score import BASELINES, evaluate
 from sharebert_common.errors import BadInput
@@ -28,6 +34,12 @@ from sharebert_common.errors import BadInput
 WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data", "*.bin")
 
 GZIP_LEVEL = 6
+
+OF_A_FOLDER = (RANDOM, STATIC, STATIC_INT8)
+"""What a reference begins with that is made from the model in the folder after it."""
+
+QUANTISED, QUANTISER_PARTS = "_quantized", ("_scale", "_zero_point")
+"""What ONNX Runtime's quantiser appends to the name of a tensor: for its codes, and for what they are read with."""
 
 
 @dataclass(kw_only=True)
@@ -94,9 +106,10 @@ def measure(name: str, folder: Path, recipe: CompressRecipe, results: Path, note
 
 
 def measure_baseline(name: str, recipe: CompressRecipe, results: Path) -> Measured:
-    """A row for `tfidf` or `majority`, which have no folder."""
-    if recipe.task is None:
-        raise BadInput(f"report.references: {name} needs a task to be scored on")
+    """A row for a reference that exists only once it was fitted to the task; see `needs_task`."""
+    if name.startswith((STATIC, STATIC_INT8)):
+        scores, parameters, size = static_scores(name, recipe)
+        return Measured(name=name, folder="", form="baseline", scores=scores, parameters=parameters, bytes=size)
     row = Measured(name=name, folder="", form="baseline", scores=score(name, recipe, results))
     (result,) = [result for result in read_results(results / _task_name(recipe)) if result.model == name]
     row.parameters, row.bytes = result.parameters, result.bytes
@@ -106,6 +119,11 @@ def measure_baseline(name: str, recipe: CompressRecipe, results: Path) -> Measur
 def is_baseline(name: str) -> bool:
     """Whether a reference is a model without a folder."""
     return name in BASELINES
+
+
+def needs_task(name: str) -> bool:
+    """Whether a reference is made by fitting it to the task: `tfidf`, `majority`, or one that begins as below."""
+    return is_baseline(name) or name.startswith(OF_A_FOLDER)
 
 
 def score(model: str, recipe: CompressRecipe, results: Path) -> dict[str, list[float]]:
@@ -143,9 +161,26 @@ def tensors_of(folder: Path) -> list[Tensor]:
         import onnx
 
         graph = onnx.load(str(folder / "model.onnx")).graph
-        arrays = [onnx.numpy_helper.to_array(initializer) for initializer in graph.initializer]
-        return [torch.from_numpy(array.copy()) for array in arrays if array.size > 1]
-    return list(read_weights(folder).values())
+        initializers = {tensor.name: tensor for tensor in graph.initializer}
+        arrays = [
+            onnx.numpy_helper.to_array(tensor)
+            for name, tensor in initializers.items()
+            if _is_learned(name, initializers)
+        ]
+        return [torch.from_numpy(array.copy()) for array in arrays if array.size > 1 and array.dtype != np.int64]
+    return [
+        tensor for tensor in unpacked(config_of(folder), read_weights(folder)).values() if tensor.is_floating_point()
+    ]
+
+
+def _is_learned(name: str, stored: Collection[str]) -> bool:
+    """Whether a stored tensor of an ONNX file is a parameter: no scale of a quantised one, and no second copy."""
+    for ending in QUANTISER_PARTS:
+        if name.endswith(ending) and {name.removesuffix(ending) + end for end in ("", QUANTISED)} & set(stored):
+            return False
+    plain = name.removesuffix(QUANTISED)
+    original = plain.removesuffix(TRANSPOSED)
+    return plain == original or not {original, original + QUANTISED} & set(stored)
 
 
 def sizes(folder: Path) -> tuple[int, int]:

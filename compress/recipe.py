@@ -40,7 +40,8 @@ class ReportRecipe:
     threads: PositiveInt = 1
     """Threads of a timed call."""
     references: list[str] = field(default_factory=list)
-    """Further models to measure beside: folders, and with a task `tfidf`, `majority` or `random:FOLDER`."""
+    """Further models to measure beside: folders, and with a task `tfidf`, `majority`, `random:FOLDER` (its shape with
+    new weights), `static:FOLDER` or `static-int8:FOLDER` (a vector for each word, made from its model)."""
 
 
 def _with_path(task: Any) -> Any:

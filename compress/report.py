@@ -14,18 +14,18 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from compress.as_is import is_classifier, score_as_is
+from compress.as_is import score_as_is
 from compress.measure import Measured, counts, same, sizes
 from compress.recipe import CompressRecipe
-from compress.source import open_source
+from compress.source import BOARD, JSON, OF_A_REPORT, PICTURE, TABLE, is_classifier, open_source
 from compress.step_folders import checksums, digest
 from compress.tools import installed, masked_lm_loss
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import plain
 
-JSON, TABLE, PICTURE, BOARD = "report.json", "REPORT.md", "report.png", "tensorboard"
-OF_A_REPORT = (JSON, TABLE, PICTURE)
 FORMAT = "sharebert compress 1"
+STEP = "step"
+"""The note `role` of a row that is the result of a step."""
 
 
 def write_report(folder: Path, rows: Sequence[Measured], recipe: CompressRecipe, files: dict[str, str]) -> str:
@@ -155,7 +155,10 @@ def read_report(folder: Path) -> tuple[CompressRecipe, dict[str, str], list[Meas
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
         recipe = TypeAdapter(CompressRecipe).validate_python(content["recipe"])
-        return recipe, dict(content["files"]), [TypeAdapter(Measured).validate_python(row) for row in content["rows"]]
+        rows = [TypeAdapter(Measured).validate_python(row) for row in content["rows"]]
+        if not any(row.notes.get("role") == STEP for row in rows):
+            raise ValueError("it has no row of a step")
+        return recipe, dict(content["files"]), rows
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; is {folder} a result of `sharebert compress`?") from None
     except (ValueError, KeyError, TypeError, ValidationError, OSError) as error:
@@ -177,7 +180,7 @@ def check(folder: Path) -> str:
         if not row.folder or not place.is_dir():
             lines.append(f"{row.name}: not checked, its folder is not there")
             continue
-        if digest(model_files(place)) != files.get(row.folder):
+        if digest(model_files(checksums(place))) != files.get(row.folder):
             if place == folder:
                 wrong.append(f"{row.name}: the files of {place} are not those of the report")
             else:
@@ -197,8 +200,9 @@ def check(folder: Path) -> str:
         wrong += [f"{row.name}: {key} is {found[key]}, the report says {getattr(row, key)}" for key in differ]
         if not differ:
             lines.append(f"{row.name}: {', '.join(found)} are right")
-    text = (folder / TABLE).read_text(encoding="utf-8")
-    if table(rows) not in text:
+    if not (folder / TABLE).is_file():
+        wrong.append(f"{folder / TABLE}: missing")
+    elif table(rows) not in (folder / TABLE).read_text(encoding="utf-8", errors="replace"):
         wrong.append(f"{folder / TABLE}: its table is not that of {JSON}")
     if wrong:
         raise BadInput("; ".join(wrong))
@@ -207,13 +211,9 @@ def check(folder: Path) -> str:
 
 def result_row(rows: Sequence[Measured]) -> Measured:
     """The row of the last step: what lies in OUT."""
-    return [row for row in rows if row.notes.get("role") == "step"][-1]
+    return [row for row in rows if row.notes.get("role") == STEP][-1]
 
 
-def model_files(folder: Path) -> dict[str, str]:
-    """Checksums of the files of a model's folder, without those of a report."""
-    return {
-        name: value
-        for name, value in checksums(folder).items()
-        if name not in OF_A_REPORT and not name.startswith(f"{BOARD}/")
-    }
+def model_files(files: dict[str, str]) -> dict[str, str]:
+    """Of the checksums of a folder's files, those of the model's files, without those of a report."""
+    return {name: value for name, value in files.items() if name.split("/")[0] not in OF_A_REPORT}

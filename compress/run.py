@@ -10,14 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compress.measure import Measured, is_baseline, measure, measure_baseline
-from compress.recipe import CompressRecipe
-from compress.report import JSON, model_files, table, write_report
-from compress.source import open_source
+from compress.measure import OF_A_FOLDER, Measured, is_baseline, measure, measure_baseline, needs_task
+from compress.recipe import CompressRecipe, RowsRecipe
+from compress.report import STEP, model_files, table, write_report
+from compress.source import JSON, open_source
 from compress.step import Source, Step
 from compress.step_folders import StepFolder, checksums, digest
 from compress.steps import step_of
 from compress.tools import RecipeTools, open_rows
+from data_prep.shards.reader import open_dataset
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, whole_or_absent_folder, write_atomically
 from sharebert_common.recipe import plain
@@ -45,13 +46,13 @@ def compress(folder: Path, recipe: CompressRecipe, out: Path) -> str:
     make_folders(parent)
     (parent / MARK).touch()
     rows = Rows(recipe, parent, say)
-    rows.add("source", "source", source.folder, {})
-    current = source
+    current, files = source, checksums(source.folder)
+    rows.add("source", "source", source.folder, {}, files)
     for number, (name, step) in enumerate(steps, 1):
         place = StepFolder(parent, f"{number}-{name}")
-        notes = run_step(name, step, current, place, recipe)
-        current = open_source(place.model)
-        rows.add(f"{number} {name}", "step", current.folder, notes)
+        record = run_step(name, step, current, files, place, recipe)
+        current, files = open_source(place.model), record["files"]
+        rows.add(f"{number} {name}", STEP, current.folder, record["notes"], files)
         say(table(rows.rows))
     for reference in recipe.report.references:
         rows.add_reference(reference)
@@ -76,13 +77,17 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
         form = step.result_form(form)
         if step.needs_calibration and recipe.calibration.dataset is None:
             raise BadInput(f"calibration.dataset: {name} looks at rows of text as it is set here; name a dataset")
+        if step.needs_validation and recipe.validation.dataset is None:
+            raise BadInput(f"validation.dataset: {name} looks at the loss as it is set here; name a dataset")
     for key in ("calibration", "validation"):
         rows = getattr(recipe, key)
         if rows.dataset is not None:
             open_rows(key, rows, source.folder)
     for reference in recipe.report.references:
+        if needs_task(reference) and recipe.task is None:
+            raise BadInput(f"report.references: {reference} needs a task to be scored on")
         if not is_baseline(reference):
-            open_source(Path(reference))
+            open_source(Path(reference.partition(":")[2] if reference.startswith(OF_A_FOLDER) else reference))
     parent = steps_of(out)
     here, there = source.folder.resolve(), out.resolve()
     if here == there:
@@ -102,14 +107,17 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
         raise BadInput(f"{out}: its disk has {free / 1e6:,.0f} MB left, and this may need {needed / 1e6:,.0f} MB")
 
 
-def run_step(name: str, step: Step, source: Source, place: StepFolder, recipe: CompressRecipe) -> dict[str, Any]:
-    """Run a step, or take its result from before; its notes."""
+def run_step(
+    name: str, step: Step, source: Source, files: dict[str, str], place: StepFolder, recipe: CompressRecipe
+) -> dict[str, Any]:
+    """Run a step, or take its result from before; its record. `files` are the checksums of the source's files."""
     identity = {
         "step": name,
         "keys": plain(step),
         "seed": recipe.seed,
-        "calibration": plain(recipe.calibration),
-        "source": digest(checksums(source.folder)),
+        "calibration": identity_of(recipe.calibration),
+        "validation": identity_of(recipe.validation) if step.needs_validation else None,
+        "source": digest(files),
         "version": version("sharebert"),
     }
     record = place.result(identity, say)
@@ -121,7 +129,14 @@ def run_step(name: str, step: Step, source: Source, place: StepFolder, recipe: C
         record = place.finish(identity, notes)
     else:
         say(f"{place.model}: whole already")
-    return dict(record["notes"])
+    return record
+
+
+def identity_of(rows: RowsRecipe) -> dict[str, Any] | None:
+    """What tells some rows from all others, wherever their dataset lies."""
+    if rows.dataset is None:
+        return None
+    return {"fingerprint": open_dataset(rows.dataset).manifest["fingerprint"], "rows": rows.rows}
 
 
 class Rows:
@@ -132,11 +147,15 @@ class Rows:
         self.files: dict[str, str] = {}
         self._recipe, self._parent, self._say = recipe, parent, say
         given = plain(recipe)
-        self._asked = {key: given[key] for key in ("validation", "task", "report")}
+        self._asked = {key: given[key] for key in ("task", "report")}
+        self._asked["validation"] = identity_of(recipe.validation)
 
-    def add(self, name: str, role: str, folder: Path, notes: dict[str, Any]) -> None:
-        """Measure the model in `folder`, or take the row from before if its files and the recipe are the same."""
-        self.files[str(folder)] = digest(model_files(folder))
+    def add(self, name: str, role: str, folder: Path, notes: dict[str, Any], files: dict[str, str]) -> None:
+        """Measure the model in `folder`, or take the row from before if its files and the recipe are the same.
+
+        `files` are the checksums of its files.
+        """
+        self.files[str(folder)] = digest(model_files(files))
         kept = self._parent / f"{name.replace(' ', '-').replace('/', '-')}.row.json"
         asked = {"files": self.files[str(folder)], "asked": self._asked, "notes": notes}
         try:
@@ -153,10 +172,10 @@ class Rows:
 
     def add_reference(self, name: str) -> None:
         """Measure a model beside."""
-        if is_baseline(name):
+        if needs_task(name):
             self.rows.append(measure_baseline(name, self._recipe, self._parent / "scores"))
         else:
-            self.add(f"reference {Path(name).name}", "reference", Path(name), {})
+            self.add(f"reference {Path(name).name}", "reference", Path(name), {}, checksums(Path(name)))
 
 
 def say(line: str) -> None:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from compress.step import FormName, Source
 from exports.dense import MODEL_TYPE as DENSE
 from exports.onnx import FILE as ONNX_FILE
 from scoring.architecture import read_model_type
+from scoring.encoders import naming_folder
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
+
+JSON, TABLE, PICTURE, BOARD = "report.json", "REPORT.md", "report.png", "tensorboard"
+OF_A_REPORT = (JSON, TABLE, PICTURE, BOARD)
+"""What a folder holds that is about its model, not of it: files of a report, and a folder of curves."""
+
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.onnx", "*.onnx.data", "*.h5", "*.msgpack", "*.ot")
+"""Names of files with weights, in this project's forms and in folders of Hugging Face."""
 
 
 def open_source(folder: Path) -> Source:
@@ -39,3 +51,38 @@ def config_of(folder: Path) -> dict[str, Any]:
 def has_class(folder: Path, *endings: str) -> bool:
     """Whether a class that `config.json` names ends in one of `endings`, as `ForMaskedLM`."""
     return any(name.endswith(endings) for name in config_of(folder).get("architectures") or [])
+
+
+def is_masked_lm(folder: Path) -> bool:
+    """Whether the model in `folder` has a masked-language-model head."""
+    return has_class(folder, "ForMaskedLM", "ForPreTraining")
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether the `config.json` of a folder names a classifier of texts."""
+    return has_class(folder, "ForSequenceClassification")
+
+
+def open_hub_model(folder: Path, head: str = "", **options: Any) -> Any:
+    """The model that plain transformers loads from `folder`, in fp32, in evaluation mode.
+
+    Args:
+        folder: a dense export, or the folder of any encoder of Hugging Face.
+        head: of the class, as `MaskedLM` or `SequenceClassification`; empty: the encoder alone.
+        options: further arguments of `from_pretrained`.
+
+    Raises BadInput, naming the folder, where transformers cannot load it.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # a model's other heads are left out on purpose
+    transformers.utils.logging.disable_progress_bar()
+    auto_class = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+    local = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
+    with naming_folder(folder):
+        return auto_class.from_pretrained(folder, **local, **options).eval()
+
+
+def copy_model(folder: Path, out: Path, *without: str) -> None:
+    """Copy the files of a model, but not those of a report, nor those whose name matches a pattern of `without`."""
+    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_A_REPORT, *without))

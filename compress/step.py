@@ -51,12 +51,31 @@ class Tools(Protocol):
         ...
 
 
+class NeedsNoRows:
+    """A base of steps that ask neither for calibration nor for validation rows; a step overrides what it does need."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Step.needs_calibration`."""
+        return False
+
+    @property
+    def needs_validation(self) -> bool:
+        """See `Step.needs_validation`."""
+        return False
+
+
 class Step(Protocol):
     """One step. It is a frozen pydantic dataclass: its fields are its keys in a recipe, each with a docstring."""
 
     @property
     def needs_calibration(self) -> bool:
         """Whether it asks for calibration rows, so that a recipe without a dataset is refused before any work."""
+        ...
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether it asks for the loss on validation rows, so that a recipe without them is refused before any work."""
         ...
 
     def check(self, source: Source) -> None:

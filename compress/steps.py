@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compress.dense.awq import Awq
 from compress.dense.onnx_int8 import OnnxInt8
+from compress.dense.to_dense import ToDense
 from compress.dense.to_onnx import ToOnnx
 from compress.low_rank.factor_step import LowerFactor
 from compress.low_rank.pc_lora_step import PcLora
@@ -26,6 +28,8 @@ STEPS: dict[str, type[Any]] = {
     "prune_structure": PruneStructure,
     "prune_weights": PruneWeights,
     "quantise": Quantise,
+    "dense": ToDense,
+    "awq": Awq,
     "onnx": ToOnnx,
     "onnx_int8": OnnxInt8,
 }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.recipe import CompressRecipe, RowsRecipe
-from compress.source import has_class, open_source
+from compress.source import is_masked_lm, open_hub_model, open_source
 from compress.step import MASK_RATE
 from data_prep.shards.reader import Dataset, open_dataset
 from exports.read import load_model
@@ -90,18 +90,10 @@ def masked_lm(folder: Path) -> Callable[..., Any] | None:
 
         session = OnnxModel(folder)
         return ByLogits(session.logits) if is_masked_lm(folder) else None
-    import transformers
-
     if not is_masked_lm(folder):
         return None
-    given = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
-    stock = transformers.AutoModelForMaskedLM.from_pretrained(folder, **given).eval()
+    stock = open_hub_model(folder, "MaskedLM")
     return ByLogits(lambda tokens, mask: stock(input_ids=tokens, attention_mask=mask).logits)
-
-
-def is_masked_lm(folder: Path) -> bool:
-    """Whether the model in `folder` has a masked-language-model head."""
-    return has_class(folder, "ForMaskedLM", "ForPreTraining")
 
 
 class Sums(NamedTuple):

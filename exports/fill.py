@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from exports.files import TOKENIZER
-from exports.inference_tokenizer import for_inference
 from exports.read import load_model
 from exports.tokenizer import load_tokenizer, require_special_tokens, vocabulary_size
 from sharebert_common.errors import BadInput
+from sharebert_common.inference_tokenizer import for_inference
 
 
 def fill(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -27,7 +27,7 @@ def fill(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]
     path = Path(folder) / TOKENIZER
     tokenizer = load_tokenizer(path)
     require_special_tokens(tokenizer, path)
-    tokenizer = for_inference(tokenizer)
+    tokenizer, _ = for_inference(tokenizer)
     cls, sep, mask = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
     ids = [cls, *tokenizer.encode(text, add_special_tokens=False).ids, sep]
     positions = [i for i, token in enumerate(ids) if token == mask]

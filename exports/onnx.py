@@ -10,12 +10,7 @@ This form is not streamed: torch's exporter holds the model with a copy of the m
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +24,7 @@ from exports.dense_model import DenseBert, encoder_tensors
 from exports.export import Export
 from exports.kinds import Classifier
 from exports.meta_device import without_weights
+from exports.onnx_graph import finish, quiet
 from sharebert.config import ShareBertConfig
 from sharebert.encoder import ShareBert
 from sharebert.heads import ShareBertForMaskedLM
@@ -54,9 +50,6 @@ PRODUCTS = (
 )
 """Products of a layer, in the order in which they run: node `LAYER` + number + "." + name."""
 
-ONE_FILE_BYTES = 1_900_000_000
-"""Protocol buffers end at 2 GiB: above this, the weights go into a second file, `model.onnx.data`."""
-
 
 @dataclass(frozen=True)
 class Onnx:
@@ -68,15 +61,20 @@ class Onnx:
 
     def check(self, export: Export) -> None:
         """See `Form.check`."""
-        if self.opset not in OPSETS:
-            raise BadInput(f"opset: {self.opset} is not one of {OPSETS.start} to {OPSETS.stop - 1}")
-        _require_packages()
+        check_onnx(self.opset)
 
     def write(self, export: Export, folder: Path) -> None:
         """See `Form.write`."""
         with export.mapped_model(folder) as model:
             write_onnx(folder / FILE, model, self.opset, OnnxClassifier.of(export))
         write_dense_files(folder, export, onnx_card(export.config, export.kind, export.card_sections))
+
+
+def check_onnx(opset: int) -> None:
+    """Raise BadInput where ONNX files with operators of version `opset` cannot be written here."""
+    if opset not in OPSETS:
+        raise BadInput(f"opset: {opset} is not one of {OPSETS.start} to {OPSETS.stop - 1}")
+    _require_packages()
 
 
 def _require_packages() -> None:
@@ -102,7 +100,7 @@ def write_onnx(
     tokens = torch.zeros(2, min(8, model.config.max_position_embeddings), dtype=torch.int64)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)
     outputs = ["last_hidden_state", "pooler_output", "logits"][: 2 if model.mlm_head is None else 3]
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             module.eval(),
             (tokens, torch.ones_like(tokens), torch.zeros_like(tokens)),
@@ -114,28 +112,12 @@ def write_onnx(
             verbose=False,
         )
     assert program is not None
-    _strip_metadata(program.model)
-    _name_products(program.model, model.config, classifier)
-    _share_equal_weights(program.model)
-    _make_token_types_optional(program.model)
-    _name_the_longest_input(program.model, model.config.max_position_embeddings)
-    stored = [value.const_value for value in program.model.graph.initializers.values()]
-    size = sum(tensor.nbytes for tensor in stored if tensor is not None)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        program.save(Path(folder) / out.name, external_data=size > ONE_FILE_BYTES)
-        for path in sorted(Path(folder).iterdir(), reverse=True):  # OUT.data before the OUT that refers to it
-            path.replace(out.parent / path.name)
-
-
-def _strip_metadata(model: Any) -> None:
-    """Remove the exporter's notes: stack traces with paths of this machine, as long as the graph itself."""
-    graph = model.graph
-    nodes = list(graph.all_nodes())
-    values = [*graph.inputs, *graph.initializers.values(), *(value for node in nodes for value in node.outputs)]
-    for part in (model, graph, *nodes, *values):
-        part.metadata_props.clear()
-        part.doc_string = None
+    finish(
+        program,
+        lambda graph: _name_products(graph, model.config, classifier),
+        model.config.max_position_embeddings,
+        out,
+    )
 
 
 def _name_products(model: Any, config: ShareBertConfig, classifier: OnnxClassifier | None) -> None:
@@ -169,55 +151,6 @@ def _stored(value: Any) -> Any:
     """The matrix behind a transposition: a tied head reads the word embeddings transposed."""
     producer = value.producer()
     return producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
-
-
-def _share_equal_weights(model: Any) -> None:
-    """Keep one copy of equal weights: the layers of a ShareBERT use the same matrices, and the exporter writes one for
-    each layer. Tools that quantise then quantise it once."""
-    from onnx_ir.passes.common import DeduplicateInitializersPass
-
-    DeduplicateInitializersPass(size_limit=1 << 62)(model)
-
-
-def _make_token_types_optional(model: Any) -> None:
-    """Give `token_type_ids` a default, one 0 for all positions: an input that is an initializer as well has one."""
-    import onnx_ir
-
-    given = {value.name: value for value in model.graph.inputs}
-    types = given["token_type_ids"]
-    for node, place in tuple(types.uses()):
-        if node.op_type == "Shape":  # the exporter takes batch and length from any of the inputs
-            node.replace_input_with(place, given["input_ids"])
-    sizes = ("types_batch", "types_length")  # those of the other inputs, or 1 and 1
-    types.shape = onnx_ir.Shape(sizes)
-    for lookup, _ in types.uses():
-        for embedded in lookup.outputs:
-            embedded.shape = onnx_ir.Shape((*sizes, embedded.shape[-1]))
-    types.const_value = onnx_ir.tensor(torch.zeros(1, 1, dtype=torch.int64).numpy(), name=types.name)
-    model.graph.register_initializer(types)
-
-
-def _name_the_longest_input(model: Any, positions: int) -> None:
-    """Name the nodes that fail for a longer input after its limit, because a runtime's message holds their name."""
-    for node in model.graph.all_nodes():
-        if node.op_type == "Gather" and node.inputs[0].name.endswith("position_embeddings.weight"):
-            node.name = f"positions_longest_input_is_{positions}_tokens"
-            for user, _ in node.outputs[0].uses():
-                user.name = f"add_positions_longest_input_is_{positions}_tokens"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides torch's warnings about its exporter's internals, and its log line that torchvision is missing."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 class _Words(nn.Module):

@@ -19,14 +19,23 @@ PRUNED = ROTATED
 """The matrices whose weights the step `prune_weights` sets to zero."""
 
 FACTORS = (*ROTATED, "sharebert.factor_linear.weight", "mlm_head.dense.weight", "mlm_head.decoder.weight")
-"""The matrices that are quantised. All others are vectors, or have a row a position or a token type."""
+"""The matrices that are quantised, with those of OWN. All others are vectors, or have a row a position or a type."""
 
 SMALL = 2_000_000
 """Numbers below which a matrix is small. An untied head's dense [H, H] is not, at the published sizes."""
 
 
+OWN = "sharebert.sharing."
+"""How the names of matrices begin that no embedding generates."""
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a tensor is one of the matrices that are quantised; all others are vectors."""
+    return name in FACTORS or name.startswith(OWN)
+
+
 def bits_of(name: str, shape: Sequence[int], bits: int, small_bits: int | None) -> int:
-    """Bits of a number of one of FACTORS: `small_bits`, where there are some, for a small matrix."""
+    """Bits of a number of a matrix: `small_bits`, where there are some, for a small one."""
     small = name not in LARGE and shape[0] * shape[1] < SMALL
     return small_bits or bits if small else bits
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from exports.files import TOKENIZER, TOKENIZER_CONFIG, write_json
-from exports.inference_tokenizer import SPECIAL_TOKENS, for_inference, wrong_masks
 from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.files import file_sha256
+from sharebert_common.inference_tokenizer import SPECIAL_TOKENS, for_inference, wrong_masks
 
 TRAINED_WITH = "training_tokenizer_sha256"
 """Key of `tokenizer_config.json`: SHA-256 of the `tokenizer.json` of the training, where the export has another one."""
@@ -65,7 +65,7 @@ def write_tokenizer(folder: Path, tokenizer: Path, config: ShareBertConfig) -> i
             f"{config.vocab_pad_multiple}): this is another model's tokenizer"
         )
     require_special_tokens(loaded, tokenizer)
-    ready = for_inference(loaded, pair_type(config))
+    ready, _ = for_inference(loaded, pair_type(config))
     given = json.loads(tokenizer.read_text(encoding="utf-8"))
     if ready is loaded and not given.get("truncation") and not given.get("padding"):
         shutil.copyfile(tokenizer, folder / TOKENIZER)
@@ -92,7 +92,7 @@ def transformers_settings(config: ShareBertConfig) -> dict[str, Any]:
         "model_max_length": config.max_position_embeddings,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        **SPECIAL_TOKENS,
+        **{f"{key}_token": token for key, token in SPECIAL_TOKENS.items()},
     }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from exports.tensor_file import Spec, lay_out
 from exports.weight_source import WeightSource, pieces
 from sharebert_common.errors import BadInput
+from sharebert_common.progress import progress
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -117,7 +118,7 @@ def _write_file(
 
     with path.open("wb") as out:
         out.write(header())
-        for name, (dtype, shape) in specs.items():
+        for name, (dtype, shape) in progress(specs.items(), f"writing {path.name}", len(specs)):
             left = math.prod(shape)
             while left:
                 given, piece = next(pieces)

@@ -10,6 +10,7 @@ distributed   which rank this process is, and a few collectives
 
 plan/         what a run will cost
 data/         rows → masked micro-batches
+distill/      learning from a teacher
 engine/       the model under DeepSpeed
 checkpoint/   saving and resuming
 faults/       what is done about everything that goes wrong

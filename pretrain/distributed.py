@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from sharebert_common.errors import BadInput
+
+T = TypeVar("T")
 
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that describe a process group; torchrun sets them all."""
@@ -76,6 +78,7 @@ def join(timeout_s: float) -> World:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if "MASTER_ADDR" in os.environ:
+        _number("MASTER_PORT")
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         # A rank of an earlier attempt must not join this one, if both use the same port.
         prefix = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -102,7 +105,7 @@ def _refuse_partial_group() -> None:
 
 def _number(name: str, default: int | None = None) -> int:
     """The number in an environment variable that describes the group."""
-    text = os.environ.get(name, str(default) if default is not None else ALONE[name])
+    text = os.environ.get(name, ALONE.get(name, "") if default is None else str(default))
     if not (text.isascii() and text.isdigit()):
         raise BadInput(f"the environment sets {name} to {text!r}, which is no number; {_UNSET}")
     return int(text)
@@ -154,6 +157,13 @@ def first_text(text: str | None) -> str | None:
     texts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, text)
     return next((text for text in texts if text is not None), None)
+
+
+def smallest(value: T | None) -> T | None:
+    """The smallest `value` of all ranks that have one, on every rank; None where none has."""
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return min((value for value in values if value is not None), default=None)  # type: ignore[type-var]
 
 
 def first_refusal(message: str | None) -> None:

@@ -11,8 +11,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
+from exports.fake_quantise import QuantiseRecipe
 from exports.tokenizer import training_tokenizer_sha256
-from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
+from pretrain.distill.recipe import DistillPlan
+from pretrain.distill.student import NOT_EXPORTED, DistilledForMaskedLM
+from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM
 from pretrain.engine.zeros import keep_zeros
 from sharebert import SIZES, ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
 from sharebert.kernels import FLEX_FROM, flex_serves
@@ -153,15 +156,21 @@ def refuse_dropout_within_documents(choice: ModelChoice, seq_len: int, device: t
         )
 
 
-def build_model(choice: ModelChoice, seed: int, quantise: QuantiseRecipe | None = None) -> ShareBertForMaskedLM:
-    """The model with its weights at the start, the same on every rank; with `quantise`, it is trained rounded.
+def build_model(
+    choice: ModelChoice, seed: int, quantise: QuantiseRecipe | None = None, distill: DistillPlan | None = None
+) -> ShareBertForMaskedLM:
+    """The model with its weights at the start, the same on every rank.
+
+    With `quantise`, it is trained rounded; with `distill`, it makes the losses between it and a teacher.
 
     Raises BadInput where `init_from` is no export, or has another shape.
     """
-    if quantise is None or quantise.bits is None:
-        model = ShareBertForMaskedLM(choice.config)
-    else:
+    if distill is not None:
+        model: ShareBertForMaskedLM = DistilledForMaskedLM(choice.config, distill)
+    elif quantise is not None and quantise.bits is not None:
         model = FakeQuantisedForMaskedLM(choice.config, quantise)
+    else:
+        model = ShareBertForMaskedLM(choice.config)
     initialize(model, choice.init, seed, choice.init_scale)
     if choice.init_from is not None:
         _take_weights(model, choice.init_from)
@@ -180,6 +189,8 @@ def _take_weights(model: ShareBertForMaskedLM, export: Path) -> None:
         raise BadInput(f"model.init_from: {error}") from error
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name.startswith(NOT_EXPORTED):
+                continue
             given = source.get(name)
             longer = name.endswith("position_embeddings.weight") and given is not None
             if given is None or (given.shape != parameter.shape and not (longer and len(given) <= len(parameter))):

@@ -10,10 +10,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
+from exports.fake_quantise import QuantiseRecipe
 from pretrain.checkpoint.writer import CheckpointRecipe
 from pretrain.data.datasets import DataRecipe, micro_shape, open_datasets
+from pretrain.distill.recipe import DistillPlan, DistillRecipe, plan_distillation
 from pretrain.engine.config import Precision, ZeroRecipe, ZeroSettings, check_zero
-from pretrain.engine.fake_quantise import QuantiseRecipe
 from pretrain.engine.optimizer import OptimizerRecipe, ScheduleRecipe
 from pretrain.faults.recipe import FaultsRecipe
 from pretrain.model import ModelChoice, ModelRecipe, choose_model, refuse_other_tokenizer
@@ -36,13 +37,23 @@ class ResolvedTraining:
     """Of a rank in an optimizer step."""
     micro_rows: int
     """Rows of a micro-batch."""
+    distill: DistillPlan | None = None
+    """How a teacher is learned from; None without one."""
+    picked: str = ""
+    """What was picked for `data.micro_batch: auto`, and why, in one line."""
 
 
 @recipe_dataclass(config=STRICT, kw_only=True)
 class TrainRecipe:
     """A training run. Started again with the same recipe, it resumes from its newest whole checkpoint."""
 
-    SHORTHAND: ClassVar[dict[str, str]] = {"model": "size", "zero": "stage", "data": "dataset", "quantise": "bits"}
+    SHORTHAND: ClassVar[dict[str, str]] = {
+        "model": "size",
+        "zero": "stage",
+        "data": "dataset",
+        "quantise": "bits",
+        "distill": "teacher",
+    }
 
     run: str
     """Directory of the run."""
@@ -57,6 +68,8 @@ class TrainRecipe:
     quantise: QuantiseRecipe = field(default_factory=QuantiseRecipe)
     """Quantisation-aware training: each forward pass rounds the matrices that compression will quantise. Not with
     ZeRO 3."""
+    distill: DistillRecipe = field(default_factory=DistillRecipe)
+    """Learning from a teacher as well. Not with `quantise` or `compile`."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     """Settings of AdamW."""
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
@@ -106,7 +119,8 @@ class TrainRecipe:
         refuse_nothing_to_validate(datasets, self.validate)
         model = choose_model(self.model, datasets[0].vocab_size, datasets[0].seq_len)
         refuse_other_tokenizer(model, datasets[0])
-        return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows)
+        distill = plan_distillation(self.distill, model.config, datasets[0].tokenizer_path)
+        return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows, distill)
 
     def check(self, world_size: int) -> None:
         """Find what is wrong, as `resolve` does, on a machine that does not train: no dataset is copied into a cache.
@@ -131,5 +145,13 @@ class TrainRecipe:
             raise BadInput("model.keep_zeros: not with zero.stage 3, where no rank holds whole matrices; use stage 2")
         if self.model.keep_zeros and self.optimizer.muon.generated:
             raise BadInput("model.keep_zeros: not with optimizer.muon.generated, which moves every weight of a matrix")
+        if self.distill.teacher is not None and (self.compile or self.quantise.bits):
+            raise BadInput("distill: not with compile or quantise; distil first, then quantise with model.init_from")
+        if self.distill.teacher is not None and self.data.micro_batch == "auto":
+            raise BadInput("data.micro_batch: auto does not count the memory of a teacher (distill); give a number")
+        if self.distill.uses_projections and self.recompute:
+            raise BadInput(
+                "distill: relations and attention need each layer's queries, keys and values, which recompute drops"
+            )
         if self.compile and self.zero.stage == 3:
             raise BadInput("compile: not with zero.stage 3, which gathers weights while layers run; use stage 2")

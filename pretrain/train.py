@@ -17,6 +17,8 @@ from pretrain import distributed
 from pretrain.checkpoint.identity import identity, report_changes
 from pretrain.checkpoint.training_state import TrainingState, find_checkpoint
 from pretrain.data.loader import Loader, StepBatch
+from pretrain.distill.objective import Distillation
+from pretrain.distill.teacher import load_teacher
 from pretrain.distributed import World
 from pretrain.engine.config import deepspeed_config
 from pretrain.engine.engine import open_engine
@@ -30,6 +32,7 @@ from pretrain.faults.stop import StopRequest
 from pretrain.faults.watchdog import Watchdog
 from pretrain.model import build_model, compile_layers, refuse_dropout_within_documents
 from pretrain.objective import MaskedLanguageModelling, Objective
+from pretrain.plan.fit import settle_micro_batch
 from pretrain.recipe import ResolvedTraining, TrainRecipe
 from pretrain.run.environment import environment
 from pretrain.run.folder import RunFolder
@@ -53,7 +56,7 @@ def train(recipe: TrainRecipe, world: World, stop: StopRequest) -> int:
     if world.is_main:
         stop.watch(run.stop_file)
     try:
-        training = accept(recipe, run, world)
+        recipe, training = settle_micro_batch(recipe, accept(recipe, run, world), world)
         with Trainer(recipe, run, world, stop, training) as trainer:
             return trainer.loop()
     except Exception as error:
@@ -81,6 +84,16 @@ def accept(recipe: TrainRecipe, run: RunFolder, world: World) -> ResolvedTrainin
     return training
 
 
+def make_objective(recipe: TrainRecipe, training: ResolvedTraining, device: torch.device) -> Objective:
+    """What a step minimises. Raises BadInput where a teacher cannot be loaded."""
+    within = recipe.data.within_documents
+    mlm = MaskedLanguageModelling(device, within_documents=within, one_graph=recipe.compile)
+    if training.distill is None:
+        return mlm
+    teacher = load_teacher(training.distill, device, within_documents=within, precision=recipe.precision)
+    return Distillation(mlm, teacher, recipe.data.mask_rate)
+
+
 class Trainer:
     """One attempt at a run. Entering builds everything and loads the newest checkpoint; `loop` trains."""
 
@@ -96,9 +109,7 @@ class Trainer:
         self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
         self.metric_log = MetricLog(run, enabled=world.is_main, steps=recipe.steps)
         self.watchdog = Watchdog(run, world, recipe.faults.hang_s)
-        self.objective: Objective = MaskedLanguageModelling(
-            world.device, within_documents=recipe.data.within_documents, one_graph=recipe.compile
-        )
+        self.objective: Objective = make_objective(recipe, training, world.device)
         self.meter = Meter(
             world, training.model.config, training.seq_len, recipe.data, training.micro_rows, recipe.monitor
         )
@@ -127,7 +138,7 @@ class Trainer:
             attention_dropout = training.model.config.attention_probs_dropout_prob
             set_numerics(attention_dropout, deterministic=recipe.deterministic)
             torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))
-            model = build_model(training.model, recipe.seed, recipe.quantise)
+            model = build_model(training.model, recipe.seed, recipe.quantise, training.distill)
             model.sharebert.recompute = recipe.recompute
             if recipe.compile:
                 compile_layers(model)
@@ -151,7 +162,7 @@ class Trainer:
                 probe_memory(self.engine, self.loader, self.objective)
             self.first_step = self.state.load(found, recipe.seed) if found else self.state.begin()
             self.start_run()
-            self.metric_log.open(self.first_step, to_yaml(recipe))
+            self.metric_log.open(self.first_step, self.recipe_text())
             self.metric_log.event(self.first_step, f"resumed from step {self.first_step}" if found else "started")
             if recipe.monitor.look and recipe.zero.stage < 3 and self.world.is_main:
                 self.looker = Looker(self.training.datasets[0].tokenizer_path, recipe.monitor.sentences)
@@ -176,9 +187,14 @@ class Trainer:
                 step=self.first_step,
                 steps=self.recipe.steps,
                 tokenizer=self.training.datasets[0].tokenizer_path,
-                recipe_yaml=to_yaml(self.recipe),
+                recipe_yaml=self.recipe_text(),
                 environment=environment(self.world.device, self.hosts) | {"deepspeed": self.deepspeed_keys},
             )
+
+    def recipe_text(self) -> str:
+        """The recipe with all of its keys, below what was picked for `auto`."""
+        picked = self.training.picked
+        return (f"# {picked}\n" if picked else "") + to_yaml(self.recipe)
 
     def loop(self) -> int:
         """Make all optimizer steps that are left; an exit code."""

@@ -7,6 +7,7 @@ table_files   files of labelled rows (tsv, csv, parquet, jsonl) as tables
 labels        labels as numbers
 data          a task with its splits, from files or from the hub
 architecture  what kind of model a folder holds, what it takes as input, and its dropout rates
+fake_quantise a classifier that is fine-tuned with the weights of its quantised export
 encoders      encoders that can be fine-tuned: ShareBERT exports and Hugging Face folders
 finetune      one fine-tuning, and predictions of the fine-tuned classifier
 trial         an encoder on a task: the learning-rate sweep, then all seeds

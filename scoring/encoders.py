@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from exports.export import Export
 from exports.files import CARD, TOKENIZER
 from exports.forms import write_export
-from exports.inference_tokenizer import for_inference
 from exports.kinds import Classifier
 from exports.read import load_model, read_config
 from exports.tokenizer import (
@@ -36,6 +35,7 @@ from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import whole_or_absent_folder
+from sharebert_common.inference_tokenizer import for_inference
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For every `from_pretrained`. With `trust_remote_code` None, transformers would ask on the terminal."""
@@ -160,7 +160,7 @@ class ShareBertExport(Encoder):
                 f"{self.folder / TOKENIZER}: {words} words, but the model has {self.words}: "
                 "this is another model's tokenizer"
             )
-        ready = for_inference(tokenizer, pair_type(config))
+        ready, _ = for_inference(tokenizer, pair_type(config))
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=ready, **transformers_settings(config))
         if not self.fresh:
             _ = self._weights
@@ -172,12 +172,18 @@ class ShareBertExport(Encoder):
 
     def build(self, task: Task, seed: int) -> nn.Module:
         """A `ShareBertForSequenceClassification`. New weights start as in pretraining with `init: variance`."""
+        from scoring.fake_quantise import FakeQuantisedClassifier
         from sharebert.hub import ShareBertForSequenceClassification, ShareBertHubConfig
 
         torch.manual_seed(seed)
         values = {key: value for key, value in self.config.to_dict().items() if key != "model_type"}
         config = ShareBertHubConfig(**values, **self._kind(task).config_keys())
-        model = ShareBertForSequenceClassification(config)
+        rounds = self.settings.quantise.bits is not None
+        model = (
+            FakeQuantisedClassifier(config, self.settings.quantise)
+            if rounds
+            else ShareBertForSequenceClassification(config)
+        )
         weights = self._fresh_weights(seed) if self.fresh else self._weights
         model.load_state_dict({**weights, **{n: t for n, t in model.state_dict().items() if "classifier." in n}})
         return model
@@ -213,7 +219,7 @@ def _encoder_tensors(model: ShareBertForMaskedLM) -> dict[str, Tensor]:
 class HuggingFaceEncoder(Encoder):
     """Any encoder that `AutoModelForSequenceClassification` loads from a folder without remote code."""
 
-    unused_settings = frozenset({"pooling"})
+    unused_settings = frozenset({"pooling", "quantise"})
 
     def __init__(self, spec: str, settings: FineTuneRecipe) -> None:
         super().__init__(spec, settings)
@@ -223,6 +229,8 @@ class HuggingFaceEncoder(Encoder):
             raise BadInput(
                 f"finetune.pooling: {settings.pooling} is for ShareBERT exports; {self.folder} has a head of its class"
             )
+        if settings.quantise.bits is not None:
+            raise BadInput(f"finetune.quantise: is for ShareBERT exports, and {self.folder} is another model")
         with self._naming_folder():
             self.config = AutoConfig.from_pretrained(self.folder, **_LOCAL)
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, use_fast=True, **_LOCAL)

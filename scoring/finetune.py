@@ -23,6 +23,7 @@ from scoring.data import TaskData, Texts
 from scoring.encoders import Encoded, Encoder
 from scoring.recipe import FineTuneRecipe
 from sharebert_common.errors import BadInput
+from sharebert_common.progress import progress
 
 WINDOW = 50
 """Rows are sorted by length inside windows of this many batches."""
@@ -122,7 +123,9 @@ def fine_tune(
     step = 0
     for epoch in range(1, settings.epochs + 1):
         model.train()
-        for rows in batches_by_length(train.lengths(), settings.batch, order):
+        batches = batches_by_length(train.lengths(), settings.batch, order)
+        what = f"{encoder.spec}, seed {seed}, epoch {epoch}/{settings.epochs}"
+        for rows in progress(batches, what, ceil(len(train) / settings.batch)):
             step += 1
             batch = {name: values.to(device) for name, values in encoder.collate(train, rows).items()}
             with _precision(device, settings.precision):

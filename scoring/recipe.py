@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from exports.fake_quantise import QuantiseRecipe
 from sharebert_common.recipe import STRICT
 
 BLIMP = "blimp"
@@ -89,6 +90,9 @@ class FineTuneRecipe:
     """All dropout rates of the encoder during fine-tuning; none: as in its config."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """The precision of matrix products in training; predictions are in fp32."""
+    quantise: QuantiseRecipe = field(default_factory=QuantiseRecipe)
+    """Quantisation-aware fine-tuning of a ShareBERT: training and scores use the matrices as the compression step
+    `quantise` with these keys and `rounding: nearest` will store them."""
 
 
 @dataclass(config=STRICT, kw_only=True)

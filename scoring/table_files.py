@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scoring.tables import BadRows, Table
+from sharebert_common.encodings import decode_utf8
 from sharebert_common.errors import BadInput
 
 SUFFIXES = (".tsv", ".csv", ".parquet", ".jsonl")
@@ -60,10 +61,7 @@ def read_table(path: Path, header: Sequence[str], wanted: Sequence[str], *, skip
 
 
 def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data.count(0) > len(data) // 10:
-        raise ValueError("it looks like UTF-16, and must be UTF-8; convert it, for instance with iconv")
-    text = data.decode("utf-8-sig")
+    text = decode_utf8(path.read_bytes())
     if not text:
         raise ValueError("the file is empty")
     return text

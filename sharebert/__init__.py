@@ -19,7 +19,8 @@ plain_modules       whether a tool (adapter, quantiser, offloading) has changed 
 tracing             whether a compiler or an exporter records the model
 kernels_cpu         dropout, and attention with dropout, for CPUs
 kernels_flex        attention within documents on CUDA
-kernels_triton_*    dropout + addition + LayerNorm (norm), bias + GELU (gelu), cross-entropy (loss) on CUDA
+kernels_triton_*    on CUDA: dropout + addition + LayerNorm (norm), bias + GELU (gelu), cross-entropy (loss), and
+                    matrices cut from the virtual matrix (slab)
 hub                 the classes for transformers; the only file that imports it
 """
 

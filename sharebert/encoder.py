@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import ShareBertConfig, ShareBertError
 from .kernels import add_dropout_norm, attention, document_mask, linear_gelu
 from .roles import FACTOR_NORM_WEIGHT, LAYER_BIAS, NORM_WEIGHT, ZERO_BIAS, Normal, set_roles, weight_role
-from .shared_linear import linear
+from .shared_linear import linear, linears
 from .sharing import LayerWeights, OneGeneratedSet, Sharing, Weights, sharing_of
 
 
@@ -74,9 +74,7 @@ class Layer(nn.Module):
         """
         stream, x = self.attention_norm(stream, branch)
         attended = attention(
-            self._heads(linear(x, weights.query, self.query_bias)),
-            self._heads(linear(x, weights.key, self.key_bias)),
-            self._heads(linear(x, weights.value, self.value_bias)),
+            *self.project(x, weights),
             mask,
             self.scale,
             self.attention_dropout if self.training else 0.0,
@@ -87,6 +85,13 @@ class Layer(nn.Module):
         stream, x = self.ffn_norm(stream, branch)
         inner = linear_gelu(x, weights.intermediate, self.intermediate_bias)
         return stream, linear(inner, weights.output, self.output_bias)
+
+    def project(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, T, d] of x [B, T, H]."""
+        query, key, value = linears(
+            x, (weights.query, weights.key, weights.value), (self.query_bias, self.key_bias, self.value_bias)
+        )
+        return self._heads(query), self._heads(key), self._heads(value)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, H] → [B, heads, T, d], a view."""

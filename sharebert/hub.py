@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # transformers before 5.10 copies only the files that this on
     from .kernels_triton_gelu import FusedBiasGelu  # noqa: F401
     from .kernels_triton_loss import chunk_cross_entropy  # noqa: F401
     from .kernels_triton_norm import FusedAddDropoutNorm  # noqa: F401
+    from .kernels_triton_slab import cut_slab  # noqa: F401
     from .precision import compute_dtype  # noqa: F401
     from .shared_linear import linear  # noqa: F401
     from .sharing import Sharing  # noqa: F401
@@ -149,6 +150,10 @@ class ShareBertPreTrainedModel(PreTrainedModel):
         if not has_mlm_head and config.mlm_head != "none":  # so that the config of a copy is true
             config = copy.deepcopy(config)
             config.mlm_head = "none"
+        if STORAGE_KEYS & vars(config).keys():  # they are about a file; this model stores all tensors as they are
+            config = copy.deepcopy(config)
+            for name in STORAGE_KEYS & vars(config).keys():
+                delattr(config, name)
         super().__init__(config)
         self.sharebert = HubEncoder(config.plain())
         if not pools:  # no gradient would ever reach it, which DistributedDataParallel takes for an error

@@ -37,6 +37,8 @@ class TritonKernels(NamedTuple):
     add_dropout_norm: Any
     bias_gelu: Any
     chunk_cross_entropy: Any
+    cut_slab: Any
+    fill_slab: Any
 
 
 @functools.cache
@@ -46,9 +48,10 @@ def load_triton() -> TritonKernels | None:
         from .kernels_triton_gelu import FusedBiasGelu
         from .kernels_triton_loss import chunk_cross_entropy
         from .kernels_triton_norm import FusedAddDropoutNorm
+        from .kernels_triton_slab import cut_slab, fill_slab
     except ImportError:
         return None
-    return TritonKernels(FusedAddDropoutNorm.apply, FusedBiasGelu.apply, chunk_cross_entropy)
+    return TritonKernels(FusedAddDropoutNorm.apply, FusedBiasGelu.apply, chunk_cross_entropy, cut_slab, fill_slab)
 
 
 def triton_for(x: Tensor) -> TritonKernels | None:

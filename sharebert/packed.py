@@ -171,6 +171,25 @@ def unpack(name: str, packing: Packing, tensors: Mapping[str, Tensor]) -> Tensor
     return values.view(packing.shape)
 
 
+def packing_of(name: str, given: Mapping[str, Any]) -> Packing:
+    """The packing of a tensor from its entry in `config.json`.
+
+    Raises ShareBertError, naming the tensor: a scheme, a number of bits or a key that this version does not know.
+    """
+    unknown = sorted(given.keys() - set(Packing._fields))
+    if unknown or not {"shape", "bits"} <= given.keys():
+        raise ShareBertError(f"{name}: packing has the keys {', '.join(given)}, which this version does not read")
+    packing = Packing(**{**given, "shape": tuple(given["shape"])})
+    if packing.scheme not in SCHEMES:
+        raise ShareBertError(f"{name}: packing.scheme: must be one of {', '.join(SCHEMES)} (got {packing.scheme!r})")
+    numbers = {"bits": (packing.bits, 2), "group": (packing.group, -1), "exact": (packing.exact, 0)}
+    for key, (value, least) in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least or (key == "bits" and value > 8):
+            most = " to 8" if key == "bits" else " or more"
+            raise ShareBertError(f"{name}: packing.{key}: must be a whole number, {least}{most} (got {value!r})")
+    return packing
+
+
 def unpack_all(packing: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of an export as they were before packing, in float32; those that are not packed are kept.
 
@@ -180,7 +199,7 @@ def unpack_all(packing: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
 
     Raises ShareBertError: see `unpack`.
     """
-    entries = {name: Packing(**{**given, "shape": tuple(given["shape"])}) for name, given in packing["tensors"].items()}
+    entries = {name: packing_of(name, given) for name, given in packing["tensors"].items()}
     parts = {f"{name}.{part}" for name in entries for part in PARTS}
     full = {name: tensor.float() for name, tensor in tensors.items() if name not in parts and name != ROTATION}
     for name, entry in entries.items():

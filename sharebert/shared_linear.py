@@ -6,6 +6,7 @@ the memory of W for every layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
     flat, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
     if is_traced() or not torch.is_grad_enabled():
         return flat @ weight
-    return _Linear.apply(None, flat, weight)  # type: ignore[no-any-return]
+    return _Linears.apply(flat, weight, None)[0]  # type: ignore[no-any-return]
 
 
 def linear(x: Tensor, weight: Tensor | LowRank, bias: Tensor) -> Tensor:
@@ -87,36 +88,72 @@ def linear(x: Tensor, weight: Tensor | LowRank, bias: Tensor) -> Tensor:
     It is one `addmm` on views: neither the weight nor its gradient is copied or transposed. If `virtual` made the
     weight, the gradients of all its uses are summed by the products that make them.
     """
-    x, weight = narrowed(x, weight)
+    return linears(x, (weight,), (bias,))[0]
+
+
+def linears(x: Tensor, weights: Sequence[Tensor | LowRank], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`linear` of one x with several weights. Their gradients of x are added up by the products that make them."""
+    if any(isinstance(weight, LowRank) for weight in weights):
+        pairs = [narrowed(x, weight) for weight in weights]
+        return tuple(_linears(x, (weight,), (bias,))[0] for (x, weight), bias in zip(pairs, biases, strict=True))
+    return _linears(x, weights, biases)  # type: ignore[arg-type]
+
+
+def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
     dtype = compute_dtype(x)
-    flat, weight = x.flatten(0, -2).to(dtype), weight.to(dtype)
+    flat, weights = x.flatten(0, -2).to(dtype), [weight.to(dtype) for weight in weights]
     if is_traced() or not torch.is_grad_enabled():
-        y = torch.addmm(bias.to(dtype), flat, weight)
+        made = [torch.addmm(bias.to(dtype), flat, weight) for weight, bias in zip(weights, biases, strict=True)]
     else:
-        y = _Linear.apply(bias, flat, weight)
-    return y.view(*x.shape[:-1], weight.shape[1])
+        made = _Linears.apply(flat, *weights, *biases)
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in made)
 
 
-class _Linear(torch.autograd.Function):
-    """If the node that made the weight has `shared_gradients`, adds to them and gives autograd no gradient for it."""
+class _Linears(torch.autograd.Function):
+    """x [rows, in], n weights and as many biases (or None) → n outputs [rows, out].
+
+    Where the node that made a weight has `shared_gradients`, adds to them and gives autograd no gradient for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.shared, ctx.index = getattr(weight.grad_fn, "shared_gradients", None), weight.output_nr
-        return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+    def forward(ctx: Any, x: Tensor, *weights_and_biases: Any) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        count = len(weights_and_biases) // 2
+        weights, biases = weights_and_biases[:count], weights_and_biases[count:]
+        ctx.save_for_backward(x, *weights)
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        ctx.shared = [getattr(weight.grad_fn, "shared_gradients", None) for weight in weights]
+        ctx.indices = [weight.output_nr for weight in weights]
+        return tuple(
+            x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_bias, needs_x, needs_weight = ctx.needs_input_grad
-        grad_x = gradient @ weight.t() if needs_x else None
-        grad_bias = column_sums(gradient, ctx.bias_dtype) if needs_bias else None
-        if not needs_weight:
-            return grad_bias, grad_x, None
-        if ctx.shared is None:
-            return grad_bias, grad_x, x.t() @ gradient
-        ctx.shared.add_product(ctx.index, x.t(), gradient)
-        return grad_bias, grad_x, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        count = len(weights)
+        needs_weight, needs_bias = ctx.needs_input_grad[1 : count + 1], ctx.needs_input_grad[count + 1 :]
+        grad_x: Tensor | None = None
+        grad_weights: list[Tensor | None] = [None] * count
+        grad_biases: list[Tensor | None] = [None] * count
+        for i, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            if ctx.needs_input_grad[0]:
+                transposed = weights[i].t()
+                grad_x = gradient @ transposed if grad_x is None else grad_x.addmm_(gradient, transposed)
+            if needs_bias[i]:
+                grad_biases[i] = column_sums(gradient, ctx.bias_dtypes[i])
+            if needs_weight[i]:
+                grad_weights[i] = _grad_weight(ctx.shared[i], ctx.indices[i], x, gradient)
+        return grad_x, *grad_weights, *grad_biases
+
+
+def _grad_weight(shared: SharedGradients | None, index: int, x: Tensor, gradient: Tensor) -> Tensor | None:
+    """The gradient of a weight; None where it was added to those of the other layers."""
+    if shared is None:
+        return x.t() @ gradient
+    shared.add_product(index, x.t(), gradient)
+    return None

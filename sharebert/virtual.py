@@ -7,12 +7,13 @@ Networks 191 (2025) 107794. With V the vocabulary, F the factor size, H the hidd
     M = E                    [V, H]                                            (EPS, F = H)
 
 A matrix [in, out] is a block of ⌈in·out/V⌉ columns of M, flattened row by row and cut to its first in·out values.
-M itself is never made: each block is one product, which is contiguous, and the matrix is a view of it.
+M itself is never made. The blocks are neighbours: for training, one product makes a slab of M with all of them, and the
+matrices are copied out of it. Without gradients each block is a product of its own, and the matrix is a view of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import ShareBertConfig
-from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype
+from .kernels import triton_for
+from .precision import accumulate_product, accumulation_dtype, column_sums, compute_dtype, product
 from .shared_linear import SharedGradients
 from .tracing import is_traced
 
@@ -101,7 +103,7 @@ def generate(
         return _Columns.apply(embedding, tuple(cut), dtype, change)  # type: ignore[no-any-return]
     if plain:
         return products_of(embedding, projection, bias, cut, dtype)
-    return _Products.apply(embedding, projection, bias, tuple(cut), dtype, change)  # type: ignore[no-any-return]
+    return SlabProduct.apply(embedding, projection, bias, tuple(cut), dtype, change)  # type: ignore[no-any-return]
 
 
 def products_of(
@@ -124,11 +126,11 @@ def _matrix(columns: Tensor, block: Block) -> Tensor:
     return columns.view(-1)[: block.rows * block.columns].view(block.rows, block.columns)
 
 
-class _Products(torch.autograd.Function):
-    """VEPS: one autograd node makes all blocks, so that one buffer sums the gradients of E, and one those of W_all.
+class SlabProduct(torch.autograd.Function):
+    """VEPS: one product makes a slab of M that holds all blocks, and each matrix is copied out of it.
 
-    With plain autograd, the backward pass would make a zero-filled copy of the weight for each narrowed product, and
-    a zero-filled [H, F] for each slice of W_all.
+    The slab's width is aligned for tensor cores, where a block's is not. On CUDA the slab holds all words, and a kernel
+    copies. Elsewhere it holds the next `CHUNK_WORDS` words, so that it is copied while it is in a cache.
     """
 
     @staticmethod
@@ -145,35 +147,93 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(embedding, projection)
         ctx.cut, ctx.dtype, ctx.bias_dtype, ctx.change = cut, dtype, bias.dtype, change
         ctx.shared_gradients = SharedGradients(len(cut))
-        return products_of(embedding, projection, bias, cut, dtype)
+        columns = slab_columns(cut)
+        places = _places(cut, columns)
+        e, w, b = embedding.to(dtype), projection[columns].to(dtype), bias[columns].to(dtype)
+        if fused := triton_for(embedding):
+            return fused.cut_slab(torch.addmm(b, e, w.t()), places)  # type: ignore[no-any-return]
+        made = [e.new_empty(len(e), width) for _, width, _, _ in places]
+        buffer = e.new_empty(min(CHUNK_WORDS, len(e)), len(w))
+        for words in _chunks(e):
+            slab = torch.addmm(b, e[words], w.t(), out=buffer[: words.stop - words.start])
+            for out, (left, width, _, _) in zip(made, places, strict=True):
+                out[words] = slab[:, left : left + width]
+        return tuple(_matrix(out, block) for out, block in zip(made, cut, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         embedding, projection = ctx.saved_tensors
-        e, w = embedding.to(ctx.dtype), projection.to(ctx.dtype)
-        sums = accumulation_dtype(ctx.dtype)
-        grad_e = torch.zeros(e.shape, dtype=sums, device=e.device)
-        grad_w = torch.zeros(w.shape, dtype=sums, device=w.device)
-        grad_b = torch.zeros(len(w), dtype=sums, device=w.device)
         taken = ctx.shared_gradients.take(gradients)
         if ctx.change is not None:
             taken = ctx.change(taken)
-        for block, gradient in zip(ctx.cut, taken, strict=True):
-            if gradient is None:
-                continue
-            columns = slice(block.first, block.last)
-            grad_b[columns] += column_sums(_rows(gradient, block)[0], sums)
-            whole, rest = _rows(gradient.to(ctx.dtype), block)  # the sum over layers is rounded once, here
-            n = len(whole)
-            accumulate_product(grad_e[:n], whole, w[columns])
-            accumulate_product(grad_w[columns], whole.t(), e[:n])
-            if len(rest):  # the weight ends inside this row of the block
-                started = slice(block.first, block.first + len(rest))
-                grad_e[n] += rest @ w[started]
-                grad_w[started] += torch.outer(rest, e[n])
-                grad_b[started] += rest
+        columns = slab_columns(ctx.cut)
+        places = _places(ctx.cut, columns)
+        e, w = embedding.to(ctx.dtype), projection[columns].to(ctx.dtype)
+        sums = accumulation_dtype(ctx.dtype)
+        grad_e = torch.zeros(e.shape, dtype=sums, device=e.device)
+        grad_w = torch.zeros(projection.shape, dtype=sums, device=e.device)
+        grad_b = torch.zeros(len(projection), dtype=sums, device=e.device)
+        for words, slab in _gradient_slabs(taken, places, e, len(w)):
+            grad_e[words] = product(slab, w)
+            accumulate_product(grad_w[columns], slab.t(), e[words])
+            grad_b[columns] += column_sums(slab, sums)
         return grad_e.to(embedding.dtype), grad_w.to(projection.dtype), grad_b.to(ctx.bias_dtype), None, None, None
+
+
+CHUNK_WORDS = 512
+"""Words of which a slab holds the columns at a time. For the published sizes these are 2 MB in float32."""
+
+
+def slab_columns(cut: Sequence[Block]) -> slice:
+    """The columns of the virtual matrix that hold all blocks, and up to 7 more so that their number is aligned.
+
+    A width that is a multiple of 8 is a multiple of 16 bytes in every dtype in which products run.
+    """
+    first, last = min(block.first for block in cut), max(block.last for block in cut)
+    return slice(max(0, last - -(-(last - first) // 8) * 8), last)
+
+
+def _places(cut: Sequence[Block], columns: slice) -> list[tuple[int, int, int, int]]:
+    """Of each block in the slab: its first column, how many it has, and the shape of its matrix."""
+    return [(block.first - columns.start, block.last - block.first, block.rows, block.columns) for block in cut]
+
+
+def _chunks(embedding: Tensor) -> list[slice]:
+    words = len(embedding)
+    return [slice(first, min(first + CHUNK_WORDS, words)) for first in range(0, words, CHUNK_WORDS)]
+
+
+def _gradient_slabs(
+    gradients: Sequence[Tensor | None], places: Sequence[tuple[int, int, int, int]], embedding: Tensor, width: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """The gradient of the slab, in the dtype of E: (words, their rows of the slab), in one piece or in chunks."""
+    if all(gradient is None for gradient in gradients):
+        return
+    words = len(embedding)
+    if fused := triton_for(embedding):
+        yield slice(0, words), fused.fill_slab(gradients, places, words, width, embedding.dtype)
+        return
+    buffer = embedding.new_zeros(min(CHUNK_WORDS, words), width)
+    for chunk in _chunks(embedding):
+        slab = buffer[: chunk.stop - chunk.start]
+        _fill(slab, gradients, places, chunk)
+        yield chunk, slab
+
+
+def _fill(
+    slab: Tensor, gradients: Sequence[Tensor | None], places: Sequence[tuple[int, int, int, int]], words: slice
+) -> None:
+    """Write the gradients of the matrices' values of these words, and 0 behind their ends. What is None is left."""
+    for gradient, (left, width, _, _) in zip(gradients, places, strict=True):
+        if gradient is None:
+            continue
+        part = gradient.reshape(-1)[words.start * width : words.stop * width]
+        n = len(part) // width
+        slab[:n, left : left + width] = part[: n * width].view(n, width)
+        if n < len(slab):  # the matrix ends inside row n of the slab
+            slab[n:, left : left + width] = 0
+            slab[n, left : left + len(part) - n * width] = part[n * width :]
 
 
 class _Columns(torch.autograd.Function):

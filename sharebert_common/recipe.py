@@ -53,6 +53,8 @@ def find(recipe: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     shipped = [file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.glob("**/*.yaml")]
+    if _OVERRIDE.match(str(recipe)):
+        raise BadInput(f"{recipe}: the recipe comes first, before key=value (shipped: {', '.join(sorted(shipped))})")
     raise BadInput(
         f"{recipe}: no such recipe{nearest(str(path.with_suffix('')), shipped)} (shipped: {', '.join(sorted(shipped))})"
     )
@@ -112,27 +114,44 @@ def load(
             raise BadInput(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
         if not OmegaConf.is_dict(merged):
             raise BadInput(f"{path}: a recipe is a mapping of keys to values, this is something else")
+    given: list[str] = []
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise BadInput(f"'{override}': an override is written key=value")
         try:
-            OmegaConf.from_dotlist([_literal(schema, override)])
+            given.append(_long_form(schema, _literal(schema, override)))
         except (OmegaConfBaseException, YAMLError) as error:
             raise BadInput(
                 f"command line: '{override}': not readable as YAML: {' '.join(str(error).split())}"
             ) from error
     try:
-        from_command_line = OmegaConf.from_dotlist([_literal(schema, override) for override in overrides])
-        for key, inner in getattr(schema, "SHORTHAND", {}).items():
-            for part in (merged, from_command_line):
-                raw = OmegaConf.to_container(part).get(key)  # type: ignore[union-attr]
-                if raw is not None and not isinstance(raw, dict):
-                    part[key] = {inner: raw}
-        together = OmegaConf.merge(defaults or {}, merged, from_command_line)
+        for key, inner in _shorthand(schema).items():
+            raw = OmegaConf.to_container(merged).get(key)  # type: ignore[union-attr]
+            if raw is not None and not isinstance(raw, dict):
+                OmegaConf.update(merged, key, {inner: raw}, merge=False)
+        together = OmegaConf.merge(defaults or {}, merged, OmegaConf.from_dotlist(given))
         values = _expand_home(OmegaConf.to_container(together, resolve=True))
     except (OmegaConfBaseException, YAMLError) as error:
         raise BadInput(f"{where}: {' '.join(str(error).split())}") from error
     return parse(schema, values, where, [key_path(override.partition("=")[0]) for override in overrides])
+
+
+def _shorthand(schema: type) -> dict[str, str]:
+    return getattr(schema, "SHORTHAND", {})
+
+
+def _long_form(schema: type, override: str) -> str:
+    """An override of a short key as one of the key that it stands for: `model=x` as `model.size=x`.
+
+    So it adds to what other overrides say of that key, before and after it.
+    """
+    from omegaconf import OmegaConf
+
+    key, _, value = override.partition("=")
+    plain_value = OmegaConf.from_dotlist([f"value={value}"])["value"]
+    inner = _shorthand(schema).get(key)
+    short = inner is not None and plain_value is not None and not OmegaConf.is_dict(plain_value)
+    return f"{key}.{inner}={value}" if short else override
 
 
 def _literal(schema: type, override: str) -> str:
@@ -182,10 +201,9 @@ def parse(schema: type[T], values: Any, where: str, from_command_line: Collectio
     try:
         checked = TypeAdapter(schema).validate_python(values)
     except ValidationError as error:
-        for e in error.errors():
-            location = tuple(str(part) for part in e["loc"])
-            if location not in booleans:
-                note(location, _explain(schema, e))
+        for e in _without_union_tags(error.errors()):
+            if e["loc"] not in booleans:
+                note(e["loc"], _explain(schema, e))
     if wrong:
         raise BadInput("; ".join(f"{place}: {'; '.join(messages)}" for place, messages in wrong.items()))
     return checked
@@ -207,9 +225,9 @@ def to_yaml(config: Any) -> str:
 def describe(schema: type) -> str:
     """The keys of a schema, with types, defaults and docstrings, for `--help`."""
     lines = []
-    for name, key_type, info, text in _keys(schema):
+    for name, key_type, info, text in keys(schema):
         default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
-        if _dataclasses_in(key_type):
+        if dataclasses_in(key_type):
             lines.append(f"  {name}: {text}".rstrip())
         else:
             lines.append(f"  {name}: {text} [{_type_name(key_type)}, {default}]")
@@ -231,18 +249,20 @@ def _docstrings(schema: type) -> dict[str, str]:
     return found
 
 
-def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo, str]]:
+def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo, str]]:
+    """Every key of a schema, with dots before inner ones: its name, type, field and docstring."""
     hints, texts = get_type_hints(schema, include_extras=False), _docstrings(schema)
     for name, info in _own_fields(schema).items():
         yield prefix + name, hints[name], info, texts.get(name, "")
-        for inner in _dataclasses_in(hints[name]):
-            yield from _keys(inner, f"{prefix}{name}.")
+        for inner in dataclasses_in(hints[name]):
+            yield from keys(inner, f"{prefix}{name}.")
 
 
-def _dataclasses_in(key_type: Any) -> list[type]:
+def dataclasses_in(key_type: Any) -> list[type]:
+    """The recipes that a key of this type holds."""
     if isinstance(key_type, type) and is_dataclass(key_type):
         return [key_type]
-    return [found for arg in get_args(key_type) for found in _dataclasses_in(arg)]
+    return [found for arg in get_args(key_type) for found in dataclasses_in(arg)]
 
 
 def _type_name(key_type: Any) -> str:
@@ -251,8 +271,29 @@ def _type_name(key_type: Any) -> str:
     return str(key_type).replace("typing.", "").replace("NoneType", "none")
 
 
+_UNION_TAG = re.compile(r"str|int|float|bool|none|(list|dict|tuple|function-\w+)\[.*\]", re.DOTALL)
+"""What pydantic puts behind a key that may be one of several types, for each of them."""
+
+
+def _without_union_tags(errors: Sequence[Any]) -> list[Any]:
+    """The errors by keys that a recipe has. Of a key with several types, that of the type that fits best is kept."""
+    found: dict[tuple[str, ...], Any] = {}
+    for error in errors:
+        location = tuple(str(part) for part in error["loc"])
+        error["loc"] = tuple(part for part in location if not _UNION_TAG.fullmatch(part))
+        error["of_several"] = error["loc"] != location
+        found.setdefault(error["loc"], error)
+    return [
+        error
+        for place, error in found.items()
+        if not (
+            error["of_several"] and any(len(other) > len(place) and other[: len(place)] == place for other in found)
+        )
+    ]
+
+
 def _explain(schema: type, error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
+    location = list(error["loc"])
     key = ".".join(location)
     if error["type"] == "unexpected_keyword_argument":
         known = [name for name in _known_beside(schema, location) if name]
@@ -262,6 +303,8 @@ def _explain(schema: type, error: Any) -> str:
     if error["input"] is None and key and error["type"] != "value_error":
         return f"{key}: has no value; give it one, or leave it out"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "list_type" and isinstance(error["input"], bool):
+        message = 'YAML reads this as a boolean; write a list, such as ["no"]'
     if error["type"] == "string_type" and isinstance(error["input"], (bool, int, float)):
         message = f"YAML reads this as a {_kind(error['input'])}; put it in quotes if it is a text"
     return (
@@ -283,7 +326,7 @@ def _known_beside(schema: type, location: list[str]) -> list[str]:
             for level in here
             for field in fields(level)
             if field.name == part
-            for found in _dataclasses_in(get_type_hints(level)[part])
+            for found in dataclasses_in(get_type_hints(level)[part])
         ]
-        here = inner or here  # list indices and union tags are no field names
+        here = inner or here  # list indices and names of classes are no field names
     return [field.name for level in here for field in fields(level)]

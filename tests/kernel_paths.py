@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from sharebert import kernels
+from sharebert import kernels, virtual
 
 PATHS = ["reference"]
 """And "triton" if its kernels can run: on a GPU, or under Triton's interpreter."""
@@ -22,5 +22,6 @@ if find_spec("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_
 def kernels_of(path: str) -> Iterator[None]:
     """Run all operations with one implementation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "triton_for", lambda x: kernels.load_triton() if path == "triton" else None)
+        for module in (kernels, virtual):
+            patch.setattr(module, "triton_for", lambda x: kernels.load_triton() if path == "triton" else None)
         yield

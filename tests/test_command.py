@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +70,38 @@ def test_every_example_is_a_command_that_parses() -> None:
         given, _ = parser.parse_known_args(words)
         if hasattr(given, "config") and isinstance(given.config, str):
             find(given.config)
+
+
+def completions(folder: Path, *words: str) -> list[str]:
+    """What bash offers for the last of `words`, with the script that the command prints."""
+    script = folder / "completion.sh"
+    if not script.exists():
+        done = subprocess.run(
+            [sys.executable, sharebert_cli.__file__, "--complete", "bash"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        script.write_text(done.stdout)
+    shell = f"""
+    source {script}
+    COMP_WORDS=({shlex.join(("sharebert", *words))}); COMP_CWORD={len(words)}
+    _shtab_sharebert sharebert {shlex.quote(words[-1])}
+    printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", shell], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_a_shell_completes_verbs_flags_choices_and_paths(tmp_path: Path) -> None:
+    (tmp_path / "recipe-of-mine.yaml").touch()
+    assert completions(tmp_path, "con") == ["consolidate"]
+    assert completions(tmp_path, "consolidate", "--fo") == ["--form"]
+    assert completions(tmp_path, "consolidate", "--form", "d") == ["dense"]
+    assert "recipe-of-mine.yaml" in completions(tmp_path, "train", "recipe-")
+
+
+def test_an_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sharebert_cli.main(["--complete", "fishy"])
+    assert "the shells are bash, zsh and tcsh" in capsys.readouterr().err

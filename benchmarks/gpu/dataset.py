@@ -8,9 +8,10 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
-from data_prep.shards.format import SPECIAL_TOKENS, TOKENIZER, shard_name, write_manifest
+from data_prep.shards.format import TOKENIZER, shard_name, write_manifest
 from data_prep.shards.shard_file import write_shard
 from sharebert_common.files import file_sha256
+from sharebert_common.inference_tokenizer import SPECIAL_TOKENS
 
 BLOCK = 1024
 

@@ -14,7 +14,7 @@ from benchmarks.gpu.timing import gradients_of, milliseconds
 from pretrain.plan.tables import traffic
 from sharebert import SIZES, ShareBertConfig
 from sharebert.kernels import add_dropout_norm, attention, chunk_cross_entropy, linear_gelu, triton_for
-from sharebert.virtual import blocks, generate
+from sharebert.virtual import blocks, generate, products_of
 
 SEQ_LEN, MASK_RATE = 128, 0.15
 BACKENDS = {
@@ -151,7 +151,7 @@ def operations(config: ShareBertConfig, rows: int, device: str) -> Iterator[dict
 
 
 def virtual_weights(config: ShareBertConfig, device: str) -> Iterator[dict[str, Any]]:
-    """The six matrices, forward and backward; and the products that they are made by, in several widths.
+    """The six matrices, forward and backward, as a slab and block by block; and products of several widths.
 
     A row of 138 or 275 values in bf16 is no multiple of 16 bytes; 144 and 280 are, and so is a slab of all 1,104.
     """
@@ -162,6 +162,10 @@ def virtual_weights(config: ShareBertConfig, device: str) -> Iterator[dict[str, 
     cut = blocks(config)[:-1]
     yield {"what": "virtual weights", "forward ms": milliseconds(lambda: generate(cut, e, w, b), device),
            "backward ms": milliseconds(gradients_of(lambda: generate(cut, e, w, b), [e, w, b]), device)}  # fmt: skip
+    if device == "cuda":  # what the slab is chosen over
+        apart = lambda: products_of(e, w, b, cut, torch.bfloat16)  # noqa: E731
+        yield {"what": "virtual weights by block", "forward ms": milliseconds(apart, device),
+               "backward ms": milliseconds(gradients_of(apart, [e, w, b]), device)}  # fmt: skip
     widths = (138, 144, 275, 280, 1102, 1104) if device == "cuda" else (9, 16)
     detached = e.detach()
     for width in widths:

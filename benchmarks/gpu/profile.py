@@ -52,7 +52,7 @@ def engine_step(rows: int, device: torch.device) -> Any:
     model = ShareBertForMaskedLM(config).train()
     initialize(model, "variance", 0)
     keys = deepspeed_config(
-        zero=ZeroRecipe(stage=1),
+        zero=ZeroRecipe(),
         precision="bf16",
         clip=0.5,
         micro_batch=rows,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +21,15 @@ from pydantic.dataclasses import dataclass
 
 from compress.dense.runtime import batches
 from compress.dense.smooth import smooth
+from compress.source import copy_model
 from compress.step import FormName, Source, Tools
 from exports.files import CONFIG
 from exports.onnx import FILE
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
+
+TRANSPOSED = ".transposed"
+"""What the name of a stored matrix is followed by in the name of its copy that is written out transposed."""
 
 QUANTISED = ("MatMul", "Gemm", "Gather")
 """Operators that take int8 weights: products, and the lookups of embeddings."""
@@ -57,6 +60,11 @@ class OnnxInt8:
         """See `Step.needs_calibration`."""
         return self.mode == "static" or self.smooth is not None
 
+    @property
+    def needs_validation(self) -> bool:
+        """See `Step.needs_validation`."""
+        return self.max_loss_increase is not None
+
     def check(self, source: Source) -> None:
         """See `Step.check`."""
         self.result_form(source.form)
@@ -73,7 +81,7 @@ class OnnxInt8:
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
-        shutil.copytree(source.folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model.onnx*"))
+        copy_model(source.folder, out, "model.onnx*")
         full = source.folder / FILE
         said: dict[str, Any] = {}
         rows = tools.calibration()[: self.calibration_rows] if self.needs_calibration else None
@@ -161,9 +169,11 @@ def _without_transpositions(full: Path, out: Path) -> Iterator[Path]:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     found = _transposed(model.graph)
     for node in found:
-        value = onnx.numpy_helper.to_array(stored[node.input[0]]).T
-        model.graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
+        value, name = onnx.numpy_helper.to_array(stored[node.input[0]]).T, node.input[0] + TRANSPOSED
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
         model.graph.node.remove(node)
+        for user in model.graph.node:
+            user.input[:] = [name if given == node.output[0] else given for given in user.input]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         if found:
             full = Path(folder) / "untransposed.onnx"

@@ -25,6 +25,7 @@ class OnnxModel:
             raise BadInput("ONNX models need one more package: pip install onnxruntime") from error
         file = path / FILE if path.is_dir() else path
         options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors alone: token_type_ids is an input with a default on purpose
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.low_rank.factor import basis, least_squares, mean_hessian
 from compress.quantise.hessians import collect, of_embedding
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.forms import write_export
 from exports.read import load_model, read_export
 from exports.weight_source import TensorWeights, whole
@@ -23,7 +23,7 @@ EXPANSION = "sharebert.factor_expansion.weight"
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class LowerFactor:
+class LowerFactor(NeedsNoRows):
     """Lower the factor size F: E becomes a product of two matrices, of which the large one has fewer columns."""
 
     size: Annotated[int, Field(ge=1)]

@@ -18,7 +18,7 @@ from compress.low_rank.fading import FadingMatrices, Schedule, base_share
 from compress.low_rank.step import check_source, products, with_products
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.structure import Inputs
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
@@ -39,7 +39,7 @@ WARM_UP = 0.05
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class PcLora:
+class PcLora(NeedsNoRows):
     """Train a low-rank product for each shared matrix while the matrix fades out (PC-LoRA); the result is as that of
     `low_rank`."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.low_rank.svd import truncated
 from compress.prune.calibrate import batches
 from compress.prune.structure import Inputs
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
@@ -32,7 +32,7 @@ INPUT_OF = {"key": "query", "value": "query"}
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class LowRankStep:
+class LowRankStep(NeedsNoRows):
     """Store each matrix that layers share as a product of two small ones; layers multiply by one after the other."""
 
     rank: Annotated[int, Field(ge=1)]

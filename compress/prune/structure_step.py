@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.prune.calibrate import batches
 from compress.prune.structure import Inputs, fisher, least_important, rescaled
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.export import Export, model_of, tensor_shapes
 from exports.forms import write_export
 from exports.read import read_export
@@ -29,7 +29,7 @@ LAYERS = "sharebert.layers."
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class PruneStructure:
+class PruneStructure(NeedsNoRows):
     """Remove attention heads, feed-forward columns and layers, those that calibration rows need least."""
 
     heads: Amount | None = None

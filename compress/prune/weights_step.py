@@ -19,7 +19,7 @@ from compress.prune.masks import Scope, smallest, sparsity_after
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.quantise.hessians import collect
 from compress.quantise.step import error_costs, with_tensors
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export, model_of, tensor_shapes
 from exports.forms import write_export
@@ -38,7 +38,7 @@ PROGRESS = "pruned.safetensors"
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class PruneWeights:
+class PruneWeights(NeedsNoRows):
     """Set weights of E and W_all to zero, and store a bit for each and the numbers that are left."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -14,11 +14,11 @@ from torch import Tensor
 from compress.quantise.awq import column_factors
 from compress.quantise.hessians import Statistics, collect, of_embedding, of_projection
 from compress.quantise.rounding import gptq, searched
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export
 from exports.forms import write_export
-from exports.packed import FACTORS, Packed, bits_of
+from exports.packed import Packed, bits_of, is_matrix
 from exports.read import load_model, read_export
 from exports.rounding import Rounded, to_nearest
 from exports.weight_source import TensorWeights, whole
@@ -30,12 +30,9 @@ from sharebert_common.recipe import STRICT
 
 EMBEDDING, PROJECTION = ROTATED
 
-OWN = "sharebert.sharing."
-"""How the names of matrices begin that no embedding generates."""
-
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class Quantise:
+class Quantise(NeedsNoRows):
     """Store the factors in a few bits a number, and all vectors in 16 or 8; products are as before."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 8
@@ -99,6 +96,9 @@ class Quantise:
         export = read_export(source.folder)
         kept = stored_weights(export)
         tensors = {name: whole(kept, name).float() for name in kept.specs}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise BadInput(f"{source.folder}: {name} has numbers that are infinite or NaN; it cannot be quantised")
         model = load_model(source.folder)
         statistics = collect(model, tools.calibration()) if self.rounding == "gptq" or self.awq else None
         packings = {name: self.packing_of(name, tensor) for name, tensor in tensors.items()}
@@ -127,11 +127,13 @@ class Quantise:
                 further[f"{name}.columns"] = columns
                 matrix = matrix / columns.float()
             rounded = self.round(name, matrix, packing, model, statistics, back, values)
+            check_scales(name, rounded, source.folder)
             codes = rounded.codes
             if packing.exact:
                 rows = frequent_rows(tools.calibration(), packing.shape[0], packing.exact)
                 codes[rows] = packing.zero  # nobody reads them, and equal codes are short ones
                 exact = to_nearest(unscaled[rows], packing.of_exact)
+                check_scales(name, exact, source.folder)
                 further[f"{name}.exact_rows"] = rows.to(torch.int32)
                 further |= stored(f"{name}.exact", packing.of_exact, exact.codes, exact.scales, exact.offsets)
             parts |= further | stored(name, packing, codes, rounded.scales, rounded.offsets)
@@ -143,8 +145,11 @@ class Quantise:
             parts=parts,
         )
         halves = {name: tensor.half() for name, tensor in tensors.items() if packings[name] is None}
+        for name, half in halves.items():
+            if not half.isfinite().all():
+                raise BadInput(f"{source.folder}: {name} has numbers above the range of float16; use vectors: 8")
         write_export(with_tensors(export, halves), out, form)
-        return {f"relative error of {name}": errors[name] for name in FACTORS if name in errors}
+        return {f"relative error of {name}": errors[name] for name in errors if is_matrix(name)}
 
     def packing_of(self, name: str, tensor: Tensor) -> Packing | None:
         """How a tensor is packed; None where it is stored in 16 bits."""
@@ -186,6 +191,16 @@ class Quantise:
         return gptq(matrix, packing, some_rows, keep, rows_at_once=256)
 
 
+def check_scales(name: str, rounded: Rounded, folder: Path) -> None:
+    """Raise BadInput where scales or offsets are above the range of float16, in which they are stored."""
+    for part in (rounded.scales, rounded.offsets):
+        if part is not None and not part.isfinite().all():
+            raise BadInput(
+                f"{folder}: {name} has numbers so large that its scales leave the range of float16; it cannot be "
+                "quantised"
+            )
+
+
 def error_costs(
     name: str, rows: int, model: ShareBertForMaskedLM, statistics: Statistics, values: dict[str, Tensor]
 ) -> Tensor:
@@ -206,11 +221,6 @@ def frequent_rows(tokens: Tensor, words: int, count: int) -> Tensor:
     """The `count` most frequent words of some rows, ascending; among equals those with the lowest id."""
     counts = torch.bincount(tokens.flatten(), minlength=words)
     return torch.sort(counts, descending=True, stable=True).indices[:count].sort().values
-
-
-def is_matrix(name: str) -> bool:
-    """Whether a tensor is one of the matrices that are quantised; all others are vectors to this step."""
-    return name in FACTORS or name.startswith(OWN)
 
 
 def full_projection(model: ShareBertForMaskedLM, projection: Tensor, turn: Tensor) -> Tensor:

@@ -29,9 +29,13 @@ def _refuse_what_yaml_read_otherwise(codes: Any) -> Any:
     """Norwegian is `no`, which YAML reads as false. Say so, before pydantic says that false is no string."""
     for code in codes if isinstance(codes, list) else ():
         if not isinstance(code, str):
-            kind = "true or false" if isinstance(code, bool) else "a number"
-            hint = "no" if code is False else code
-            raise ValueError(f"YAML reads {hint} as {kind}; quote it: clean.languages=['{hint}']")
+            kind = {bool: "true or false", type(None): "null"}.get(type(code), "a number")
+            hint = {False: "no", True: "yes", None: "null"}.get(code, code) if kind != "a number" else code
+            # The shell takes the inner quotes away where there are no outer ones.
+            raise ValueError(
+                f"YAML reads {hint} as {kind}; quote it: ['{hint}'] in a recipe, "
+                f"""'clean.languages=["{hint}"]' on the command line"""
+            )
     return codes
 
 

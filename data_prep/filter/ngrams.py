@@ -37,6 +37,7 @@ def ngram_hashes(
     del data
     hashed, starts = _word_hashes(joined)
     counts = np.diff(np.searchsorted(starts, ends), prepend=0)
+    del joined, starts  # in a text of short words they take 4 bytes for each byte of it
     first = np.cumsum(counts) - counts
     sums = np.zeros(max(len(hashed) - n + 1, 0), np.uint64)
     for k in range(n):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import codecs
 from typing import Any, Literal
 
-_MARKS = {
-    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # before UTF-16, whose little-endian mark it starts with
-    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
-}
+from sharebert_common.encodings import marked_encoding
+
+_ISO_2022 = (b"\x1b$B", b"\x1b$@", b"\x1b$)C", b"\x1b$A")  # how Japanese, Korean and Chinese begin in 7-bit encodings
 _FEW_BYTES = 16  # odd bytes in a file that prove nothing
 _ODD_SHARE = 0.01
 
@@ -34,18 +33,19 @@ class Suspicion:
     """Collects the signs that a file read as UTF-8 has another encoding."""
 
     def __init__(self) -> None:
-        self._bytes = self._nuls = self._invalid = 0
+        self._bytes = self._nuls = self._invalid = self._escapes = 0
 
     def look_at(self, offset: int, data: bytes) -> str | None:
         """Look at the next bytes of the file; returns what is wrong with them, if that is so."""
-        if offset == 0:
-            for encoding, marks in _MARKS.items():
-                if data.startswith(marks):
-                    return f"starts with the byte-order mark of {encoding.upper()}"
+        if offset == 0 and (encoding := marked_encoding(data)):
+            return f"starts with the byte-order mark of {encoding}"
         self._bytes += len(data)
         self._nuls += data.count(0)
         if _too_many(self._nuls, self._bytes):
             return f"{self._nuls} of its first {self._bytes} bytes are NUL, as in UTF-16"
+        self._escapes += sum(data.count(escape) for escape in _ISO_2022)
+        if _too_many(self._escapes, self._bytes):
+            return f"{self._escapes} escapes in its first {self._bytes} bytes switch alphabets, as in ISO-2022-JP"
         return None
 
     def replaced(self, text: str, data: bytes) -> str | None:

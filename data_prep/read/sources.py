@@ -70,8 +70,10 @@ class SourceRecipe:
     """What happens to a jsonl or parquet document over max_document_bytes: refuse stops, skip counts it."""
 
     def __post_init__(self) -> None:
-        if bool(self.paths) == bool(self.hub):
-            raise ValueError("give either paths or hub")
+        if self.paths and self.hub:
+            raise ValueError("paths and hub are both given; take one back with source.paths=[] or source.hub=null")
+        if not (self.paths or self.hub):
+            raise ValueError("give paths, or hub")
         if self.encoding != "auto":
             check_encoding(self.encoding)
 

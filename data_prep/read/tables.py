@@ -100,7 +100,9 @@ def _is_text(arrow_type: Any) -> bool:
 
     if pa.types.is_dictionary(arrow_type):
         arrow_type = arrow_type.value_type
-    return bool(pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type))
+    # arrow-rs and DataFusion write strings as views.
+    views = pa.types.is_string_view(arrow_type)
+    return bool(pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or views)
 
 
 def _as_bytes(name: str, key: str, column: Any) -> list[bytes | None]:

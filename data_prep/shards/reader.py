@@ -19,7 +19,6 @@ from data_prep.shards.cache import CachedFiles, CacheRecipe
 from data_prep.shards.dataset_files import DatasetFiles, LocalFiles
 from data_prep.shards.format import (
     MANIFEST,
-    SPECIAL_TOKENS,
     SPLITS,
     TOKENIZER,
     all_shards,
@@ -30,6 +29,7 @@ from data_prep.shards.format import (
 from data_prep.shards.shard_file import Array, Dtypes, MappedShard
 from sharebert_common.errors import BadInput
 from sharebert_common.files import sha256
+from sharebert_common.inference_tokenizer import SPECIAL_TOKENS
 from sharebert_common.remote_files import is_url, open_binary
 
 

@@ -217,9 +217,9 @@ def _tokens_of(run: Path) -> Path:
 
 
 def _threshold(runs: Sequence[Path], tokens_by_bin: NDArray[Any], wanted: float) -> int:
-    """The smallest key so that the documents with smaller keys hold at least `wanted` tokens."""
+    """The smallest key so that the documents with smaller keys hold at least `wanted` tokens, or all that there are."""
     sums = np.cumsum(tokens_by_bin)
-    at = min(int(np.searchsorted(sums, wanted)), _BINS - 1)
+    at = int(np.searchsorted(sums, min(wanted, sums[-1])))
     within = np.concatenate([run[_bin(run["split"]) == at] for run in _documents(runs)])
     within = np.sort(within, order="split")
     sums_within = np.cumsum(within["length"]) + (sums[at - 1] if at else 0)

@@ -14,9 +14,9 @@ from pydantic.dataclasses import dataclass as config_dataclass
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.progress import say
-from data_prep.shards.format import SPECIAL_TOKENS
-from data_prep.tokens.inference import as_in_training, training_template
+from sharebert_common.encodings import decode_utf8
 from sharebert_common.errors import BadInput
+from sharebert_common.inference_tokenizer import SPECIAL_TOKENS, for_inference, training_template
 from sharebert_common.recipe import STRICT
 
 
@@ -84,13 +84,13 @@ def load(path: str, lowercase: bool) -> str:
     """Load a tokenizer.json or vocab.txt, as the text of a tokenizer.json.
 
     Padding and truncation are taken off. If it would give other ids at inference than in training rows, it is
-    corrected, and a line says so: see `as_in_training`.
+    corrected, and a line says so: see `for_inference`.
 
     Raises BadInput: not readable, or a special token is missing.
     """
     file = Path(path)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = decode_utf8(file.read_bytes())
         if file.suffix == ".txt":
             words = word_list(path, text)
             _require_special(path, words)
@@ -106,10 +106,10 @@ def load(path: str, lowercase: bool) -> str:
     _require_special(path, [word for word in SPECIAL_TOKENS.values() if tokenizer.token_to_id(word) is not None])
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    text, changes = as_in_training(tokenizer)
+    ready, changes = for_inference(tokenizer)
     for change in changes:
         say(f"{path}: {change}")
-    return text
+    return str(ready.to_str())
 
 
 def word_list(path: str, text: str) -> list[str]:
@@ -152,7 +152,7 @@ def train(texts: Callable[[], Iterable[str]], config: TokenizerRecipe) -> str:
                 show_progress=False,
             ),
         )
-        return as_in_training(tokenizer)[0]
+        return str(for_inference(tokenizer)[0].to_str())
     bare = _bert(models.WordPiece(unk_token="[UNK]"), config.lowercase)
     alphabet = _alphabet(texts(), bare, config.train.alphabet)
     # The trainer numbers the pieces of one character in the order of a randomly seeded hash map, and breaks ties by

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -34,6 +34,12 @@ class WeightedDataset:
     """Its share of the rows, relative to the other weights; exact to 1/65,536 of all rows."""
 
 
+def _rows_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and value > 0):
+        return value
+    raise ValueError(f"give a number of rows above 0, or auto (got {value!r})")
+
+
 def _as_list(value: Any) -> Any:
     return [{"path": value}] if isinstance(value, str) else value
 
@@ -46,8 +52,9 @@ class DataRecipe:
     """A dataset's folder, or a list of {path, weight} to mix. Each dataset has epochs of its own."""
     global_batch: PositiveInt
     """Rows of an optimizer step, over all ranks; at least the world size."""
-    micro_batch: PositiveInt
-    """Most rows that a rank computes at once; the share of a rank is cut into equal parts no larger than this."""
+    micro_batch: Annotated[int | Literal["auto"], BeforeValidator(_rows_or_auto)]
+    """Most rows that a rank computes at once; the share of a rank is cut into equal parts no larger than this. `auto`
+    tries at each start of a run how many fit into the GPU's memory (on a CPU, into half of what is free)."""
     mask_rate: Annotated[float, Field(gt=0, le=0.5)] = 0.15
     """Share of a row's tokens that are masked and predicted; with `mask_schedule.last_rate`, that of the first step."""
     mask_schedule: MaskScheduleRecipe = field(default_factory=MaskScheduleRecipe)
@@ -132,7 +139,7 @@ def micro_shape(recipe: DataRecipe, world_size: int) -> tuple[int, int]:
     """How many micro-batches each rank runs in a step, and how many rows each has.
 
     The largest share of a rank is cut into the fewest equal parts that `micro_batch` allows, so that
-    few rows only fill up the shape.
+    few rows only fill up the shape. With `micro_batch: auto`, before it is a number, the share is one part.
 
     Raises:
         BadInput: more ranks than rows in a global batch.
@@ -143,5 +150,5 @@ def micro_shape(recipe: DataRecipe, world_size: int) -> tuple[int, int]:
             "raise it to at least the number of ranks, or start fewer"
         )
     largest_share = -(-recipe.global_batch // world_size)
-    count = -(-largest_share // recipe.micro_batch)
+    count = 1 if recipe.micro_batch == "auto" else -(-largest_share // recipe.micro_batch)
     return count, -(-largest_share // count)

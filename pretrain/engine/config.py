@@ -22,7 +22,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 BUCKET_ELEMENTS = 2**23
 """Gradient elements that ZeRO reduces at once. The decoder's [V, H] has more, so it is never copied into a bucket.
-It is ready at the start of the backward pass, so its reduction runs while the rest of that pass computes."""
+It is ready at the start of the backward pass, so at stages 2 and 3 its reduction runs while the rest of that pass
+computes."""
 
 
 def _known_stage(stage: int) -> int:
@@ -35,8 +36,9 @@ def _known_stage(stage: int) -> int:
 class ZeroRecipe:
     """How weights, gradients and moments are split over the ranks (Rajbhandari et al., SC 2020)."""
 
-    stage: Annotated[int, AfterValidator(_known_stage)] = 1
-    """What is split: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
+    stage: Annotated[int, AfterValidator(_known_stage)] = 2
+    """What is split: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights. Stages 2 and 3 reduce
+    gradients while the backward pass computes, 0 and 1 after it."""
     reduce_bucket_size: Annotated[int, Field(gt=0)] | None = None
     """Gradient elements that are reduced at once. Without it, the smaller of 2^23 and the model's size."""
     allgather_bucket_size: Annotated[int, Field(gt=0)] | None = None

@@ -13,6 +13,7 @@ from pretrain.plan.estimate import Assumptions, make_plan, shape_of
 from pretrain.plan.measure import measure
 from pretrain.plan.memory import memory
 from pretrain.plan.text import beside, compare, describe
+from sharebert_common.errors import BadInput
 
 if TYPE_CHECKING:
     from pretrain.recipe import TrainRecipe
@@ -42,6 +43,8 @@ def plan(
 
     Raises BadInput, naming the key or the option.
     """
+    if with_measure and recipe.data.micro_batch == "auto":
+        raise BadInput("--measure: data.micro_batch is auto; give it a number of rows that this machine shall compute")
     plans = [make_plan(recipe, number, kind, assumed) for kind in kinds for number in gpus]
     parts = [compare(plans) if len(plans) > 1 else describe(plans[0])]
     values: dict[str, Any] = {"plans": [one.to_dict() for one in plans]}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pretrain.data.datasets import micro_shape
 from pretrain.flops import flops_per_token, generated_elements
 from pretrain.plan.gpus import Gpu, gpu_of
 from pretrain.plan.memory import Memory, Shape, memory
@@ -88,7 +89,7 @@ def make_plan(recipe: TrainRecipe, gpus: int, gpu: str, assumed: Assumptions) ->
     kind = gpu_of(gpu)
     if gpus < 1:
         raise BadInput(f"--gpus: {gpus}, at least 1 is needed")
-    training = recipe.resolve(gpus, needs_data=False)
+    training = resolve_on(recipe, gpus, kind)
     config, seq_len = training.model.config, training.seq_len
     counted = count_parameters(config)
     per_token = flops_per_token(config, seq_len, recipe.data.highest_mask_rate, training.micro_rows * seq_len)
@@ -115,6 +116,23 @@ def make_plan(recipe: TrainRecipe, gpus: int, gpu: str, assumed: Assumptions) ->
         network_bytes=sent,
         network_s={stage: size / assumed.network_bytes_per_s for stage, size in sent.items()},
     )
+
+
+def resolve_on(recipe: TrainRecipe, gpus: int, kind: Gpu) -> ResolvedTraining:
+    """Resolve a recipe, whose dataset need not exist. `data.micro_batch: auto` becomes the estimate of what fits.
+
+    Raises BadInput where something is wrong, or not even one row fits.
+    """
+    training = recipe.resolve(gpus, needs_data=False)
+    if recipe.data.micro_batch != "auto":
+        return training
+    config = training.model.config
+    rows = largest_rows(config, shape_of(recipe, training, gpus), USABLE * kind.memory_bytes)
+    if not rows:
+        raise BadInput(f"data.micro_batch: auto: not even one row fits into a {kind.title}; see zero.stage, recompute")
+    settled = replace(recipe.data, micro_batch=min(rows, training.micro_rows))
+    micro_batches, micro_rows = micro_shape(settled, gpus)
+    return replace(training, micro_batches=micro_batches, micro_rows=micro_rows)
 
 
 def shape_of(recipe: TrainRecipe, training: ResolvedTraining, ranks: int, *, cuda: bool = True) -> Shape:
@@ -164,7 +182,8 @@ def network_bytes(shape: Shape, micro_batches: int) -> float:
     """Bytes that a rank sends in an optimizer step, by ring algorithms: (n-1)/n of the size for a reduce-scatter or a
     gather, and both for an all-reduce. Gradients travel in fp32, weights in the working precision.
 
-    Stages 2 and 3 reduce gradients after every micro-batch; stage 3 gathers weights in every forward and backward pass.
+    Stages 2 and 3 reduce gradients in every micro-batch, stage 2 of DeepSpeed by all-reduces of whole buckets; stage 3
+    gathers weights in every forward and backward pass.
     """
     part = (shape.world_size - 1) / shape.world_size
     gradients, weights = 4 * shape.parameters, (4 if shape.precision == "fp32" else 2) * shape.parameters
@@ -173,7 +192,7 @@ def network_bytes(shape: Shape, micro_batches: int) -> float:
         * {
             0: 2 * gradients,
             1: 2 * gradients + weights,
-            2: micro_batches * gradients + weights,
+            2: 2 * micro_batches * gradients + weights,
             3: micro_batches * (gradients + 2 * weights),
         }[shape.stage]
     )

@@ -109,7 +109,7 @@ def _samples(run: RunData) -> Table:
 
 def _rows(markdown: str) -> list[list[str]]:
     """The cells of the rows of a Markdown table."""
-    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in markdown.splitlines()[2:]]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in markdown.rstrip("\n").split("\n")[2:]]
     return [[cell.strip().replace("\\|", "|") for cell in row] for row in cells]
 
 

@@ -11,9 +11,10 @@ def introduction(recipe: TrainRecipe, training: ResolvedTraining, step: int, ran
     config = training.model.config
     tokens = (recipe.steps - step) * recipe.data.global_batch * training.seq_len
     parameters = count_parameters(config)["all"]
+    picked = f"; {training.picked}" if training.picked else ""
     return (
         f"{config.sharing}, {config.num_hidden_layers} layers of {config.hidden_size}, "
-        f"{parameters / 1e6:,.1f} M parameters, {recipe.precision}, ZeRO {recipe.zero.stage}\n"
+        f"{parameters / 1e6:,.1f} M parameters, {recipe.precision}, ZeRO {recipe.zero.stage}{picked}\n"
         f"{tokens / 1e6:,.1f} M tokens in {recipe.steps - step:,} steps to go on {ranks} rank{'s' * (ranks > 1)}; "
         f"curves: tensorboard --logdir {recipe.run}/tensorboard"
     )

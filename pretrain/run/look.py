@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exports.inference_tokenizer import for_inference
 from exports.tokenizer import load_tokenizer, vocabulary_size
 from pretrain.run.draw import attention_image, curves_image
 from sharebert import ShareBertForMaskedLM
 from sharebert.shared_linear import linear
+from sharebert_common.inference_tokenizer import for_inference
 
 SAMPLES_TAG = "samples/fill_mask"
 """TensorBoard's tag of the sentences."""
@@ -50,7 +50,7 @@ class Looker:
 
     def __init__(self, tokenizer: Path, sentences: list[str]) -> None:
         """`sentences` have one [MASK] or more; one that is too long for the model is left out."""
-        self._tokenizer = for_inference(load_tokenizer(tokenizer))
+        self._tokenizer, _ = for_inference(load_tokenizer(tokenizer))
         self._words = vocabulary_size(self._tokenizer)
         cls, sep = (self._tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
         self._mask = self._tokenizer.token_to_id("[MASK]")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ import compress.run
 from compress.recipe import CompressRecipe
 from compress.report import check, read_report, table
 from compress.run import compress as run
+from compress.trim import Trim
 from data_prep.shards.reader import open_dataset
 from exports.export import Export
 from exports.forms import write_export
@@ -29,6 +31,7 @@ from pretrain.objective import MaskedLanguageModelling
 from pretrain.validate import ValidateRecipe, validate
 from sharebert_cli import main
 from sharebert_common.errors import BadInput
+from sharebert_common.files import file_sha256
 from sharebert_common.recipe import load
 
 QUICK = ["report.latency=[]"]
@@ -148,6 +151,8 @@ def test_a_step_that_does_not_verify_is_run_again(
         ("steps: []", "steps: "),
         ("steps: [{quantise: {frequent: 5}}]", r"calibration\.dataset: quantise looks at rows of text"),
         ("steps: [trim]\nreport: {latency: [16]}", "latency"),
+        ("steps: [onnx, {onnx_int8: {max_loss_increase: 0.01}}]", r"validation\.dataset: onnx_int8 looks at the loss"),
+        ("steps: [trim]\nreport: {references: ['random:somewhere']}", "random:somewhere needs a task"),
     ],
 )
 def test_bad_recipes_are_one_line(source: Path, tmp_path: Path, text: str, message: str) -> None:
@@ -237,3 +242,98 @@ def test_what_others_left_and_the_source_itself_are_never_touched(source: Path, 
     assert (inside / "model.safetensors").is_file()
     with pytest.raises(BadInput, match="would hold the source or lie in it"):
         run(source, recipe, source / "out")
+
+
+def own_export(folder: Path, dataset: Path) -> Path:
+    """A tiny model with the tokenizer of a dataset."""
+    model = tiny_model(vocab_size=301, max_position_embeddings=32)
+    write_export(Export.of_model(model, tokenizer=dataset / "tokenizer.json"), folder)
+    return folder
+
+
+def test_datasets_are_told_apart_by_their_content(dataset: Path, tmp_path: Path) -> None:
+    """A step that looks at the loss runs again for other validation rows under the same path; a moved dataset is the
+    same one, and steps that do not look at rows do not care."""
+    own, place = own_export(tmp_path / "own", dataset), tmp_path / "data"
+    shutil.copytree(dataset, place)
+    recipe = recipe_of(tmp_path, "steps: [trim]\nkeep_steps: true", f"validation={place}")
+    ran: list[str] = []
+
+    class Looks(Trim):
+        needs_validation = True
+
+        def apply(self, *given: Any) -> dict[str, Any]:
+            ran.append("step")
+            return super().apply(*given)
+
+    def once(recipe: CompressRecipe) -> int:
+        ran.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compress.run, "step_of", lambda *_: ("trim", Looks()))
+            run(own, recipe, tmp_path / "out")
+        return len(ran)
+
+    assert (once(recipe), once(recipe)) == (1, 0)
+    moved = tmp_path / "moved"
+    place.rename(moved)
+    assert once(recipe_of(tmp_path, "steps: [trim]\nkeep_steps: true", f"validation={moved}")) == 0
+    manifest = json.loads((moved / "manifest.json").read_text())
+    manifest["fingerprint"] = "another"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compress.run, "open_dataset", lambda _: SimpleNamespace(manifest=manifest))
+        assert once(recipe_of(tmp_path, "steps: [trim]\nkeep_steps: true", f"validation={moved}")) == 1
+
+
+def test_a_folder_is_hashed_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress.step_folders
+
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(str(path))
+        return file_sha256(path)
+
+    monkeypatch.setattr(compress.step_folders, "file_sha256", counted)
+    run(source, recipe_of(tmp_path, "steps: [trim, quantise]"), tmp_path / "out")
+    weights = [path for path in hashed if path.endswith("model.safetensors")]
+    assert len(weights) == len(set(weights)) == 3
+
+
+@pytest.mark.parametrize("missing", ["REPORT.md", "report.json", "row"])
+def test_a_report_that_is_not_whole_is_one_line(source: Path, tmp_path: Path, missing: str) -> None:
+    out = tmp_path / "out"
+    run(source, recipe_of(tmp_path, "steps: [trim]"), out)
+    if missing == "row":
+        report = json.loads((out / "report.json").read_text())
+        del report["rows"][1]
+        (out / "report.json").write_text(json.dumps(report))
+    else:
+        (out / missing).unlink()
+    wanted = {"REPORT.md": r"REPORT\.md: missing", "report.json": r"report\.json: missing", "row": "no row of a step"}
+    with pytest.raises(BadInput, match=wanted[missing]):
+        check(out)
+
+
+def test_a_random_model_as_reference(source: Path, tmp_path: Path) -> None:
+    """A model of the source's shape with new weights has a row with a score."""
+    data = tmp_path / "task"
+    data.mkdir()
+    for split in ("train", "dev"):
+        (data / f"{split}.tsv").write_text("text\tlabel\n" + "w17 w18\tgood\nw19 w20\tbad\n" * 4)
+    task = {
+        "task": "mine",
+        "data": {"path": str(data), "text": "text", "label": "label"},
+        "finetune": {"epochs": 1, "max_length": 8},
+        "seeds": [1],
+    }
+    recipe = recipe_of(
+        tmp_path,
+        f"steps: [{{trim: {{keep_pooler: true}}}}]\ntask: {json.dumps(task)}\n"
+        f"report: {{references: ['random:{source}']}}",
+    )
+    run(source, recipe, tmp_path / "out")
+    _, _, rows = read_report(tmp_path / "out")
+    assert rows[-1].name == f"random:{source}"
+    assert rows[-1].headline is not None
+    assert rows[-1].parameters
+    assert f"random:{source}: not checked" in check(tmp_path / "out")

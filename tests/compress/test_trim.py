@@ -14,6 +14,7 @@ from torch.nn.utils import parameters_to_vector
 from compress.measure import counts
 from compress.source import open_source
 from compress.trim import Trim
+from exports.compact import Compact
 from exports.export import tensor_shapes
 from exports.forms import write_export
 from exports.read import load_model, read_export
@@ -104,3 +105,20 @@ def test_a_pooler_that_is_used_is_kept(tmp_path: Path) -> None:
     before, after = load_model(source), load_model(tmp_path / "out")
     tokens = tokens_of(tiny_config())
     torch.testing.assert_close(after.sharebert(tokens).pooled, before.sharebert(tokens).pooled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_keeps_its_function(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What is folded is stored in float32: rounded to 16 bits, it would change the hidden states by more."""
+    source = tmp_path / "source"
+    write_export(read_export(tiny_export(tmp_path / "wide")), source, Compact(dtype))
+    out = tmp_path / "trimmed"
+    out.mkdir()
+    Trim().apply(open_source(source), None, out)  # type: ignore[arg-type]
+    before, after = load_model(source), load_model(out)
+    tokens = tokens_of(before.config)
+    expected = before.sharebert(tokens).hidden
+    assert (after.sharebert(tokens).hidden - expected).abs().max() <= 1e-5 * expected.abs().max()
+    dtypes = {name: spec.dtype for name, spec in read_export(out).weights.specs.items()}
+    assert dtypes["sharebert.layers.0.query_bias"] == torch.float32
+    assert dtypes["sharebert.word_embeddings.weight"] == dtype

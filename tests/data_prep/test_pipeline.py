@@ -191,8 +191,13 @@ def test_nothing_to_do_anything_with(tmp_path: Path) -> None:
         prepare(recipe(tmp_path / "file" / "d", tmp_path / "one.txt"))
     with pytest.raises(BadInput, match=r"output: s3://b/d: a dataset is made on a local or shared disk"):
         prepare(recipe(Path("x"), tmp_path / "one.txt", output="s3://b/d"))
-    with pytest.raises(BadInput, match="source: give either paths or hub"):
+    with pytest.raises(BadInput, match="source: give paths, or hub"):
         load(PrepRecipe, None, ["output=x", "source.text_key=y"])
+    with pytest.raises(
+        BadInput, match=r"source: paths and hub are both given; .* source.paths=\[\] or source.hub=null"
+    ):
+        load(PrepRecipe, "corpus", ["source.hub=y"])
+    assert load(PrepRecipe, "corpus", ["source.hub=y", "source.paths=[]"]).source.hub == "y"
 
 
 def test_many_unknown_tokens_are_said(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

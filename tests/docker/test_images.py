@@ -16,7 +16,7 @@ DOCKERFILE, APPTAINER, INSTALL = (
 
 
 def test_both_images_start_from_one_base_and_its_version_is_pinned() -> None:
-    (docker,) = re.findall(r"^FROM (.*)$", DOCKERFILE, re.MULTILINE)
+    (docker,) = re.findall(r"^ARG BASE=(.*)\nFROM \$\{BASE\}$", DOCKERFILE, re.MULTILINE)
     (apptainer,) = re.findall(r"^From: (.*)$", APPTAINER, re.MULTILINE)
     assert docker == apptainer
     assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu\d\d\.\d\d", docker)

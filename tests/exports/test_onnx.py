@@ -12,7 +12,7 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
 from compress.dense.onnx_int8 import OnnxInt8
-from exports import onnx as to_onnx
+from exports import onnx_graph
 from exports.dense_model import DenseBert, dense_tensors
 from exports.export import Export
 from exports.forms import write_export
@@ -230,7 +230,7 @@ def test_an_unknown_opset_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_large_models_keep_their_weights_in_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(to_onnx, "ONE_FILE_BYTES", 0)
+    monkeypatch.setattr(onnx_graph, "ONE_FILE_BYTES", 0)
     write_onnx(tmp_path / "model.onnx", tiny_model(mlm_head="none"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")

@@ -18,10 +18,10 @@ from tiny_models import SPECIAL, tiny_config
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_prep.tokens.tokenizer import TokenizerRecipe, TrainTokenizerRecipe, load, train
-from exports.inference_tokenizer import for_inference
 from exports.tokenizer import training_tokenizer_sha256, write_tokenizer
 from sharebert import ShareBertConfig
 from sharebert_common.files import file_sha256
+from sharebert_common.inference_tokenizer import for_inference
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -182,7 +182,7 @@ def test_a_right_tokenizer_is_copied_and_another_one_keeps_the_sha256_of_the_tra
 
 
 def test_one_token_type_gives_pairs_of_one_type() -> None:
-    tokenizer = for_inference(Tokenizer.from_str(KINDS["wordpiece"]()), pair_type=0)
+    tokenizer, _ = for_inference(Tokenizer.from_str(KINDS["wordpiece"]()), pair_type=0)
     assert not any(tokenizer.encode("the cat", "a dog").type_ids)
 
 
@@ -194,3 +194,12 @@ def test_what_has_no_mask_rule_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "export").mkdir()
     write_tokenizer(tmp_path / "export", tmp_path / "tokenizer.json", config_for(tokenizer.get_vocab_size()))
     assert "beside some words, [MASK] gives other ids than in training" in capsys.readouterr().err
+
+
+def test_a_model_that_names_no_unknown_token_is_left_as_it_is() -> None:
+    """Its words may be known alone and not beside a space."""
+    words = {word: number for number, word in enumerate([*SPECIAL, "w0", "w1"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[NONE]"))
+    ready, changes = for_inference(tokenizer)
+    assert ready.encode("w0", add_special_tokens=False).ids == [len(SPECIAL)]
+    assert not any("take the space" in change for change in changes)

@@ -44,7 +44,16 @@ def test_variables_left_in_the_environment_are_refused(left: tuple[str, ...], mo
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("RANK", ""), ("WORLD_SIZE", "abc"), ("RANK", "-1"), ("LOCAL_RANK", "²"), ("RANK", "4"), ("WORLD_SIZE", "0")],
+    [
+        ("RANK", ""),
+        ("WORLD_SIZE", "abc"),
+        ("RANK", "-1"),
+        ("LOCAL_RANK", "²"),
+        ("RANK", "4"),
+        ("WORLD_SIZE", "0"),
+        ("MASTER_PORT", "http"),
+        ("MASTER_PORT", ""),
+    ],
 )
 def test_values_that_are_no_numbers_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, whole in {**GROUP, "LOCAL_RANK": "0", name: value}.items():

@@ -135,7 +135,7 @@ def test_bytes_on_the_network_by_hand() -> None:
     """Ring algorithms on 4 ranks: 3/4 of the size each way."""
     shape = small_shape(parameters=1000, world_size=4)
     sent = {stage: network_bytes(replace(shape, stage=stage), 3) for stage in range(4)}
-    assert sent == {0: 6000, 1: 7500, 2: 0.75 * (3 * 4000 + 2000), 3: 0.75 * 3 * (4000 + 2 * 2000)}
+    assert sent == {0: 6000, 1: 7500, 2: 0.75 * (3 * 2 * 4000 + 2000), 3: 0.75 * 3 * (4000 + 2 * 2000)}
     assert network_bytes(replace(shape, world_size=1), 3) == 0
 
 

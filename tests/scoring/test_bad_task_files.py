@@ -172,13 +172,17 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path, kind: str, separator: 
     assert load_task("sst2", at(tmp_path)).train.texts == [(text,), ("b",)]
 
 
-def test_files_in_utf_16_are_refused(tmp_path: Path) -> None:
+def test_files_in_other_encodings_are_refused_with_their_name(tmp_path: Path) -> None:
     folder = sst2(tmp_path, train=20, dev=10)
     text = (folder / "dev.tsv").read_text()
-    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"):
         (folder / "dev.tsv").write_bytes(text.encode(encoding))
-        with pytest.raises(BadInput, match=r"dev\.tsv: not readable as tsv \(it looks like UTF-16"):
+        name = encoding.upper()[:6]
+        with pytest.raises(BadInput, match=rf"dev\.tsv: not readable as tsv \(it looks like {name}, .*iconv -f {name}"):
             load_task("sst2", at(folder))
+    (folder / "dev.tsv").write_bytes(text.encode() + "caf\u00e9\t1\n".encode("latin-1"))
+    with pytest.raises(BadInput, match=r"dev\.tsv: .*byte 0xe9 on line 12 is not UTF-8; .*iconv -f LATIN1"):
+        load_task("sst2", at(folder))
 
 
 def test_a_csv_with_an_open_quote_names_its_line(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that this machine need not have; prints a JSON line for each.
 
-    python compile_kernels.py 80 90
+    python compile_kernels.py 80 90 100
 
 A line is {"kernel", "architecture", "dtype", "registers", "spills": bytes}, from ptxas -v on the PTX that Triton makes.
 It does not work under TRITON_INTERPRET.
@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from sharebert import kernels_triton_gelu as gelu
 from sharebert import kernels_triton_loss as loss
 from sharebert import kernels_triton_norm as norm
+from sharebert import kernels_triton_slab as slab
 
 HIDDEN = 2048
 """Hidden size of the published sizes."""
@@ -46,10 +47,14 @@ def kernels(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], i
     outputs = {"labels": "*i64", "loss_weights": "*fp32", "losses": "*fp32", "hits": "*fp32"}
     constants = {"HAS_BIAS": True, "WITH_GRADIENT": True, "SUMS": tl.float32, "COLUMNS": loss.COLUMNS}
     yield loss.cross_entropy_rows, {"*": half} | outputs, constants, loss.WARPS
+    yield slab.cut_kernel, {"*": half}, {"TILE": slab.TILE}, slab.WARPS
+    yield slab.fill_kernel, {"*": half, "gradient": "*fp32"}, {"TILE": slab.TILE}, slab.WARPS
 
 
 SCALARS = {"eps": "fp32", "keep_scale": "fp32", "threshold": "i64"}
 COUNTS = ("stream_stride", "branch_stride", "summed_stride", "grad_stride", "x_stride", "rows", "width")
+SLAB = ("slab_width", "left", "columns", "count", "total")
+"""Counts of the kernels of a slab. Only the slab's width is a multiple of 16 bytes."""
 
 
 def signature_of(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
@@ -58,7 +63,7 @@ def signature_of(kernel: Any, pointers: dict[str, str], constants: dict[str, Any
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in COUNTS:
+        if name in COUNTS or name in SLAB:
             return "i32"
         return SCALARS.get(name) or pointers.get(name, pointers["*"])
 
@@ -67,7 +72,10 @@ def signature_of(kernel: Any, pointers: dict[str, str], constants: dict[str, Any
 
 def multiples_of_16(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
     """The arguments that are multiples of 16 at a real launch: pointers, strides and widths. Triton uses this."""
-    aligned = [kind.startswith("*") or (name in COUNTS and name != "rows") for name, kind in signature.items()]
+    aligned = [
+        kind.startswith("*") or (name in COUNTS and name != "rows") or name == "slab_width"
+        for name, kind in signature.items()
+    ]
     return {(place,): [["tt.divisibility", 16]] for place, yes in enumerate(aligned) if yes}
 
 

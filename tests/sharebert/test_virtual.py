@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from kernel_paths import PATHS, kernels_of
 from tiny_models import tiny_config
 from torch import Tensor
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 from sharebert import ShareBertConfig
-from sharebert.shared_linear import linear, matmul
+from sharebert.shared_linear import linear, linears, matmul
 from sharebert.virtual import blocks, generate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Matrices are made block by block, and on CUDA out of a slab."""
+    with kernels_of(request.param), torch.device(DEVICE):
+        yield request.param
 
 
 def parameters(config: ShareBertConfig, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """E, and for VEPS W_all and b_all."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     shapes: list[tuple[int, ...]] = [(config.vocab_size, config.factor_size)]
     if config.sharing == "veps":
         shapes += [(config.hidden_size, config.factor_size), (config.hidden_size,)]
@@ -43,12 +53,14 @@ CASES: list[dict[str, Any]] = [
     {},
     {"vocab_size": 251, "vocab_pad_multiple": 1},
     {"vocab_size": 576, "vocab_pad_multiple": 1},  # H² = V: one column a block, nothing cut off
+    {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 40, "vocab_size": 401, "vocab_pad_multiple": 1},
     {"vocab_size": 288, "intermediate_size": 48},  # V divides H² and H·I
     {"sharing": "eps"},
     {"sharing": "eps", "vocab_size": 288, "intermediate_size": 48},
 ]
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("changes", CASES)
 def test_weights_and_gradients_are_those_of_the_whole_matrix(changes: dict[str, Any]) -> None:
     config = tiny_config(**changes)
@@ -61,6 +73,7 @@ def test_weights_and_gradients_are_those_of_the_whole_matrix(changes: dict[str, 
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("path")
 def test_unused_weights_cost_no_gradient() -> None:
     config = tiny_config()
     given = parameters(config)
@@ -72,6 +85,7 @@ def test_unused_weights_cost_no_gradient() -> None:
     assert used.sum() == key.last - key.first
 
 
+@pytest.mark.usefixtures("path")
 def test_gradient_by_finite_differences() -> None:
     config = tiny_config()
     given = parameters(config)
@@ -91,6 +105,7 @@ def test_each_weight_is_a_contiguous_view_of_its_own_product(sharing: str) -> No
         assert weight.untyped_storage().nbytes() == config.vocab_size * (block.last - block.first) * 8
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("sharing", ["veps", "eps"])
 def test_layers_add_to_one_gradient_whatever_part_of_the_model_is_used(sharing: str) -> None:
     """`linear` sums beside autograd: gradients are right for one layer, for several, and in a second backward pass."""
@@ -116,6 +131,37 @@ def test_layers_add_to_one_gradient_whatever_part_of_the_model_is_used(sharing: 
             torch.testing.assert_close(a, b)
 
 
+def test_several_products_of_one_input() -> None:
+    """`linears` is `linear` for each weight; one of the weights is generated, one is a parameter, one is unused."""
+    config = tiny_config()
+    given = parameters(config)
+    query, key = make(config, given)[:2]
+    own, bias = torch.randn(24, 24, dtype=torch.float64).requires_grad_(), torch.randn(24, dtype=torch.float64)
+    x, bias = torch.randn(2, 3, 24, dtype=torch.float64, requires_grad=True), bias.requires_grad_()
+    asked = [x, own, bias, *given]
+    ours, theirs = linears(x, (query, own, key), (bias, bias, bias)), [linear(x, w, bias) for w in (query, own, key)]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    gradients = [
+        torch.autograd.grad((y[0].square() + y[1].sin()).sum(), asked, retain_graph=True) for y in (ours, theirs)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_one_input_are_added_up_without_a_temporary(dtype: torch.dtype) -> None:
+    x = torch.randn(512, 64, dtype=dtype, requires_grad=True)
+    weights = [torch.randn(64, 64, dtype=dtype) for _ in range(3)]
+    made = linears(x, weights, [torch.zeros(64, dtype=dtype)] * 3)
+    ones = torch.ones_like(made[0])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        torch.autograd.grad(made, x, [ones] * 3)
+    made_bytes = [e.self_cpu_memory_usage for e in recorded.events() or () if e.self_cpu_memory_usage >= x.nbytes]
+    assert len(made_bytes) == 1
+
+
+@pytest.mark.usefixtures("path")
 def test_a_backward_pass_for_something_else_leaves_nothing_behind() -> None:
     """A backward pass for the input alone never reaches the node of the weights; the next pass must not count it."""
     config = tiny_config()
@@ -135,9 +181,15 @@ def allocations(nbytes: int, recorded: profile) -> set[str]:
     return {event.name for event in recorded.events() or () if event.self_cpu_memory_usage >= nbytes}
 
 
+def allocated(nbytes: int, recorded: profile, name: str) -> int:
+    """How often an operation allocated at least `nbytes` itself."""
+    events = recorded.events() or ()
+    return sum(event.name == name and event.self_cpu_memory_usage >= nbytes for event in events)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_weight_is_copied_forward_or_backward(autocast: bool) -> None:
-    """Only products allocate as much memory as a weight: those that make the blocks, and those of the gradients.
+    """Only matrices, the slab that they are cut out of, and products of gradients take as much memory as a weight.
 
     Under autocast a CPU also casts each product to float32, in which the gradients of the layers are summed, and that
     sum back once. On CUDA the products themselves are in float32.
@@ -153,7 +205,9 @@ def test_no_weight_is_copied_forward_or_backward(autocast: bool) -> None:
                 x = linear(x, weight, bias)
         x.sum().backward()
     casts = {"aten::empty_strided"} if autocast else set()
-    assert allocations(query.nbytes, recorded) == {"aten::addmm", "aten::mm"} | casts
+    assert allocations(query.nbytes, recorded) == {"aten::empty", "aten::mm"} | casts
+    matrices, slabs = 7, 2  # a slab in the forward pass, and one in the backward pass
+    assert allocated(query.nbytes, recorded, "aten::empty") == matrices + slabs
     assert given[0].grad is not None
 
 

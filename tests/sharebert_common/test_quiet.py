@@ -33,3 +33,14 @@ def test_what_a_user_can_do_nothing_about_is_hidden() -> None:
 
 def test_a_choice_of_the_user_stays() -> None:
     assert "deprecated collective" in said("-W", "default")
+
+
+def test_transformers_is_quiet_unless_the_user_chose() -> None:
+    code = "import os; from sharebert_common.quiet import quiet_libraries as q; q(); print(os.environ['{}'])"
+    name = "TRANSFORMERS_VERBOSITY"
+    for chosen, expected in ({}, "error"), ({name: "info"}, "info"):
+        environment = {key: value for key, value in os.environ.items() if key != name} | chosen
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=True, env=environment
+        )
+        assert done.stdout.strip() == expected

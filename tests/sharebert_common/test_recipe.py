@@ -114,6 +114,14 @@ def test_the_home_alone_is_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert load(Example, None, ["run=~"]).run == str(tmp_path)
 
 
+@pytest.mark.parametrize("given", ["clean.languages=no", "clean.languages=[no]"])
+def test_a_boolean_is_no_list_and_no_text(given: str) -> None:
+    from data_prep.recipe import PrepRecipe
+
+    with pytest.raises(BadInput, match=r'YAML read.*\["no"\]'):
+        load(PrepRecipe, None, ["output=o", "source.paths=x", given])
+
+
 @pytest.mark.parametrize("given", ["steps=on", "rate=yes", "numbers.a=off"])
 def test_a_boolean_is_no_number(given: str) -> None:
     with pytest.raises(BadInput, match="write a number") as raised:
@@ -150,3 +158,42 @@ def test_a_mapping_where_a_plain_value_is_short_for_one() -> None:
     recipe = load(TrainRecipe, None, given)
     assert (recipe.model.hidden_size, recipe.model.factor_size, recipe.model.size) == (64, 8, None)
     assert load(TrainRecipe, None, [*given[:2], "model=sharebert-small"]).model.size == "sharebert-small"
+
+
+@pytest.mark.parametrize(
+    "short", ["model=sharebert-small", "model={size: sharebert-small}", "model.size=sharebert-small"]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_short_key_and_keys_inside_it_in_any_order(short: str, first: bool) -> None:
+    from pretrain.recipe import TrainRecipe
+
+    inside = "model.hidden_dropout_prob=0.3"
+    data = ["run=r", "data.global_batch=2", "data.micro_batch=2", "data=d"]
+    recipe = load(TrainRecipe, None, [*data, *((short, inside) if first else (inside, short))])
+    assert (recipe.model.size, recipe.model.hidden_dropout_prob) == ("sharebert-small", 0.3)
+    assert ([data.path for data in recipe.data.dataset], recipe.data.global_batch) == (["d"], 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("source.paths=", "source.paths: has no value; give it one, or leave it out"),
+        (
+            "source.paths=[a, 1]",
+            "source.paths.1: YAML reads this as a number; put it in quotes if it is a text (got 1)",
+        ),
+        ("source.paths=[[a]]", "source.paths.0: Input should be a valid string (got ['a'])"),
+        ("source.paths={a: b}", "source.paths: Input should be a valid string (got {'a': 'b'})"),
+    ],
+)
+def test_a_key_of_several_types_is_named_as_the_recipe_has_it(given: str, said: str) -> None:
+    from data_prep.recipe import PrepRecipe
+
+    with pytest.raises(BadInput) as raised:
+        load(PrepRecipe, None, ["output=o", given])
+    assert str(raised.value) == f"command line: {said}"
+
+
+def test_keys_in_place_of_the_recipe_are_named() -> None:
+    with pytest.raises(BadInput, match=r"^output=o: the recipe comes first, before key=value \(shipped: "):
+        find("output=o")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from compress.dense.onnx_int8 import OnnxInt8, kind_of
 from compress.dense.runtime import OnnxModel, batches
 from compress.dense.smooth import scales, smooth
 from compress.dense.to_onnx import ToOnnx
+from compress.measure import counts
 from compress.step import Source
 from exports.compact import Compact
 from exports.export import Export
@@ -154,9 +156,28 @@ def test_wrong_sources_and_files(made: tuple[Path, Any], tmp_path: Path) -> None
     folder, _ = made
     with pytest.raises(BadInput, match="put the step `onnx` before it"):
         OnnxInt8().check(Source(folder, "compact"))
-    with pytest.raises(BadInput, match="onnx: takes a compact export, this one is onnx"):
+    with pytest.raises(BadInput, match="onnx: this folder holds an ONNX file already"):
         ToOnnx().check(Source(folder, "onnx"))
     (tmp_path / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(BadInput, match="ONNX Runtime cannot read it"):
         OnnxModel(tmp_path)
     assert kind_of("bert.encoder.layer.11.output.dense") == "bert.encoder.layer.*.output.dense"
+
+
+def test_counts_of_int8_are_those_of_fp32_and_a_report_stays_behind(made: tuple[Path, Any], tmp_path: Path) -> None:
+    """Scales are no parameters, and E, which a tied head reads transposed, counts once."""
+    whole, tools = made
+    folder = tmp_path
+    source = Source(folder / "onnx", "onnx")
+    shutil.copytree(whole, source.folder)
+    (source.folder / "REPORT.md").write_text("old")
+    (source.folder / "tensorboard").mkdir(exist_ok=True)
+    (source.folder / "tensorboard" / "events").write_text("old")
+    for mode in ("dynamic", "static"):
+        out = folder / f"counted-{mode}"
+        OnnxInt8(mode=mode, calibration_rows=4).apply(source, tools, out)
+        assert counts(out)[0] == counts(source.folder)[0]
+        assert not (out / "REPORT.md").exists()
+        assert not (out / "tensorboard").exists()
+    graph = onnx.load(folder / "counted-dynamic" / "model.onnx").graph
+    assert sum(tensor.name.endswith("_scale") for tensor in graph.initializer) > 5

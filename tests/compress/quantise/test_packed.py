@@ -14,10 +14,13 @@ from compress_models import tiny_export, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from tiny_models import tiny_model
 
 from compress.quantise.rounding import searched
 from compress.quantise.step import Quantise, frequent_rows
 from compress.source import open_source
+from exports.export import Export
+from exports.forms import write_export
 from exports.read import load_model, read_export
 from exports.rounding import codes_of, grid, to_nearest
 from sharebert.packed import Packing, code, decode, pack_bits, unpack_bits
@@ -232,3 +235,40 @@ def test_arguments_that_change_the_config_reach_a_packed_model(tmp_path: Path) -
     _, out = quantised(tmp_path, {"bits": 8})
     model = AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True, num_labels=5)
     assert model.classifier.weight.shape == (5, 24)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(3e7, "word_embeddings.weight has numbers so large"), (float("nan"), "word_embeddings.weight has .*NaN")],
+)
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+def test_numbers_that_float16_cannot_scale_are_refused(tmp_path: Path, scheme: Any, value: float, message: str) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.sharebert.word_embeddings.weight[7, 2] = value
+    write_export(Export.of_model(model), tmp_path / "source")
+    with pytest.raises(BadInput, match=message):
+        Quantise(scheme=scheme).apply(open_source(tmp_path / "source"), None, tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_vectors_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.sharebert.final_norm.weight[0] = 1e5
+    write_export(Export.of_model(model), tmp_path / "source")
+    with pytest.raises(BadInput, match=r"final_norm\.weight has numbers above the range of float16; use vectors: 8"):
+        Quantise().apply(open_source(tmp_path / "source"), None, tmp_path / "out")  # type: ignore[arg-type]
+
+
+def test_a_new_model_of_a_packed_export_does_not_claim_to_be_packed(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    source = tiny_export(tmp_path / "source")
+    Quantise().apply(open_source(source), None, tmp_path / "packed")  # type: ignore[arg-type]
+    config = AutoConfig.from_pretrained(tmp_path / "packed", trust_remote_code=True)
+    new = AutoModel.from_config(config, trust_remote_code=True)
+    new.save_pretrained(tmp_path / "saved")
+    assert "packing" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    again = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert again.sharebert.word_embeddings.weight.equal(new.sharebert.word_embeddings.weight)

@@ -91,9 +91,13 @@ def test_languages() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("[no]", r"clean\.languages: YAML reads no as true or false; quote it: clean\.languages=\['no'\]"),
+        (
+            "[no]",
+            r"""YAML reads no as true or false; quote it: \['no'\] in a recipe, 'clean\.languages=\["no"\]'""",
+        ),
         ("[en,no]", r"YAML reads no as true or false"),
-        ("[en,1]", r"YAML reads 1 as a number; quote it: clean\.languages=\['1'\]"),
+        ("[en,1]", r"YAML reads 1 as a number; quote it: \['1'\]"),
+        ("[null]", r"YAML reads null as null; quote it: \['null'\]"),
     ],
 )
 def test_norwegian_is_not_false(value: str, message: str) -> None:

@@ -149,6 +149,11 @@ def test_columns_with_a_dot_in_their_name(tmp_path: Path, key: str) -> None:
     assert read(paths=tmp_path / "a.parquet", text_key=key)[0] == columns[key]
 
 
+def test_strings_written_as_views(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array(TEXTS, pa.string_view())}), tmp_path / "a.parquet")
+    assert read(paths=tmp_path / "a.parquet")[0] == TEXTS
+
+
 def test_many_small_files_share_parts(tmp_path: Path) -> None:
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number:04d}.txt").write_text(text, "utf-8")

@@ -46,6 +46,7 @@ def read(path: Path, **config: Any) -> tuple[list[str], Counter[str]]:
         (FRENCH, "cp1252"),
         (["日本語の文章です。エンコーディングを試します。"] * 40, "shift_jis"),
         (["日本語の文章です。エンコーディングを試します。"] * 40, "euc-jp"),
+        (["日本語の文章です。エンコーディングを試します。"] * 40, "iso2022_jp"),
     ],
 )
 @pytest.mark.parametrize("document", ["line", "file", "jsonl"])

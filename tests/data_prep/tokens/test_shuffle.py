@@ -121,5 +121,7 @@ def test_segments_are_wider_only_where_a_row_may_hold_over_255_documents(
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no document is left for a dataset"):
         shuffle.plan_shards(write(tmp_path / "a", [[[]]]), 0, 32, 2, 1 << 20)
-    with pytest.raises(BadInput, match=r"validation: 0\.1 takes all of the 1 documents"):
-        shuffle.plan_shards(write(tmp_path / "b", [[[5, 6]]]), 0.1, 32, 2, 1 << 20)
+    runs = write(tmp_path / "b", [[[5, 6]]])
+    for validation in (0.1, 1, 8):  # 8 rows are more than there is
+        with pytest.raises(BadInput, match=rf"validation: {validation} takes all of the 1 documents"):
+            shuffle.plan_shards(runs, validation, 32, 2, 1 << 20)

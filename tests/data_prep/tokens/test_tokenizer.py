@@ -11,9 +11,9 @@ import pytest
 from made_texts import made_texts
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
-from data_prep.shards.format import SPECIAL_TOKENS
 from data_prep.tokens.tokenizer import TokenizerRecipe, TrainTokenizerRecipe, Vocabulary, load, train
 from sharebert_common.errors import BadInput
+from sharebert_common.inference_tokenizer import SPECIAL_TOKENS
 
 TEXTS = made_texts(200, seed=3)
 SPECIAL = list(SPECIAL_TOKENS.values())
@@ -135,3 +135,11 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "a", "a"]))
     with pytest.raises(BadInput, match=r"vocab\.txt: the same word 'a' is on lines 6 and 7"):
         load(str(tmp_path / "vocab.txt"), lowercase=True)
+
+
+def test_a_word_list_in_another_encoding_is_named(tmp_path: Path) -> None:
+    words = "\n".join([*SPECIAL, "caf\u00e9"])
+    for encoding, said in (("utf-16", "it looks like UTF-16"), ("latin-1", "byte 0xe9 on line 6 is not UTF-8")):
+        (tmp_path / "vocab.txt").write_bytes(words.encode(encoding))
+        with pytest.raises(BadInput, match=said):
+            load(str(tmp_path / "vocab.txt"), lowercase=True)

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from compress.quantise.step import Quantise
 from compress.step import Source
-from exports.packed import FACTORS
+from exports.fake_quantise import QuantiseRecipe, with_learned_scales
+from exports.packed import is_matrix
 from exports.read import load_model
+from exports.rounding import to_nearest
 from exports.weight_files import read_weights
-from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM, QuantiseRecipe
+from pretrain.engine.fake_quantise import FakeQuantisedForMaskedLM
 from pretrain.export.consolidate import consolidate
 from pretrain.recipe import TrainRecipe
 from sharebert import ShareBertForMaskedLM
-from sharebert.packed import unpack_bits
+from sharebert.packed import Packing, unpack_bits
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import load
 
@@ -60,13 +62,13 @@ def loss_and_gradients(model: ShareBertForMaskedLM) -> tuple[Tensor, dict[str, T
 
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
-@pytest.mark.parametrize("sharing", ["veps", "eps"])
+@pytest.mark.parametrize("sharing", ["veps", "eps", "layers", "none"])
 def test_loss_and_gradients_are_those_of_the_rounded_weights(head: str, sharing: str) -> None:
     plain = tiny_model(mlm_head=head, sharing=sharing)
     model = fake(plain, bits=4, small_bits=6, group=5)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
-            if name in FACTORS:
+            if is_matrix(name):
                 bits = 4 if "word_embeddings" in name or "decoder" in name else 6
                 parameter.copy_(torch.from_numpy(by_hand(parameter.numpy(), bits, 5)))
     expected, its_gradients = loss_and_gradients(plain)
@@ -79,7 +81,7 @@ def test_loss_and_gradients_are_those_of_the_rounded_weights(head: str, sharing:
 
 def test_bf16_weights_are_rounded_in_fp32() -> None:
     model = fake(tiny_model(), bits=4).bfloat16()
-    found = model.rounded()["model.sharebert.word_embeddings.weight"]
+    found = model.rounded()["sharebert.word_embeddings.weight"]
     weight = model.sharebert.word_embeddings.weight.detach().float()
     expected = torch.from_numpy(by_hand(weight.numpy(), 4, weight.shape[1])).bfloat16()
     assert found.dtype == torch.bfloat16
@@ -124,8 +126,33 @@ def test_the_step_quantise_makes_the_codes_of_the_training(runs: Path, tmp_path:
     packed = load_model(tmp_path / "packed").state_dict()
     stored = read_weights(tmp_path / "packed")
     for name, rounded in training.rounded().items():
-        name = name.removeprefix("model.")
         torch.testing.assert_close(packed[name], rounded.detach(), rtol=0, atol=0, msg=name)
         bits = 3 if "word_embeddings" in name else 5
         codes = unpack_bits(stored[f"{name}.codes"], bits, rounded.numel())
         assert 2 < len(codes.unique()) <= 2**bits
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric", "midpoint"])
+def test_learned_scales_have_the_values_of_the_range(scheme: Any) -> None:
+    matrix = torch.randn(6, 20, generator=torch.Generator().manual_seed(3))
+    for group in (-1, 0, 5, 8):
+        packing = Packing((6, 20), 3, scheme, group)
+        expected = to_nearest(matrix, packing).values(packing)
+        assert with_learned_scales(matrix, packing).equal(expected)
+
+
+def test_gradients_of_learned_scales_are_lsqs() -> None:
+    """∂ŵ/∂s = code − w/s goes to the ends of the range, scaled by 1/√(N·Q); the others have that of the identity."""
+    row = torch.tensor([[0.3, -1.1, 0.52, 2.0, -0.4, 0.07]], requires_grad=True)
+    upstream = torch.tensor([[1.0, -2.0, 0.5, 3.0, 0.25, -1.0]])
+    (with_learned_scales(row, Packing((1, 6), 3, "asymmetric")) * upstream).sum().backward()
+    w, c = row.detach().numpy()[0].astype(np.float64), upstream.numpy()[0]
+    s, low = float(np.float16(3.1 / 7)), float(np.float16(-1.1))
+    places = (w - low) / s
+    of_scale = float((c * (np.round(places) - places)).sum()) / np.sqrt(6 * 7)
+    expected = c.astype(np.float64)
+    expected[3] += of_scale / 7
+    expected[1] -= of_scale / 7
+    assert row.grad is not None
+    np.testing.assert_allclose(row.grad[0], expected, rtol=1e-4)
+    assert abs(of_scale) > 0.03

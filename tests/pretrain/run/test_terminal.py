@@ -30,7 +30,7 @@ def test_a_line_fits_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_first_line_says_what_the_run_is() -> None:
     recipe = load(TrainRecipe, "sharebert-small", ["steps=1000"], defaults=PLAN_DEFAULTS)
     first, second = introduction(recipe, recipe.resolve(8, needs_data=False), 400, 8).splitlines()
-    assert first == "veps, 12 layers of 2048, 71.7 M parameters, bf16, ZeRO 1"
+    assert first == "veps, 12 layers of 2048, 71.7 M parameters, bf16, ZeRO 2"
     assert second.startswith(
         f"{600 * 4000 * 128 / 1e6:,.1f} M tokens in 600 steps to go on 8 ranks; curves: tensorboard"
     )

@@ -14,8 +14,8 @@ from made_texts import made_texts, recipe, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_prep.pipeline import prepare
-from data_prep.shards.format import SPECIAL_TOKENS
 from data_prep.tokens.tokenizer import TokenizerRecipe, TrainTokenizerRecipe, load, train
+from sharebert_common.inference_tokenizer import SPECIAL_TOKENS
 
 TEXTS = [
     text.lower() for text in made_texts(200, seed=4) if text.isascii() and text.rstrip(".").replace(" ", "").isalnum()

@@ -1,0 +1,89 @@
+"""The losses between a student and its teacher, each a sum over positions that the caller weights.
+
+Each is in nats or in the units of its values, and a mean over what belongs to one position, so that it does not depend
+on how rows are cut into micro-batches. All sums are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Projections = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values of a layer, each [B, heads, T, d]."""
+
+
+def logits_loss(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> Tensor:
+    """Σ w · T² · KL(teacher ‖ student) of the words' distributions softened by T (Hinton, Vinyals, Dean, 2015).
+
+    T² keeps the gradient's size. Both logits are [N, V], weights [N].
+    """
+    expected = F.log_softmax(teacher.float() / temperature, -1)
+    found = F.log_softmax(student.float() / temperature, -1)
+    divergence = F.kl_div(found, expected, log_target=True, reduction="none").sum(-1)
+    return temperature**2 * (weights * divergence).sum()
+
+
+def hidden_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Σ w · mean over the width of (student - teacher)² (TinyBERT, Jiao et al., 2020, equation 8).
+
+    Both are [B, T, width], weights [B, T].
+    """
+    return (weights * (student.float() - teacher.float()).square().mean(-1)).sum()
+
+
+def cosine_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Σ w · (1 - cosine of the two states) (DistilBERT, Sanh et al., 2019); shapes as in `hidden_loss`."""
+    return (weights * (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1))).sum()
+
+
+def scores_of(projections: Projections, scale: float) -> Tensor:
+    """The attention scores [B, heads, T, T] of a layer, before softmax."""
+    query, key, _ = projections
+    return scale * (query @ key.transpose(-1, -2))
+
+
+def attention_loss(student: Tensor, teacher: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
+    """Σ w · mean over heads and visible keys of (score - score)², before softmax (TinyBERT, equation 7).
+
+    Args:
+        student: scaled scores [B, heads, T, T].
+        teacher: likewise, with as many heads.
+        weights: of the queries, [B, T].
+        visible: [B, T, T] booleans, which keys a query sees.
+    """
+    squared = (student.float() - teacher.float()).square().mean(1)
+    of_query = (squared * visible).sum(-1) / visible.sum(-1).clamp(min=1)
+    return (weights * of_query).sum()
+
+
+def relations_loss(student: Projections, teacher: Projections, heads: int, weights: Tensor, visible: Tensor) -> Tensor:
+    """Σ w · mean over the relations of queries, keys and values of KL(teacher ‖ student) (MiniLMv2, Wang et al., 2021).
+
+    The relation of vectors a is softmax(a·aᵀ/√d) over the keys that a query sees. All heads of a layer are joined and
+    split anew into `heads` relation heads, so that widths and numbers of heads of the two models may differ. A mean
+    over the relation heads.
+
+    Args:
+        student: of one layer.
+        teacher: of one layer.
+        heads: relation heads; both widths are multiples of it.
+        weights: of the queries, [B, T].
+        visible: [B, T, T] booleans.
+    """
+    total = weights.new_zeros(())
+    for ours, theirs in zip(student, teacher, strict=True):
+        found, expected = (_relation(x, heads, visible) for x in (ours, theirs))
+        divergence = F.kl_div(found, expected, log_target=True, reduction="none").masked_fill(~visible[:, None], 0)
+        total = total + (weights * divergence.sum(-1).mean(1)).sum()
+    return total / len(student)
+
+
+def _relation(x: Tensor, heads: int, visible: Tensor) -> Tensor:
+    """Logarithms of the relation [B, heads, T, T] of vectors [B, heads of attention, T, d]."""
+    joined = x.float().transpose(1, 2).flatten(2)
+    regrouped = joined.unflatten(-1, (heads, -1)).transpose(1, 2)
+    scores = regrouped @ regrouped.transpose(-1, -2) / regrouped.shape[-1] ** 0.5
+    # A position that sees nothing has weight 0; a finite number keeps NaN out of its gradient.
+    return F.log_softmax(scores.masked_fill(~visible[:, None], torch.finfo(torch.float32).min), -1)

@@ -1,0 +1,165 @@
+"""The keys `distill` of a train recipe, and what they resolve to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as recipe_dataclass
+
+from exports.read import read_config
+from exports.tokenizer import load_tokenizer
+from sharebert import ShareBertConfig
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+@recipe_dataclass(config=STRICT, kw_only=True)
+class DistillRecipe:
+    """Learning from a teacher. The loss is the sum of the losses below times their weights, a mean over positions."""
+
+    teacher: str | None = None
+    """Folder of the teacher, which stays as it is: an export, or a Hugging Face encoder with the same vocabulary."""
+    mlm: Weight = 1.0
+    """Weight of the cross-entropy of the masked words."""
+    logits: Weight = 0.0
+    """Weight of T²·KL between the distributions over words at masked positions (Hinton et al., 2015)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """T, by which both logits are divided."""
+    hidden: Weight = 0.0
+    """Weight of the mean squared difference between the teacher's hidden states and a learned projection of the
+    student's, for each pair of `layers` (TinyBERT)."""
+    cosine: Weight = 0.0
+    """Weight of 1 - cosine between hidden states, for each pair of `layers`; widths must be equal (DistilBERT)."""
+    attention: Weight = 0.0
+    """Weight of the mean squared difference of attention scores before softmax, for each pair of `layers`; numbers of
+    heads must be equal (TinyBERT)."""
+    relations: Weight = 0.0
+    """Weight of the KL between the relations of queries, keys and values, for the last pair of `layers` (MiniLMv2)."""
+    relation_heads: Annotated[int, Field(ge=1)] | None = None
+    """Into how many heads both models' vectors are regrouped for relations; none: the student's heads."""
+    layers: list[tuple[int, int]] | None = None
+    """Pairs of a student's and a teacher's layer, from 1 (0: the embeddings); none: each of the student's layers i with
+    the teacher's layer i · teacher's layers / student's layers."""
+
+    @property
+    def uses_projections(self) -> bool:
+        """Whether queries, keys and values are needed."""
+        return bool(self.attention or self.relations)
+
+
+@dataclass(frozen=True)
+class DistillPlan:
+    """A recipe that was checked against its two models."""
+
+    recipe: DistillRecipe
+    teacher: Path
+    width: int
+    """Of the teacher's hidden states."""
+    words: int
+    """Of the vocabulary; either model may have more rows."""
+    layers: tuple[tuple[int, int], ...]
+    relation_heads: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    width: int
+    layers: int
+    heads: int
+    has_mlm_head: bool
+
+
+def plan_distillation(recipe: DistillRecipe, student: ShareBertConfig, tokenizer: Path) -> DistillPlan | None:
+    """Check a recipe against the models and the dataset's tokenizer; None where there is no teacher.
+
+    Raises BadInput, naming the key.
+    """
+    weights = {name: getattr(recipe, name) for name in ("logits", "hidden", "cosine", "attention", "relations")}
+    used = [name for name, weight in weights.items() if weight]
+    if recipe.teacher is None:
+        if used:
+            raise BadInput(f"distill.{used[0]}: has a weight, but distill.teacher is not given")
+        return None
+    if not used:
+        raise BadInput(f"distill.teacher: no loss with it has a weight; give one of {', '.join(weights)}")
+    teacher = Path(recipe.teacher)
+    theirs, ours = _shape_of(teacher), _shape(student)
+    words = _words(teacher, tokenizer)
+    if recipe.logits and not theirs.has_mlm_head:
+        raise BadInput(f"distill.logits: {teacher} has no MLM head; use distill.relations or distill.hidden")
+    if recipe.cosine and theirs.width != ours.width:
+        raise BadInput(
+            f"distill.cosine: the teacher's width is {theirs.width}, the student's {ours.width}; use distill.hidden"
+        )
+    if recipe.attention and theirs.heads != ours.heads:
+        raise BadInput(
+            f"distill.attention: the teacher has {theirs.heads} heads, the student {ours.heads}; use distill.relations"
+        )
+    heads = recipe.relation_heads or ours.heads
+    for name, shape in (("teacher", theirs), ("student", ours)) if recipe.relations else ():
+        if shape.width % heads:
+            raise BadInput(f"distill.relation_heads: {heads} do not divide the {name}'s width {shape.width}")
+    return DistillPlan(recipe, teacher, theirs.width, words, _layers(recipe, ours, theirs), heads)
+
+
+def _layers(recipe: DistillRecipe, ours: _Shape, theirs: _Shape) -> tuple[tuple[int, int], ...]:
+    if recipe.layers is None:
+        return tuple((i, max(1, round(i * theirs.layers / ours.layers))) for i in range(1, ours.layers + 1))
+    least = 1 if recipe.uses_projections else 0
+    for pair in recipe.layers:
+        for layer, whose, shape in zip(pair, ("student", "teacher"), (ours, theirs), strict=True):
+            if not least <= layer <= shape.layers:
+                raise BadInput(f"distill.layers: the {whose} has layers {least} to {shape.layers}, and no {layer}")
+    if not recipe.layers:
+        raise BadInput("distill.layers: names no pair; leave it out for a pair for each layer of the student")
+    return tuple(recipe.layers)
+
+
+def _shape(config: ShareBertConfig) -> _Shape:
+    return _Shape(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.mlm_head != "none")
+
+
+def _shape_of(teacher: Path) -> _Shape:
+    values = read_teacher_config(teacher)
+    if values.get("model_type") == "sharebert":
+        return _shape(read_config(teacher))
+    try:
+        return _Shape(
+            int(values["hidden_size"]),
+            int(values["num_hidden_layers"]),
+            int(values["num_attention_heads"]),
+            any(str(name).endswith(("ForMaskedLM", "ForPreTraining")) for name in values.get("architectures") or ()),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"distill.teacher: {teacher / 'config.json'}: no encoder like BERT ({error})") from error
+
+
+def read_teacher_config(teacher: Path) -> dict[str, Any]:
+    """The teacher's `config.json`. Raises BadInput, naming the file."""
+    file = teacher / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"distill.teacher: {file}: not readable ({error})") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"distill.teacher: {file}: not a mapping of keys to values")
+    return values
+
+
+def _words(teacher: Path, tokenizer: Path) -> int:
+    """How many words the vocabulary has. Raises BadInput where a word has another id in the teacher's vocabulary."""
+    theirs, ours = (load_tokenizer(file).get_vocab() for file in (teacher / "tokenizer.json", tokenizer))
+    different = [word for word, number in ours.items() if theirs.get(word) != number]
+    if different or len(theirs) != len(ours):
+        example = f", '{different[0]}' for one" if different else ""
+        raise BadInput(
+            f"distill.teacher: {teacher} has another vocabulary than the dataset ({len(different)} of {len(ours)} "
+            f"words have other ids{example}): prepare the dataset with tokenizer.path={teacher / 'tokenizer.json'}"
+        )
+    return max(ours.values()) + 1

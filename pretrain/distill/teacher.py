@@ -1,0 +1,153 @@
+"""The teacher: frozen, in evaluation mode, outside the engine and outside checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from exports.read import load_model
+from pretrain.data.batches import MicroBatch
+from pretrain.distill.losses import Projections
+from pretrain.distill.recipe import DistillPlan, read_teacher_config
+from pretrain.distill.recording import RecordingForMaskedLM
+from sharebert_common.errors import BadInput
+
+
+class TeacherOutput(NamedTuple):
+    """What a teacher says of a micro-batch. Only what the recipe asks for is there."""
+
+    logits: Tensor | None
+    """[N, V] at the micro-batch's positions."""
+    states: dict[int, Tensor]
+    """The hidden states [B, T, H] after a layer, by its number from 1; of layer 0 the embeddings."""
+    projections: dict[int, Projections]
+    """Queries, keys and values of a layer, by its number from 1."""
+    score_scale: float
+    """The factor on the products of queries and keys."""
+
+
+class Teacher(Protocol):
+    """Maps a micro-batch, on the teacher's device, to its outputs."""
+
+    def __call__(self, batch: MicroBatch) -> TeacherOutput: ...
+
+
+def load_teacher(plan: DistillPlan, device: torch.device, *, within_documents: bool, precision: str) -> Teacher:
+    """Load the teacher of `plan`.
+
+    Raises BadInput: not readable, or of a kind whose queries, keys and values are not found.
+    """
+    kind = ShareBertTeacher if read_teacher_config(plan.teacher).get("model_type") == "sharebert" else BertTeacher
+    return kind(plan, device, within_documents, precision)
+
+
+class _Frozen:
+    """What both kinds share: the recipe's wishes, no gradients, and the precision of products."""
+
+    def __init__(self, plan: DistillPlan, device: torch.device, within_documents: bool, precision: str) -> None:
+        recipe = plan.recipe
+        self.wants_logits = bool(recipe.logits)
+        states = bool(recipe.hidden or recipe.cosine)
+        self.states = sorted({theirs for _, theirs in plan.layers}) if states else []
+        pairs = plan.layers if recipe.attention else plan.layers[-1:] if recipe.relations else ()
+        self.projections = sorted({theirs for _, theirs in pairs})
+        self.within_documents = within_documents
+        self.device = device
+        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch) -> TeacherOutput:
+        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+            return self.outputs(batch)
+
+    def outputs(self, batch: MicroBatch) -> TeacherOutput:
+        raise NotImplementedError
+
+
+class ShareBertTeacher(_Frozen):
+    """An export of this project."""
+
+    def __init__(self, plan: DistillPlan, device: torch.device, within_documents: bool, precision: str) -> None:
+        super().__init__(plan, device, within_documents, precision)
+        loaded = load_model(plan.teacher)
+        self.model = RecordingForMaskedLM(loaded.config)
+        self.model.load_state_dict(loaded.state_dict())
+        self.model.to(device).eval().requires_grad_(False)
+
+    def outputs(self, batch: MicroBatch) -> TeacherOutput:
+        """See `Teacher`."""
+        model = self.model
+        hide = None if self.within_documents or not batch.padded else batch.document_ids
+        encoded = model.sharebert(
+            batch.tokens,
+            hide,
+            document_ids=batch.document_ids if self.within_documents else None,
+            pool=False,
+            keep_states=bool(self.states),
+        )
+        states = encoded.states or ()
+        projections = {layer: model.sharebert.take(layer) for layer in self.projections}
+        model.sharebert.forget()
+        rows = encoded.hidden.flatten(0, 1).index_select(0, batch.positions)
+        logits = model.scores(rows) if self.wants_logits else None
+        return TeacherOutput(
+            logits, {layer: states[layer] for layer in self.states}, projections, model.config.score_scale
+        )
+
+
+class BertTeacher(_Frozen):
+    """An encoder of transformers whose layers have `attention.self.query`, `key` and `value`, as BERT's have."""
+
+    def __init__(self, plan: DistillPlan, device: torch.device, within_documents: bool, precision: str) -> None:
+        super().__init__(plan, device, within_documents, precision)
+        self.model = (
+            _from_transformers(plan.teacher, masked_lm=self.wants_logits).to(device).eval().requires_grad_(False)
+        )
+        self._seen: dict[tuple[int, str], Tensor] = {}
+        self._heads = int(self.model.config.num_attention_heads)
+        for layer in self.projections:
+            for name in ("query", "key", "value"):
+                self._hook(layer, name, plan.teacher)
+
+    def _hook(self, layer: int, name: str, teacher: Path) -> None:
+        wanted = f"layer.{layer - 1}.attention.self.{name}"
+        found = [module for path, module in self.model.named_modules() if path.endswith(wanted)]
+        if len(found) != 1:
+            raise BadInput(f"distill: {teacher} has no module {wanted}; relations and attention need a model like BERT")
+
+        def keep(module: nn.Module, given: Any, output: Tensor) -> None:
+            self._seen[layer, name] = output.unflatten(-1, (self._heads, -1)).transpose(1, 2)
+
+        found[0].register_forward_hook(keep)
+
+    def outputs(self, batch: MicroBatch) -> TeacherOutput:
+        """See `Teacher`."""
+        ids = batch.document_ids
+        pairs = (ids[:, :, None] == ids[:, None, :])[:, None]
+        mask = pairs if self.within_documents else (ids != 0).long()
+        made = self.model(batch.tokens, attention_mask=mask, output_hidden_states=bool(self.states))
+        logits = made.logits.flatten(0, 1).index_select(0, batch.positions) if self.wants_logits else None
+        seen = self._seen
+        projections = {
+            layer: (seen[layer, "query"], seen[layer, "key"], seen[layer, "value"]) for layer in self.projections
+        }
+        self._seen.clear()
+        width = self.model.config.hidden_size // self._heads
+        return TeacherOutput(
+            logits, {layer: made.hidden_states[layer] for layer in self.states}, projections, width**-0.5
+        )
+
+
+def _from_transformers(teacher: Path, *, masked_lm: bool) -> Any:
+    try:
+        from transformers import AutoModel, AutoModelForMaskedLM
+    except ImportError as error:
+        raise BadInput("distill.teacher: needs transformers: pip install 'sharebert[hf]'") from error
+    try:
+        kind = AutoModelForMaskedLM if masked_lm else AutoModel
+        return kind.from_pretrained(teacher, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"distill.teacher: {teacher}: {' '.join(str(error).split())[:200]}") from error
