@@ -272,6 +272,7 @@ class Trainer:
             whole_word=self.recipe.data.whole_word,
             rank=self.world.rank,
             world_size=self.world.world_size,
+            progress=self.metric_log.progress,
         )
         self.metric_log.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
         if self.looker is not None:

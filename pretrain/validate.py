@@ -16,6 +16,7 @@ from data_prep.shards.reader import Dataset
 from pretrain.data.batches import Batcher, MicroBatch
 from pretrain.objective import Model, Objective
 from sharebert_common.errors import BadInput
+from sharebert_common.progress import Progress, progress
 from sharebert_common.recipe import STRICT
 
 MASK_SEED = 0
@@ -116,6 +117,7 @@ def validate(
     rank: int = 0,
     world_size: int = 1,
     hide: Literal["chosen", "all"] = "chosen",
+    progress: Progress = progress,
 ) -> Score:
     """Score held-out rows in fixed blocks, summed in block order in float64.
 
@@ -132,7 +134,10 @@ def validate(
         rank: of this process.
         world_size: of the group.
         hide: as in `validation_blocks`.
+        progress: shows how far it is.
     """
+    turns = -(-min(recipe.rows, sum(dataset.split("validation").rows for dataset in datasets)) // recipe.block)
+    turns = -(-turns // world_size)
     sums = torch.zeros(-(-recipe.rows // recipe.block), 3, dtype=torch.float64)
     blocks = validation_blocks(
         datasets,
@@ -145,7 +150,7 @@ def validate(
         hide=hide,
     )
     with torch.no_grad():
-        for block in blocks:
+        for block in progress(blocks, "validation", turns):
             found = objective(model, block.batch)
             if block.number is not None:
                 sums[block.number, :2] = torch.stack([found.loss, found.correct]).cpu()

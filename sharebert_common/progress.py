@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+Progress = Callable[[Iterable[Any], str, float], Iterable[Any]]
+"""Gives the items one by one, and shows how far it is: as `progress` does, or as part of another bar."""
 
 
 def progress(items: Iterable[T], what: str, total: float) -> Iterator[T]:

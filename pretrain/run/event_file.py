@@ -74,7 +74,11 @@ TAGS = {
 
 
 class EventFile:
-    """Writes points. After a failed write a new file continues from the same step, and the failed one is left."""
+    """Writes points. After a failed write a new file continues from the same step, and the failed one is left.
+
+    The new file makes TensorBoard drop all points of that step, also those that an earlier write brought to the disk.
+    So these are kept until a later step is written, and are written again.
+    """
 
     def __init__(self, path: Path, resumed_from: int, config_yaml: str) -> None:
         self.path = path
@@ -83,6 +87,7 @@ class EventFile:
         self._config_yaml = "" if resumed_from else config_yaml
         self.looks: list[Look] = []
         self.notes: list[tuple[int, str]] = []
+        self._newest: tuple[list[dict[str, Any]], list[Look]] = [], []
         self._purge_step = resumed_from + 1 if resumed_from else 0  # an earlier attempt may have died at once
 
     def write(self) -> None:
@@ -105,11 +110,19 @@ class EventFile:
                 self._writer.add_text("events", note, step)
             self._writer.flush()
         except OSError:
-            self._purge_step = self._purge_step if first is None else first
+            if first is not None and first >= self._purge_step:
+                self._purge_step = first
+                lines, looks = self._newest
+                self.waiting[:0] = [line for line in lines if line["step"] >= first]
+                self.looks[:0] = [look for look in looks if look.step >= first]
+                self._newest = [], []
             self.close()
             self._writer = None
             raise
         self._config_yaml = ""
+        lines, looks = self._newest[0] + self.waiting, self._newest[1] + self.looks
+        newest = max([*(line["step"] for line in lines), *(look.step for look in looks)], default=0)
+        self._newest = [x for x in lines if x["step"] == newest], [x for x in looks if x.step == newest]
         for waiting in (self.waiting, self.looks, self.notes):
             waiting.clear()
 

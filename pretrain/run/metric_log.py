@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -24,6 +25,7 @@ from sharebert_common.run_files import EVENTS_FILE, LogWriter, read_log
 if TYPE_CHECKING:
     from pretrain.run.look import Look
 
+T = TypeVar("T")
 
 SENTENCES = (
     "The capital of France is [MASK].",
@@ -88,6 +90,10 @@ class MetricLog:
             output.waiting.append(values)
             self._write(output)
         self._terminal.show(values)
+
+    def progress(self, items: Iterable[T], what: str, total: float) -> Iterable[T]:
+        """The items one by one; the terminal shows how far they are."""
+        return items if self._terminal is None else self._terminal.progress(items, what, total)
 
     def look(self, look: Look) -> None:
         """Show a look into the model in TensorBoard."""

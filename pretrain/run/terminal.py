@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+T = TypeVar("T")
 
 
 def time_left(seconds: float) -> str:
@@ -30,7 +33,7 @@ class Terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("training"),
+                TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
@@ -55,6 +58,17 @@ class Terminal:
             self._bar.update(self._task, completed=step, line=text)
         else:
             self._print(f"step {step}/{self._steps}  {text}")
+
+    def progress(self, items: Iterable[T], what: str, total: float) -> Iterator[T]:
+        """The items one by one, with a bar of their own on a terminal until they end."""
+        if self._bar is None:
+            yield from items
+            return
+        task = self._bar.add_task(what, total=total, line="")
+        try:
+            yield from self._bar.track(items, total=total, task_id=task)
+        finally:
+            self._bar.remove_task(task)
 
     def close(self) -> None:
         """Leave the terminal."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.run.folder import RunFolder
+from pretrain.run.look import Look
 from pretrain.run.metric_log import MetricLog
 
 
@@ -29,12 +30,12 @@ def valid(step: int, loss: float) -> dict[str, float]:
     return {"step": step, "valid_loss": loss, "valid_accuracy": 0.0}
 
 
-def points(run: RunFolder) -> list[tuple[int, float]]:
+def points(run: RunFolder, tag: str = "valid/loss") -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(run.tensorboard))
     board.Reload()
-    return [(event.step, event.value) for event in board.Scalars("valid/loss")]
+    return [(event.step, event.value) for event in board.Scalars(tag)]
 
 
 def lines(run: RunFolder) -> list[tuple[int, float]]:
@@ -53,8 +54,48 @@ def test_lines_that_wait_are_written_at_the_end(run: RunFolder, monkeypatch: pyt
     assert lines(run) == points(run) == [(1, 7.0), (2, 6.0)]
 
 
-def refuse(output: object) -> None:
+def refuse(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("refused", ["the validation", "all of the step", "the look"])
+def test_a_write_that_fails_drops_no_point_of_its_step_that_was_written_before(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    shown = metric_log(run)
+    steps = range(1, 4)
+    look = Look(step=2, scalars={"weights/norm_E": 3.0})
+    for step in steps:
+        with monkeypatch.context() as full:
+            if step == 2 and refused == "all of the step":
+                full.setattr("pretrain.run.event_file.scalars", refuse)
+            shown.line({"step": step, "loss": 8.0 - step, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 1.0})
+            if step == 2 and refused == "the validation":
+                full.setattr("pretrain.run.event_file.scalars", refuse)
+            shown.line(valid(step, 9.0 - step))
+            if step == 2:
+                if refused == "the look":
+                    full.setattr("pretrain.run.event_file._write_look", refuse)
+                shown.look(look)
+    shown.close()
+    assert points(run, "train/loss") == [(step, 8.0 - step) for step in steps]
+    assert points(run) == [(step, 9.0 - step) for step in steps]
+    assert points(run, "weights/norm_E") == [(2, 3.0)]
+
+
+def test_a_write_that_fails_after_a_resume_drops_no_point_of_the_attempt_before(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = metric_log(run)
+    first.line(valid(1, 7.0))
+    first.close()
+    second = metric_log(run, step=1)
+    with monkeypatch.context() as full:
+        full.setattr("pretrain.run.event_file._write_look", refuse)
+        second.look(Look(step=1, scalars={"weights/norm_E": 3.0}))
+    second.close()
+    assert points(run) == [(1, 7.0)]
+    assert points(run, "weights/norm_E") == [(1, 3.0)]
 
 
 def test_a_launch_that_died_before_its_first_checkpoint_is_not_shown(run: RunFolder) -> None:

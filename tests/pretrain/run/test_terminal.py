@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from terminals import shown_on_a_terminal
 
 from pretrain.plan.estimate import PLAN_DEFAULTS
 from pretrain.recipe import TrainRecipe
@@ -25,6 +26,22 @@ def test_a_line_fits_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
     (shown,) = capsys.readouterr().err.splitlines()
     assert shown.endswith("  22 h 13 min left")
     assert len(shown) <= 100
+
+
+def test_a_validation_has_a_bar_of_its_own_below_that_of_the_training() -> None:
+    code = """
+import time
+from pretrain.run.terminal import Terminal
+terminal = Terminal(100, 40)
+for number in terminal.progress(range(8), "validation", 8):
+    time.sleep(0.1)
+terminal.close()
+print(terminal._bar.task_ids)
+"""
+    printed, shown = shown_on_a_terminal(code)
+    assert printed == "[0]\n"
+    assert "40/100" in shown
+    assert "7/8" in shown
 
 
 def test_the_first_line_says_what_the_run_is() -> None:
