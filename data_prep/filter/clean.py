@@ -18,7 +18,6 @@ from data_prep.filter.decontaminate import DecontaminateRecipe, overlaps
 from data_prep.filter.ngrams import ngram_hashes
 from data_prep.read.documents import Batch, utf8_bytes
 from data_prep.report import count_shares, count_sizes
-from sharebert_common.counter_rng import splitmix64
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -142,14 +141,13 @@ def symbol_shares(texts: Sequence[str]) -> NDArray[np.float64]:
 
 def repetition_shares(texts: Sequence[str], n: int = 5) -> NDArray[np.float64]:
     """For each text, the share of its word n-grams that repeat an earlier one of the text."""
-    keys, offsets = ngram_hashes(texts, n)  # for a large document, this is most of a worker's memory
-    grams = np.diff(offsets)
-    keys ^= np.repeat(splitmix64(np.arange(len(texts), dtype=np.uint64)), grams)
-    order = np.argsort(keys)
-    keys = keys[order]
-    repeated = order[1:][keys[1:] == keys[:-1]]
-    document = np.searchsorted(offsets, repeated, side="right") - 1
-    return np.bincount(document, minlength=len(texts)) / np.maximum(grams, 1)
+    keys, offsets = ngram_hashes(texts, n)
+    repeats = np.zeros(len(texts))
+    for number, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        own = keys[start:stop]
+        own.sort()
+        repeats[number] = np.count_nonzero(own[1:] == own[:-1])
+    return repeats / np.maximum(np.diff(offsets), 1)
 
 
 _ALNUM_OR_SPACE = bytes(b for b in range(128) if chr(b).isalnum() or chr(b).isspace())

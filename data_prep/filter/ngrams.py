@@ -37,15 +37,21 @@ def ngram_hashes(
     del data
     hashed, starts = _word_hashes(joined)
     counts = np.diff(np.searchsorted(starts, ends), prepend=0)
-    del joined, starts  # in a text of short words they take 4 bytes for each byte of it
+    # Of a text of short words, each of these arrays takes 4 bytes for each of its bytes.
+    del joined, starts
     first = np.cumsum(counts) - counts
     sums = np.zeros(max(len(hashed) - n + 1, 0), np.uint64)
     for k in range(n):
         sums += hashed[k : k + len(sums)] * _POWERS[k]
+    within = np.ones(len(sums), bool)
+    for k in range(min(n - 1, len(hashed))):  # these begin in a text and end in the next one
+        last = (first + counts - 1 - k)[counts > k]
+        within[last[last < len(within)]] = False
     grams = np.maximum(counts - n + 1, 0)
     offsets = np.concatenate([[0], np.cumsum(grams)])
-    chosen = np.repeat(first - offsets[:-1], grams) + np.arange(offsets[-1])
-    hashes = splitmix64(sums[chosen])
+    hashes = sums[within]
+    del sums, within
+    hashes = splitmix64(hashes)
     if whole_if_short:
         short = np.flatnonzero((counts > 0) & (counts < n))
         spans = [hashed[first[i] : first[i] + counts[i]] for i in short]
