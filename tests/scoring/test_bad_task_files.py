@@ -98,6 +98,27 @@ def test_a_test_file_without_labels_is_left_out(tmp_path: Path, kind: str, mark:
     assert f"test.{kind}: has no label in any row of its column 'label', so test is not scored" in data.notes[0]
 
 
+@pytest.mark.parametrize("header", [HEAD, ("index", "sentence")])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_a_test_file_without_rows_is_left_out(tmp_path: Path, kind: str, header: tuple[str, ...]) -> None:
+    folder = sst2(tmp_path, train=20, dev=10)
+    file = folder / f"test.{kind}"
+    if kind == "parquet":
+        pandas.DataFrame({name: [] for name in header}).to_parquet(file)
+    else:
+        file.write_text({"csv": ",", "tsv": "\t"}[kind].join(header) + "\n")
+    data = load_task("sst2", at(folder))
+    assert list(data.held_out) == ["dev"]
+    assert data.notes == [f"{file}: has no rows, so test is not scored"]
+
+
+def test_an_empty_test_file_is_refused(tmp_path: Path) -> None:
+    folder = sst2(tmp_path, train=20, dev=10)
+    (folder / "test.tsv").write_text("")
+    with pytest.raises(BadInput, match=r"test\.tsv: not readable as tsv \(the file is empty\)"):
+        load_task("sst2", at(folder))
+
+
 def test_a_test_file_that_lacks_some_labels_is_refused(tmp_path: Path) -> None:
     folder = sst2(tmp_path, train=20, dev=10)
     write_tsv(folder / "test.tsv", HEAD, [("a", 1), ("b", "?"), ("c", 0)])
