@@ -22,8 +22,8 @@ def test_a_broken_peer_is_left_out(
     monkeypatch.setattr(data_prep, "PIPELINES", pipelines)
     real = data_prep.measure
 
-    def measure(name: str, *given: Path) -> dict[str, float]:
-        return {"seconds": 1.0, "core_seconds": 2.0} if name == "sharebert prep" else real(name, *given)
+    def measure(name: str, corpus: Path, tokenizer: Path) -> dict[str, float]:
+        return {"seconds": 1.0, "core_seconds": 2.0} if name == "sharebert prep" else real(name, corpus, tokenizer)
 
     monkeypatch.setattr(data_prep, "measure", measure)
     data_prep.print_pipelines(2, corpus, corpus, tmp_path / "tokenizer.json")

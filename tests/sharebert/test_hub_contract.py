@@ -72,6 +72,14 @@ def test_what_the_trainer_and_peft_hand_over_changes_nothing(kind: type) -> None
     torch.testing.assert_close(model(**given, **more)[0], model(**given)[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "encoder_hidden_states"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_what_only_a_decoder_takes_is_refused(kind: type, name: str) -> None:
+    """As PEFT's prefix tuning hands it over: ignored, it would train nothing."""
+    with pytest.raises(ShareBertError, match=f"{name}: not supported; it is for decoders"):
+        hub_model(kind)(**given_to(kind), **{name: ((IDS, IDS),)})
+
+
 @pytest.mark.parametrize("sharing", ["veps", "eps"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_inputs_embeds_are_rows_of_the_input_embedding(kind: type, sharing: str) -> None:
