@@ -644,8 +644,15 @@ class ShareBertForMultipleChoice(ShareBertPreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         **further: Any,
     ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
-        """Scores [B, choices] of [B, choices, T] ids, and the loss if labels [B] are given."""
-        first = input_ids if input_ids is not None else inputs_embeds
+        """Scores [B, choices] of [B, choices, T] ids, and the loss if labels [B] are given.
+
+        `position_ids` are [B, choices, T], [1, T] or [T].
+        """
+        first, axes = (input_ids, 3) if input_ids is not None else (inputs_embeds, 4)
+        if first is not None and first.dim() != axes:
+            raise ShareBertError(
+                f"multiple choice: needs [B, choices, T] ids, or inputs_embeds with one axis more (got {list(first.shape)})"
+            )
         choices = 0 if first is None else first.shape[1]
         mask = _flat(attention_mask)
         encoded = self.encode(
@@ -653,7 +660,7 @@ class ShareBertForMultipleChoice(ShareBertPreTrainedModel):
             _flat(input_ids),
             mask,
             _flat(token_type_ids),
-            _flat(position_ids),
+            position_ids if position_ids is None or position_ids.dim() < 3 else _flat(position_ids),
             head_mask,
             _flat(inputs_embeds),
             output_attentions,

@@ -119,6 +119,21 @@ def test_an_empty_test_file_is_refused(tmp_path: Path) -> None:
         load_task("sst2", at(folder))
 
 
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize(("label", "what"), [([1], "a list"), ({"a": 1}, "an object")])
+def test_a_label_that_is_no_word_or_number(tmp_path: Path, label: object, what: str, regression: bool) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for _ in range(20)))
+    with pytest.raises(BadInput, match=rf"rows\.jsonl, line 1: the label is {what}, not one word or number"):
+        load_task("mine", at(file, text=["text"], label="label", regression=regression))
+
+
+def test_a_label_that_is_listed_twice(tmp_path: Path) -> None:
+    for name, labels in (("mine", ["a", "b", "a"]), ("sst2", ["x", "x"])):
+        with pytest.raises(BadInput, match=rf"data\.labels: '{labels[0]}' is listed twice"):
+            load_task(name, at(sst2(tmp_path), text=["sentence"], labels=labels))
+
+
 def test_a_test_file_that_lacks_some_labels_is_refused(tmp_path: Path) -> None:
     folder = sst2(tmp_path, train=20, dev=10)
     write_tsv(folder / "test.tsv", HEAD, [("a", 1), ("b", "?"), ("c", 0)])

@@ -264,6 +264,16 @@ def test_multiple_choice(pooling: str) -> None:
     torch.testing.assert_close(output.loss, F.cross_entropy(scores, labels))
 
 
+def test_multiple_choice_takes_positions_as_the_other_classes_do() -> None:
+    model = hub_model(hub.ShareBertForMultipleChoice)
+    given = given_to(hub.ShareBertForMultipleChoice)
+    expected = model(**given).logits
+    for ids in (torch.arange(9), torch.arange(9)[None], torch.arange(9).expand(3, 2, 9)):
+        torch.testing.assert_close(model(**given, position_ids=ids).logits, expected)
+    with pytest.raises(ShareBertError, match=r"multiple choice: needs \[B, choices, T\] ids.*\[3, 9\]"):
+        model(IDS, MASK)
+
+
 def test_mean_pooling_refuses_a_mask_that_does_not_say_what_is_padding() -> None:
     model = hub_model(hub.ShareBertForSequenceClassification, classifier_pooling="mean")
     with pytest.raises(ShareBertError, match="classifier_pooling: mean needs"):
