@@ -651,7 +651,8 @@ class ShareBertForMultipleChoice(ShareBertPreTrainedModel):
         first, axes = (input_ids, 3) if input_ids is not None else (inputs_embeds, 4)
         if first is not None and first.dim() != axes:
             raise ShareBertError(
-                f"multiple choice: needs [B, choices, T] ids, or inputs_embeds with one axis more (got {list(first.shape)})"
+                "multiple choice: needs [B, choices, T] ids, or inputs_embeds with one axis more "
+                f"(got {list(first.shape)})"
             )
         choices = 0 if first is None else first.shape[1]
         mask = _flat(attention_mask)
