@@ -5,7 +5,8 @@
 Each measurement is a process of its own. The clock runs from the call to the finished files, with workers and without
 imports. The processor time of all processes is printed too: it stays the same on a machine that does other work. In
 each round all pipelines run once, so that other work of the machine affects all of them; a ratio is the median over
-the rounds. All use the same WordPiece vocabulary and all cores. Peers that are not installed are left out:
+the rounds. All use the same WordPiece vocabulary and all cores. Peers that are not installed or
+are broken are left out with a line:
 
     pip install datasets tokenizers webdataset datatrove litdata
 
@@ -214,7 +215,7 @@ def core_seconds() -> float:
 
 
 def measure(name: str, corpus: Path, tokenizer: Path, *overrides: str) -> dict[str, float]:
-    """Run one measurement in a fresh process."""
+    """Run one measurement in a fresh process. Raises SystemExit with what it printed, if it fails."""
     command = [
         sys.executable,
         "-m",
@@ -291,17 +292,27 @@ def main() -> None:
 
 def print_pipelines(rounds: int, large: Path, small: Path, tokenizer: Path) -> None:
     """Speed compared with the peers."""
-    names = [name for name, (_, package) in PIPELINES.items() if importlib.util.find_spec(package)]
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in PIPELINES}
+    for name, (_, package) in PIPELINES.items():
+        if not importlib.util.find_spec(package):
+            print(f"{name}: left out (not installed)")
+            del rates[name]
     for _ in range(rounds):
-        for name in names:
+        for name in list(rates):
             corpus = large if name == "sharebert prep" else small
-            found, megabytes = measure(name, corpus, tokenizer), corpus.stat().st_size / MB
+            try:
+                found, megabytes = measure(name, corpus, tokenizer), corpus.stat().st_size / MB
+            except SystemExit as error:
+                if name == "sharebert prep":
+                    raise
+                print(f"{name}: left out ({str(error).strip().splitlines()[-1]})")
+                del rates[name]
+                continue
             rates[name].append((megabytes / found["seconds"], megabytes / found["core_seconds"]))
     print(
         f"\n{'jsonl to packed ids on disk':<28}{'MB/s':>8}{'MB a core second':>20}   sharebert prep is … times as fast"
     )
-    for name in names:
+    for name in rates:
         by_clock, by_core = (
             statistics.median(
                 ours[i] / theirs[i] for ours, theirs in zip(rates["sharebert prep"], rates[name], strict=True)

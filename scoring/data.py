@@ -101,8 +101,8 @@ def load_task(name: str, recipe: TaskDataRecipe) -> TaskData:
 def _from_files(task: Task, recipe: TaskDataRecipe, path: Path) -> dict[str, Table]:
     wanted = [name for names in (*task.text, task.label) for name in names]
 
-    def read(file: Path) -> Table:
-        return read_table(file, task.header, wanted, skip_bad=recipe.bad_rows == "skip")
+    def read(file: Path, may_be_empty: bool = False) -> Table:
+        return read_table(file, task.header, wanted, skip_bad=recipe.bad_rows == "skip", may_be_empty=may_be_empty)
 
     if path.is_file():
         return {TRAIN: read(path)}
@@ -112,7 +112,7 @@ def _from_files(task: Task, recipe: TaskDataRecipe, path: Path) -> dict[str, Tab
     for split in (TRAIN, *task.dev, TEST):
         file = find_table(path, split)
         if file is not None:
-            tables[split] = read(file)
+            tables[split] = read(file, may_be_empty=split == TEST)
         elif split != TEST:
             kinds = ",".join(suffix[1:] for suffix in SUFFIXES)
             raise BadInput(f"data.path: {path}: there is no {split}.{{{kinds}}} in it")
@@ -139,6 +139,8 @@ def _from_hub(task: Task, recipe: TaskDataRecipe) -> dict[str, Table]:
 
 def _why_left_out(test: Table, task: Task) -> str | None:
     """Why a test split cannot be scored, if it has no labels."""
+    if not len(test):
+        return "has no rows"
     if not test.has(task.label):
         return "has no labels"
     name, values = test.column(task.label, "data.label")

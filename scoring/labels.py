@@ -26,6 +26,10 @@ class LabelNumbers:
 
         Raises ValueError with what is wrong: it is not a label of the task, or not a number.
         """
+        if isinstance(value, (list, dict)):
+            raise ValueError(
+                f"the label is {'a list' if isinstance(value, list) else 'an object'}, not one word or number"
+            )
         text = as_text(value)
         if self._task.regression:
             number = _number(text)

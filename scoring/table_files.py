@@ -30,7 +30,14 @@ def find_table(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def read_table(path: Path, header: Sequence[str], wanted: Sequence[str], *, skip_bad: bool = False) -> Table:
+def read_table(
+    path: Path,
+    header: Sequence[str],
+    wanted: Sequence[str],
+    *,
+    skip_bad: bool = False,
+    may_be_empty: bool = False,
+) -> Table:
     """Read a file by its suffix.
 
     Args:
@@ -38,6 +45,7 @@ def read_table(path: Path, header: Sequence[str], wanted: Sequence[str], *, skip
         header: the names of all columns, used if the first line of a text file has none of `wanted`.
         wanted: names of columns, one of which the first line of a file with a header has.
         skip_bad: skip rows that cannot be read, and count them in the table's `bad_rows`.
+        may_be_empty: return a table without rows where the file has a header alone.
 
     Raises BadInput, naming the file and if possible the row: not readable, a row that cannot be read, no rows.
     """
@@ -55,7 +63,7 @@ def read_table(path: Path, header: Sequence[str], wanted: Sequence[str], *, skip
         raise
     except (ValueError, OSError) as error:  # pyarrow's errors are of these types too
         raise BadInput(f"{path}: not readable as {path.suffix[1:]} ({' '.join(str(error).split())})") from error
-    if not len(table):
+    if not len(table) and not (may_be_empty and table.columns and not bad.places):
         raise BadInput(bad.note() if bad.places else f"{path}: has no rows")
     return table
 

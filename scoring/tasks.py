@@ -93,6 +93,9 @@ def choose_task(name: str, recipe: TaskDataRecipe) -> Task:
     if recipe.header:
         task = dataclasses.replace(task, header=tuple(recipe.header))
     if recipe.labels:
+        twice = next((label for label in recipe.labels if recipe.labels.count(label) > 1), None)
+        if twice is not None:
+            raise BadInput(f"data.labels: '{twice}' is listed twice; list each label once")
         if task.labels and len(task.labels) != len(recipe.labels):
             raise BadInput(f"data.labels: {name} has {len(task.labels)} labels (got {len(recipe.labels)})")
         task = dataclasses.replace(task, labels=tuple(recipe.labels))

@@ -203,6 +203,12 @@ class ShareBert(nn.Module):
         if isinstance(self.sharing, OneGeneratedSet):
             self.sharing.kept.forget()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # An adapter that is merged writes past the version counter, and then puts the module back in its place.
+        if name in self.__dict__.get("_modules", ()):
+            self.forget_weights()
+        super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> ShareBert:
         """See `nn.Module.train`; training keeps no generated matrices."""
         if mode:

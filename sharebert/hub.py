@@ -93,6 +93,9 @@ STORAGE_KEYS = {"packing", "sparse", "trimmed", "trimmed_pooler"}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of `from_pretrained` that say where files come from."""
 
+OF_DECODERS = ("past_key_values", "encoder_hidden_states")
+"""Arguments that would change what a model computes, and that an encoder does not have. Others are ignored."""
+
 HEADS = {
     "mlm": r"^mlm_head\.",
     "classifier": r"^classifier\.",
@@ -247,8 +250,14 @@ class ShareBertPreTrainedModel(PreTrainedModel):
         inputs_embeds: Tensor | None,
         output_attentions: bool | None,
         output_hidden_states: bool | None,
+        further: dict[str, Any],
     ) -> Encoded:
         """The encoder's output for the arguments of `forward`; `states` only if they are asked for."""
+        for name in OF_DECODERS:
+            if further.get(name) is not None:
+                raise ShareBertError(
+                    f"{name}: not supported; it is for decoders (prefix tuning needs it, LoRA does not)"
+                )
         if input_ids is None and inputs_embeds is None:
             raise ShareBertError("input_ids: required (or inputs_embeds)")
         if input_ids is not None and inputs_embeds is not None:
@@ -359,7 +368,7 @@ class ShareBertModel(ShareBertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **_: Any,
+        **further: Any,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Hidden states [B, T, H] and pooled output [B, H] of [B, T] ids."""
         encoded = self.encode(
@@ -372,6 +381,7 @@ class ShareBertModel(ShareBertPreTrainedModel):
             inputs_embeds,
             output_attentions,
             output_hidden_states,
+            further,
         )
         output = BaseModelOutputWithPooling(
             last_hidden_state=encoded.hidden, pooler_output=encoded.pooled, hidden_states=encoded.states
@@ -417,7 +427,7 @@ class ShareBertForMaskedLM(ShareBertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
+        **further: Any,
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """Logits [B, T, V] of [B, T] ids, and the loss if labels [B, T] are given."""
         encoded = self.encode(
@@ -430,6 +440,7 @@ class ShareBertForMaskedLM(ShareBertPreTrainedModel):
             inputs_embeds,
             output_attentions,
             output_hidden_states,
+            further,
         )
         words = self.sharebert.word_embeddings
         embedding = embedding_matrix(words, self.config.vocab_size) if self.mlm_head.tied else None
@@ -466,7 +477,7 @@ class ShareBertForSequenceClassification(ShareBertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
+        **further: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Scores [B, labels], and the loss that `config.problem_type` or, where it is None, the labels ask for."""
         encoded = self.encode(
@@ -479,6 +490,7 @@ class ShareBertForSequenceClassification(ShareBertPreTrainedModel):
             inputs_embeds,
             output_attentions,
             output_hidden_states,
+            further,
         )
         logits = self.classifier(self.dropout(_text(encoded, attention_mask)))
         loss = None if labels is None else self._loss(logits.float(), labels, num_items_in_batch)
@@ -527,7 +539,7 @@ class ShareBertForTokenClassification(ShareBertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
+        **further: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Scores [B, T, labels], and the loss if labels [B, T] are given."""
         encoded = self.encode(
@@ -540,6 +552,7 @@ class ShareBertForTokenClassification(ShareBertPreTrainedModel):
             inputs_embeds,
             output_attentions,
             output_hidden_states,
+            further,
         )
         logits = self.classifier(self.dropout(encoded.hidden))
         loss = None
@@ -572,7 +585,7 @@ class ShareBertForQuestionAnswering(ShareBertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **_: Any,
+        **further: Any,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         """Start and end scores [B, T], and the mean of their two losses if both positions [B] are given.
 
@@ -588,6 +601,7 @@ class ShareBertForQuestionAnswering(ShareBertPreTrainedModel):
             inputs_embeds,
             output_attentions,
             output_hidden_states,
+            further,
         )
         start, end = self.qa_outputs(encoded.hidden).unbind(-1)
         loss = None
@@ -628,10 +642,18 @@ class ShareBertForMultipleChoice(ShareBertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
+        **further: Any,
     ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
-        """Scores [B, choices] of [B, choices, T] ids, and the loss if labels [B] are given."""
-        first = input_ids if input_ids is not None else inputs_embeds
+        """Scores [B, choices] of [B, choices, T] ids, and the loss if labels [B] are given.
+
+        `position_ids` are [B, choices, T], [1, T] or [T].
+        """
+        first, axes = (input_ids, 3) if input_ids is not None else (inputs_embeds, 4)
+        if first is not None and first.dim() != axes:
+            raise ShareBertError(
+                "multiple choice: needs [B, choices, T] ids, or inputs_embeds with one axis more "
+                f"(got {list(first.shape)})"
+            )
         choices = 0 if first is None else first.shape[1]
         mask = _flat(attention_mask)
         encoded = self.encode(
@@ -639,11 +661,12 @@ class ShareBertForMultipleChoice(ShareBertPreTrainedModel):
             _flat(input_ids),
             mask,
             _flat(token_type_ids),
-            _flat(position_ids),
+            position_ids if position_ids is None or position_ids.dim() < 3 else _flat(position_ids),
             head_mask,
             _flat(inputs_embeds),
             output_attentions,
             output_hidden_states,
+            further,
         )
         logits = self.classifier(self.dropout(_text(encoded, mask))).view(-1, choices)
         loss = None

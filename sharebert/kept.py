@@ -4,7 +4,7 @@ They are made again when a tensor that they are made from has changed: another t
 version counter, which in-place operations of PyTorch raise; and after a step of any optimizer. What this cannot notice
 is a write past the version counter: `p.data.copy_(…)`, `p.data += …`, a write through numpy, or a kernel of a library
 that writes to memory. After such a write in evaluation mode, call `ShareBert.forget_weights()`. `train()`,
-`load_state_dict` and moves call it.
+`load_state_dict`, moves and the replacement of a module of the encoder (as adapters do it) call it.
 """
 
 from __future__ import annotations

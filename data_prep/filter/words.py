@@ -1,11 +1,11 @@
 """The words of a text for n-grams: the same text gives the same words, whatever its typography.
 
-Words are runs of letters, digits and marks in lower case. Everything else separates them: spaces of all kinds (no-break
-and zero-width ones too), quotes and dashes of all kinds, other punctuation, symbols. Full-width letters, ligatures and
-other compatibility forms count as the letters that they stand for. Composed and decomposed accents are the same.
-Characters that only control the layout (soft hyphens, joiners, variation selectors) are left out. A word that a soft
-hyphen breaks at the end of a line is one word. In scripts without spaces between words, each character is a word: Han,
-Japanese, Thai, Lao, Khmer, Burmese and similar ones.
+Words are runs of letters, digits and marks, whatever their case: "STRASSE" is "straße". Everything else separates them:
+spaces of all kinds (no-break and zero-width ones too), quotes and dashes of all kinds, other punctuation, symbols.
+Full-width letters, ligatures and other compatibility forms count as the letters that they stand for. Composed and
+decomposed accents are the same. Characters that only control the layout (soft hyphens, joiners, variation selectors)
+are left out. A word that a soft hyphen breaks at the end of a line is one word. In scripts without spaces between
+words, each character is a word: Han, Japanese, Thai, Lao, Khmer, Burmese and similar ones.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _ZERO_WIDTH_SPACE = 0x200B  # it marks the end of a word, unlike the others of c
 def words(text: str) -> bytes:
     """The words of a text in UTF-8, with one or more ASCII spaces between them."""
     if text.isascii():
-        return text.lower().encode().translate(_SEPARATORS)
+        return text.lower().encode().translate(_SEPARATORS)  # in ASCII, lower case is what casefold gives
     if _SOFT_HYPHEN in text:
         text = _BROKEN_WORD.sub("", text)
     return b" ".join(_folded(piece).encode().translate(_SEPARATORS) for piece in _pieces(text))
@@ -83,12 +83,12 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _folded(text: str) -> str:
-    text = unicodedata.normalize("NFC", text).lower()
+    text = _caseless(text)
     codes, high, classes = _above_ascii(text)
     if (classes == COMPATIBILITY).any():
         for code in np.unique(high[classes == COMPATIBILITY]).tolist():
-            text = text.replace(chr(code), unicodedata.normalize("NFKC", chr(code)).lower())
-        text = unicodedata.normalize("NFC", text)
+            text = text.replace(chr(code), unicodedata.normalize("NFKC", chr(code)))
+        text = _caseless(text)
         codes, high, classes = _above_ascii(text)
     if (classes == ALONE).any():
         return _with_characters_alone(codes)
@@ -98,6 +98,11 @@ def _folded(text: str) -> str:
     for code in np.unique(high[classes == REMOVED]).tolist():
         text = text.replace(chr(code), "")
     return text
+
+
+def _caseless(text: str) -> str:
+    """The text without differences of case, composed. To fold case takes some composed characters apart."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 def _with_characters_alone(codes: NDArray[np.uint32]) -> str:

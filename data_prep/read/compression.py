@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import zstandard
 
+from sharebert_common.errors import BadInput
 from sharebert_common.remote_files import is_url, open_binary
 
 Compression = Literal["gzip", "zstd", "xz", "bzip2"]
@@ -19,17 +20,45 @@ COMPRESSION_SUFFIXES: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", "
 MAGIC_BYTES = 10
 """How many of the first bytes tell the compression."""
 
+_NOT_READ = {
+    "lz4": (b"\x04\x22\x4d\x18", b"\x02\x21\x4c\x18"),
+    "snappy": (b"\xff\x06\x00\x00sNaP",),
+    "lzip": (b"LZIP\x00", b"LZIP\x01"),
+    "lzop": (b"\x89LZO\x00\r\n\x1a\n",),
+    "lzma": tuple(b"\x5d" + (1 << bits).to_bytes(4, "little") for bits in range(18, 27)),  # by the dictionary's size
+    "compress": (b"\x1f\x9d",),
+    "zip": (b"PK\x03\x04", b"PK\x05\x06"),
+    "7-Zip": (b"7z\xbc\xaf\x27\x1c",),
+    "RAR": (b"Rar!\x1a\x07",),
+}
+"""How files begin that are compressed in a way that is not read here."""
+
 _BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")  # a block of data, or the end of an empty file
 _ZSTD_INPUT_BYTES = 16 << 10  # a small input may unpack to much, and all of it is held in memory
 _ZSTD_WINDOW_BYTES = 1 << 31  # as `zstd --long=31` needs
 
 
 def compression_of(location: str, name: str) -> Compression | None:
-    """How a file is compressed. At a URL its name tells, without a request; `Stream` then compares the first bytes."""
+    """How a file is compressed. At a URL its name tells, without a request; `Stream` then compares the first bytes.
+
+    Raises BadInput for a compression that is not read here.
+    """
     if is_url(location):
         return COMPRESSION_SUFFIXES.get(PurePosixPath(name).suffix.lower())
     with open_binary(location) as file:
-        return recognised(file.read(MAGIC_BYTES))
+        start = file.read(MAGIC_BYTES)
+    refuse_others(start, name)
+    return recognised(start)
+
+
+def refuse_others(start: bytes, name: str) -> None:
+    """Raise BadInput where a file that starts with these bytes is compressed in a way that is not read here."""
+    for compression, starts in _NOT_READ.items():
+        if start.startswith(starts):
+            known = ", ".join(COMPRESSION_SUFFIXES.values())
+            raise BadInput(
+                f"{name}: it is compressed with {compression}, which prep does not read; unpack it ({known} are read)"
+            )
 
 
 def recognised(start: bytes) -> Compression | None:

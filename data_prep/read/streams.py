@@ -9,7 +9,7 @@ from typing import Literal
 
 import zstandard
 
-from data_prep.read.compression import MAGIC_BYTES, decompressed, recognised
+from data_prep.read.compression import MAGIC_BYTES, decompressed, recognised, refuse_others
 from data_prep.read.encodings import Utf8Reader, is_utf8
 from data_prep.read.sources import Input
 from sharebert_common.errors import BadInput
@@ -32,7 +32,9 @@ class Stream:
             self._read = Utf8Reader(self._read, item.encoding, encoding_errors)
 
     def _compare_compression(self) -> None:
-        found = recognised(self._raw.read(MAGIC_BYTES))
+        start = self._raw.read(MAGIC_BYTES)
+        refuse_others(start, self._item.name)
+        found = recognised(start)
         self._raw.seek(0)
         if found != self._item.compression:
             raise BadInput(

@@ -98,6 +98,42 @@ def test_a_test_file_without_labels_is_left_out(tmp_path: Path, kind: str, mark:
     assert f"test.{kind}: has no label in any row of its column 'label', so test is not scored" in data.notes[0]
 
 
+@pytest.mark.parametrize("header", [HEAD, ("index", "sentence")])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_a_test_file_without_rows_is_left_out(tmp_path: Path, kind: str, header: tuple[str, ...]) -> None:
+    folder = sst2(tmp_path, train=20, dev=10)
+    file = folder / f"test.{kind}"
+    if kind == "parquet":
+        pandas.DataFrame({name: [] for name in header}).to_parquet(file)
+    else:
+        file.write_text({"csv": ",", "tsv": "\t"}[kind].join(header) + "\n")
+    data = load_task("sst2", at(folder))
+    assert list(data.held_out) == ["dev"]
+    assert data.notes == [f"{file}: has no rows, so test is not scored"]
+
+
+def test_an_empty_test_file_is_refused(tmp_path: Path) -> None:
+    folder = sst2(tmp_path, train=20, dev=10)
+    (folder / "test.tsv").write_text("")
+    with pytest.raises(BadInput, match=r"test\.tsv: not readable as tsv \(the file is empty\)"):
+        load_task("sst2", at(folder))
+
+
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize(("label", "what"), [([1], "a list"), ({"a": 1}, "an object")])
+def test_a_label_that_is_no_word_or_number(tmp_path: Path, label: object, what: str, regression: bool) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for _ in range(20)))
+    with pytest.raises(BadInput, match=rf"rows\.jsonl, line 1: the label is {what}, not one word or number"):
+        load_task("mine", at(file, text=["text"], label="label", regression=regression))
+
+
+def test_a_label_that_is_listed_twice(tmp_path: Path) -> None:
+    for name, labels in (("mine", ["a", "b", "a"]), ("sst2", ["x", "x"])):
+        with pytest.raises(BadInput, match=rf"data\.labels: '{labels[0]}' is listed twice"):
+            load_task(name, at(sst2(tmp_path), text=["sentence"], labels=labels))
+
+
 def test_a_test_file_that_lacks_some_labels_is_refused(tmp_path: Path) -> None:
     folder = sst2(tmp_path, train=20, dev=10)
     write_tsv(folder / "test.tsv", HEAD, [("a", 1), ("b", "?"), ("c", 0)])

@@ -72,6 +72,14 @@ def test_what_the_trainer_and_peft_hand_over_changes_nothing(kind: type) -> None
     torch.testing.assert_close(model(**given, **more)[0], model(**given)[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "encoder_hidden_states"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_what_only_a_decoder_takes_is_refused(kind: type, name: str) -> None:
+    """As PEFT's prefix tuning hands it over: ignored, it would train nothing."""
+    with pytest.raises(ShareBertError, match=f"{name}: not supported; it is for decoders"):
+        hub_model(kind)(**given_to(kind), **{name: ((IDS, IDS),)})
+
+
 @pytest.mark.parametrize("sharing", ["veps", "eps"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_inputs_embeds_are_rows_of_the_input_embedding(kind: type, sharing: str) -> None:
@@ -254,6 +262,16 @@ def test_multiple_choice(pooling: str) -> None:
     scores = torch.cat([F.linear(text, model.classifier.weight, model.classifier.bias) for text in texts], 1)
     torch.testing.assert_close(output.logits, scores)
     torch.testing.assert_close(output.loss, F.cross_entropy(scores, labels))
+
+
+def test_multiple_choice_takes_positions_as_the_other_classes_do() -> None:
+    model = hub_model(hub.ShareBertForMultipleChoice)
+    given = given_to(hub.ShareBertForMultipleChoice)
+    expected = model(**given).logits
+    for ids in (torch.arange(9), torch.arange(9)[None], torch.arange(9).expand(3, 2, 9)):
+        torch.testing.assert_close(model(**given, position_ids=ids).logits, expected)
+    with pytest.raises(ShareBertError, match=r"multiple choice: needs \[B, choices, T\] ids.*\[3, 9\]"):
+        model(IDS, MASK)
 
 
 def test_mean_pooling_refuses_a_mask_that_does_not_say_what_is_padding() -> None:

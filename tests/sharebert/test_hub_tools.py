@@ -81,6 +81,23 @@ def test_an_adapter_acts_trains_and_merges(target: str, head: str, sharing: str)
     torch.testing.assert_close(model(IDS, MASK).logits, output.logits, rtol=1e-3, atol=1e-3)
 
 
+@form
+def test_an_adapter_that_is_merged_at_once(head: str, sharing: str) -> None:
+    """As PEFT merges: it writes to `.data`, which the matrices that evaluation keeps cannot see."""
+    model = hub_model(hub.ShareBertForMaskedLM, mlm_head=head, sharing=sharing).eval()
+    encoder = model.sharebert
+    with torch.no_grad():
+        before = model(IDS, MASK).logits
+        words = encoder.word_embeddings
+        encoder.word_embeddings = LoraLinear(words)
+        words.weight.data += 0.1 * torch.randn(words.weight.shape)
+        encoder.word_embeddings = words
+        merged = model(IDS, MASK).logits
+        fresh = copy.deepcopy(model)(IDS, MASK).logits
+    assert (merged - before).abs().max() > 1e-2
+    torch.testing.assert_close(merged, fresh)
+
+
 @pytest.mark.parametrize("targets", [["factor_linear_all"], ["word_embeddings"], ["dense"], "all-linear"])
 def test_peft_itself(targets: Any) -> None:
     peft = pytest.importorskip("peft")

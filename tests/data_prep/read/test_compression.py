@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,43 @@ def test_a_plain_file_with_the_name_of_a_compressed_one(tmp_path: Path, data: by
 def test_text_that_begins_like_bzip2(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("BZh9 is how such a file begins")
     assert read(tmp_path / "a.txt") == ["BZh9 is how such a file begins"]
+
+
+NOT_READ = {
+    "lz4": b"\x04\x22\x4d\x18\x64\x40\xa7\x06\x00\x00\x80hello\n\x00\x00\x00\x00\x8e\x5c\x8a\x1e",
+    "lzma": lzma.compress(b"hello\n" * 9, format=lzma.FORMAT_ALONE),
+    "lzip": b"LZIP\x01\x14hello",
+    "snappy": b"\xff\x06\x00\x00sNaPpY\x01\x0a\x00\x00hello\n",
+    "compress": b"\x1f\x9d\x90h\xca\xb0a\xf3\x06",
+    "RAR": b"Rar!\x1a\x07\x00 hello",
+    "7-Zip": b"7z\xbc\xaf\x27\x1c\x00\x04 hello",
+}
+
+
+@pytest.mark.parametrize("kind", [*NOT_READ, "zip"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.txt.gz"])
+def test_other_compressions_are_named(tmp_path: Path, kind: str, name: str) -> None:
+    """Short texts lie in such files as they are, so that nothing else would tell."""
+    path = tmp_path / name
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("inner.txt", "hello")
+    else:
+        path.write_bytes(NOT_READ[kind])
+    with pytest.raises(BadInput, match=rf"{name}: it is compressed with {kind}, which prep does not read; unpack it"):
+        read(path)
+
+
+def test_other_compressions_at_a_url(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(NOT_READ["lz4"])
+    with serve(tmp_path) as server, pytest.raises(BadInput, match=r"a\.txt: it is compressed with lz4"):
+        read(f"{server.url}/a.txt")
+
+
+@pytest.mark.parametrize("text", ["LZIP is a compressor", "PK and Rar! and 7z", "]\n[", "sNaPpY", "\x1f up"])
+def test_text_that_begins_like_them(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    assert read(tmp_path / "a.txt") == [text]
 
 
 @pytest.mark.parametrize("kind", PACK)
