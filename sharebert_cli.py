@@ -95,6 +95,7 @@ def consolidate(given: argparse.Namespace) -> int:
         head=not given.no_head,
         dtype=given.dtype,
         average=given.average,
+        ema=given.ema,
         config=given.config,
         opset=given.opset,
     )
@@ -422,6 +423,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the tensors (default fp32)")
     sub.add_argument(
         "--average", type=int, default=1, metavar="K", help="take the mean of the newest K checkpoints (default 1)"
+    )
+    sub.add_argument(
+        "--ema", action="store_true", help="take the moving average of the weights of a run with optimizer.ema.decay"
     )
     sub.add_argument(
         "--config",

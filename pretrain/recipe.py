@@ -71,7 +71,7 @@ class TrainRecipe:
     distill: DistillRecipe = field(default_factory=DistillRecipe)
     """Learning from a teacher as well. Not with `quantise` or `compile`."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    """Settings of AdamW."""
+    """Settings of AdamW and Muon, and a moving average of the weights."""
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     """Learning rate over the steps."""
     precision: Precision = "bf16"
@@ -138,6 +138,18 @@ class TrainRecipe:
         if self.optimizer.muon.generated and (self.zero.stage == 3 or self.precision == "fp16"):
             raise BadInput(
                 "optimizer.muon.generated: not with zero.stage 3 or precision fp16; use stage 0 to 2 and bf16"
+            )
+        if self.optimizer.muon.matrices and (self.zero.stage == 3 or "offload_optimizer" in self.zero.deepspeed):
+            raise BadInput(
+                "optimizer.muon.matrices: not with zero.stage 3 or zero.offload_optimizer; use stage 0 to 2 without it"
+            )
+        if self.optimizer.muon.matrices and self.model.sharing == "eps":
+            raise BadInput("optimizer.muon.matrices: model.sharing eps has no matrices that are parameters; remove it")
+        if self.optimizer.groups.clipped and self.zero.stage == 3:
+            raise BadInput("optimizer.groups: groups cannot clip with zero.stage 3; use stage 0 to 2")
+        if self.validate.ema and not self.optimizer.ema.decay:
+            raise BadInput(
+                "validate.ema: the run keeps no average of the weights; set optimizer.ema.decay, such as 0.999"
             )
         if self.quantise.bits and self.zero.stage == 3:
             raise BadInput("quantise: not with zero.stage 3, where no rank holds whole matrices; use stage 2")

@@ -263,20 +263,21 @@ class Trainer:
         """Score the held-out rows, and log the result."""
         self.watchdog.at(f"validation after step {step}")
         self.engine.eval()
-        loss, accuracy = validate(
-            self.objective,
-            self.engine,
-            self.training.datasets,
-            self.recipe.validate,
-            mask_rate=self.recipe.data.last_mask_rate,
-            whole_word=self.recipe.data.whole_word,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            progress=self.metric_log.progress,
-        )
-        self.metric_log.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
-        if self.looker is not None:
-            self.metric_log.look(self.looker.look(step, self.engine.module))
+        with self.engine.averaged() if self.recipe.validate.ema else contextlib.nullcontext():
+            loss, accuracy = validate(
+                self.objective,
+                self.engine,
+                self.training.datasets,
+                self.recipe.validate,
+                mask_rate=self.recipe.data.last_mask_rate,
+                whole_word=self.recipe.data.whole_word,
+                rank=self.world.rank,
+                world_size=self.world.world_size,
+                progress=self.metric_log.progress,
+            )
+            self.metric_log.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
+            if self.looker is not None:
+                self.metric_log.look(self.looker.look(step, self.engine.module))
         self.engine.train()
         self.meter.skip_time()
 

@@ -36,6 +36,8 @@ class ValidateRecipe:
     """Rows of the validation split that are used, the same each time; all of them where it has fewer."""
     block: Annotated[int, Field(gt=0)] = 32
     """Rows that go through the model at once."""
+    ema: bool = False
+    """Score the moving average of the weights (optimizer.ema) in place of the weights, once it has begun."""
 
 
 class Score(NamedTuple):

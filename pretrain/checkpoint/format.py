@@ -205,14 +205,25 @@ def all_whole(checkpoints: Path, report: Callable[[str], None]) -> Iterator[Chec
         yield checkpoint
 
 
-def load_fragments(checkpoint: Checkpoint, fragments: Sequence[Fragment]) -> None:
-    """Fill the tensors of `fragments` from a checkpoint of any world size. Raises BadInput where it lacks some."""
+def load_fragments(checkpoint: Checkpoint, fragments: Sequence[Fragment]) -> dict[str, set[str]]:
+    """Fill the tensors of `fragments` from a checkpoint of any world size.
+
+    Returns the names of parameters for each state of the optimizer that the checkpoint lacks; these tensors are set to
+    0. Raises BadInput where it lacks weights.
+    """
     from safetensors import safe_open
 
     pieces = checkpoint.pieces()
+    lacking: dict[str, set[str]] = {}
     with contextlib.ExitStack() as stack:
         opened: dict[str, Any] = {}
+        keys: dict[str, set[str]] = {}
         for part in fragments:
+            if part.name not in pieces and "weight" not in part.tensors:  # a generated matrix
+                for state, tensor in part.tensors.items():
+                    tensor.zero_()
+                    lacking.setdefault(state, set()).add(part.name)
+                continue
             filled = 0
             for file, start, length in pieces.get(part.name, []):
                 shared = part.overlap(start, length)
@@ -220,22 +231,29 @@ def load_fragments(checkpoint: Checkpoint, fragments: Sequence[Fragment]) -> Non
                     continue
                 if file not in opened:
                     opened[file] = stack.enter_context(safe_open(checkpoint.folder / file, framework="pt"))
-                for state in part.tensors:
-                    stored = opened[file].get_slice(f"{state}/{part.name}")[shared.start - start : shared.stop - start]
-                    part.tensors[state].narrow(0, shared.start - part.start, len(shared)).copy_(stored)
+                    keys[file] = set(opened[file].keys())
+                for state, tensor in part.tensors.items():
+                    here, key = tensor.narrow(0, shared.start - part.start, len(shared)), f"{state}/{part.name}"
+                    if key in keys[file] or state == "weight":
+                        here.copy_(opened[file].get_slice(key)[shared.start - start : shared.stop - start])
+                    else:
+                        here.zero_()
+                        lacking.setdefault(state, set()).add(part.name)
                 filled += len(shared)
             if filled != part.length:
                 raise BadInput(
                     f"{checkpoint.folder}: holds {filled} of the {part.length} elements of '{part.name}' "
                     f"from {part.start} on; was it made with another model?"
                 )
+    return lacking
 
 
 def read_whole(checkpoint: Checkpoint, name: str, state: str = "weight") -> torch.Tensor:
     """One parameter's weight or moment, joined from the fragments of all ranks: fp32, in its full shape."""
     shape = checkpoint.manifest["shapes"][name]
     flat = torch.empty(math.prod(shape), dtype=torch.float32)
-    load_fragments(checkpoint, [Fragment(name, 0, flat.numel(), {state: flat})])
+    if load_fragments(checkpoint, [Fragment(name, 0, flat.numel(), {state: flat})]):
+        raise BadInput(f"{checkpoint.folder}: holds no {state} of '{name}'")
     return flat.view(shape)
 
 

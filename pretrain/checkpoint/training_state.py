@@ -16,9 +16,16 @@ from pretrain.checkpoint.writer import CheckpointRecipe, CheckpointWriter
 from pretrain.data.loader import Loader
 from pretrain.distributed import World
 from pretrain.engine.engine import Engine
-from pretrain.engine.fragments import MOMENTUM
+from pretrain.engine.fragments import EMA, MOMENTUM, STATES
 from pretrain.run.folder import RunFolder
 from sharebert_common.errors import BadInput
+
+LACKING = {
+    STATES[1:]: "moments of AdamW: they start at 0",
+    (MOMENTUM,): "momenta of Muon: they start at 0",
+    (EMA,): "average of the weights: it begins anew",
+}
+"""What is said where a checkpoint lacks states of the optimizer."""
 
 
 def find_checkpoint(
@@ -104,11 +111,10 @@ class TrainingState:
             found: from `find_checkpoint`.
             seed: of the run; on another world size than the checkpoint's, dropout is seeded from it.
         """
-        wanted, saved = self.engine.writable_fragments(self.world), found.pieces()
-        here = [part for part in wanted if part.name in saved or MOMENTUM not in part.tensors]
-        load_fragments(found, here)
-        if len(here) < len(wanted):
-            self._report(f"checkpoint of step {found.step} has no momenta of generated matrices: they start at 0")
+        lacking = load_fragments(found, self.engine.writable_fragments(self.world))
+        for states, text in LACKING.items():
+            if names := set().union(*(lacking.get(state, ()) for state in states)):
+                self._report(f"checkpoint of step {found.step} has no {text} (of {min(names)} and the like)")
         self.files.branch_off(found.step)
         self.engine.load_state(found.step, found.training)
         self._report_changed_data(found)

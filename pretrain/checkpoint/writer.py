@@ -25,7 +25,7 @@ from pretrain.checkpoint.direct_io import BLOCK_BYTES
 from pretrain.checkpoint.format import FORMAT, RNG_STATE
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.saving import GivenUpElsewhere, RankSave
-from pretrain.engine.fragments import MOMENTUM, STATES, Fragment
+from pretrain.engine.fragments import ALL_STATES, Fragment
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, remove_unfinished, write_atomically
 from sharebert_common.recipe import STRICT
@@ -147,7 +147,7 @@ class CheckpointWriter:
         """Allocate the buffer for such a state and touch its pages, so that saves copy at the speed of memory."""
         specs: dict[str, tuple[torch.dtype, Sequence[int]]] = {
             f"{state}/{part.name}": (torch.float32, (part.length,))
-            for state in (*STATES, MOMENTUM)
+            for state in ALL_STATES
             for part in fragments
             if state in part.tensors
         }

@@ -2,7 +2,11 @@
 
 engine              the model with its optimizer: forward, backward, step, state
 config              precision, ZeRO and batch sizes as DeepSpeed's keys
-optimizer           AdamW's settings, its parameter groups, the learning rate of a step
+optimizer           the optimizer's settings, and the learning rate of a step
+parameter_groups    parameters that share a learning rate, decay and clip; how rates follow the width
+grouped_adamw       AdamW by such groups, and Muon for matrices that are parameters
+muon                what a recipe says about Muon, and its iteration
+ema                 the moving average of the weights
 numerics            how CUDA rounds, and whether it repeats itself
 fragments           which elements of weights and moments this rank holds, at every ZeRO stage
 generated_muon      orthogonal gradients of generated matrices, and their momenta

@@ -14,15 +14,18 @@ from pretrain import distributed
 from pretrain.distributed import World
 from pretrain.engine import fragments
 from pretrain.engine.deepspeed_import import import_deepspeed
+from pretrain.engine.ema import WeightAverage
 from pretrain.engine.fragments import Fragment
-from pretrain.engine.generated_muon import GeneratedMuon, MuonRecipe
+from pretrain.engine.generated_muon import GeneratedMuon
+from pretrain.engine.grouped_adamw import GroupedAdamW
 from pretrain.engine.loss_scaler import (
     let_the_lowest_scale_overflow,
     load_scaler_state,
     loss_scale,
     scaler_state,
 )
-from pretrain.engine.optimizer import OptimizerRecipe, optimizer_groups
+from pretrain.engine.muon import MuonRecipe
+from pretrain.engine.optimizer import OptimizerRecipe, make_optimizer
 from sharebert_common.errors import BadInput
 
 COUNTERS = ("skipped_steps", "global_steps", "global_samples")
@@ -35,9 +38,16 @@ class Engine:
     Everything that DeepSpeed names privately stays in this folder.
     """
 
-    def __init__(self, deepspeed_engine: Any, clip: float, muon: GeneratedMuon | None = None) -> None:
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        clip: float,
+        muon: GeneratedMuon | None = None,
+        average: WeightAverage | None = None,
+    ) -> None:
         """`clip` is the highest norm of the whole gradient; 0 does not clip."""
-        self._muon = muon
+        self._muon, self._average = muon, average
+        self._learning_rate = 0.0
         self._deepspeed = deepspeed_engine
         self._clip = clip
 
@@ -82,6 +92,8 @@ class Engine:
         skipped = self.skipped_steps > skipped_before
         if self._muon is not None and last:
             self._muon.end_step(skipped=skipped)
+        if self._average is not None and last and not skipped:
+            self._average.add(self._deepspeed.global_steps)
         return skipped
 
     def _clip_at_stage_0(self) -> None:
@@ -100,13 +112,15 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the last optimizer step; set, it holds from the next one on."""
-        return float(self._deepspeed.optimizer.param_groups[0]["lr"])
+        """The learning rate of the last optimizer step; set, it holds from the next one on. Groups may have a multiple
+        of it."""
+        return self._learning_rate
 
     @learning_rate.setter
     def learning_rate(self, lr: float) -> None:
+        self._learning_rate = lr
         for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
     @property
     def gradient_norm(self) -> float:
@@ -146,6 +160,7 @@ class Engine:
             "adam_steps": fragments.adam_steps(self._deepspeed),
             "scaler": scaler_state(self._deepspeed),
             "skipped": self.skipped_steps,
+            **({"ema_steps": self._average.steps} if self._average else {}),
         }
 
     def load_state(self, step: int, state: dict[str, Any]) -> None:
@@ -155,6 +170,24 @@ class Engine:
         load_scaler_state(self._deepspeed, state["scaler"])
         self._deepspeed.skipped_steps = state["skipped"]
         self._deepspeed.global_steps = step
+        if self._average:
+            self._average.steps = state.get("ema_steps", 0)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their moving average, where there is one and it has begun. A collective."""
+        if self._average is None or not self._average.steps:
+            yield
+            return
+        self._swap(self._average)
+        try:
+            yield
+        finally:
+            self._swap(self._average)
+
+    def _swap(self, average: WeightAverage) -> None:
+        average.swap()
+        fragments.refresh_working_weights(self._deepspeed)
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -179,7 +212,7 @@ def open_engine(
     Args:
         model: on the CPU; DeepSpeed moves it to the device.
         config: of `deepspeed_config`.
-        optimizer: AdamW's settings.
+        optimizer: its settings.
         timeout_s: a collective that some rank does not join for this long fails, in DeepSpeed's own groups too; None
             leaves torch's 30 minutes.
 
@@ -190,13 +223,7 @@ def open_engine(
     half = config.get("fp16") or config.get("torch_autocast", {}).get("dtype") == "float16"
     if half and not torch.cuda.is_available():
         raise BadInput("precision: fp16 needs a CUDA device; on a CPU use fp32 or bf16")
-    adamw = torch.optim.AdamW(
-        optimizer_groups(model, optimizer.weight_decay),
-        lr=0.0,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        fused=True,
-    )
+    adamw = make_optimizer(model, optimizer)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
     with contextlib.redirect_stdout(None) if stage == 3 else contextlib.nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
@@ -208,7 +235,10 @@ def open_engine(
     if stage == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # there is nobody to add to, and it copies every gradient twice
     let_the_lowest_scale_overflow(engine)
-    return Engine(engine, optimizer.clip, muon)
+    if isinstance(adamw, GroupedAdamW) and stage in (1, 2):
+        adamw.divide(engine.optimizer.round_robin_bit16_offsets)
+    average = WeightAverage(optimizer.ema, lambda: fragments.masters(engine)) if optimizer.ema.decay else None
+    return Engine(engine, optimizer.clip, muon, average)
 
 
 def _give_muon(engine: Any, recipe: MuonRecipe, micro_batches: int) -> GeneratedMuon:

@@ -1,4 +1,4 @@
-"""Who holds what: the flat fp32 fragments of weights and Adam moments that this rank owns, at every ZeRO stage.
+"""Who holds what: the flat fp32 fragments of weights and moments that this rank owns, at every ZeRO stage.
 
 DeepSpeed keeps the state differently at each stage; checkpoints do not. Here each layout becomes one list of
 `Fragment`, whose tensors are live views into DeepSpeed's memory. A checkpoint copies out of them and into them, and
@@ -23,7 +23,12 @@ STATES = ("weight", "exp_avg", "exp_avg_sq")
 """The three fp32 tensors of a parameter: its weight, and Adam's first and second moment."""
 
 MOMENTUM = "momentum"
-"""The fp32 tensor of a generated matrix that has a momentum."""
+"""The fp32 tensor of a generated matrix that has a momentum. A parameter that Muon steps has it in place of moments."""
+
+EMA = "ema"
+"""The fp32 tensor of a parameter that is the average of its weights, where a run keeps one."""
+
+ALL_STATES = (*STATES, MOMENTUM, EMA)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Fragment:
     start: int
     length: int
     tensors: dict[str, torch.Tensor]
-    """For each of STATES, or for MOMENTUM alone, a live fp32 view [length] into the engine's own memory."""
+    """Some of ALL_STATES, by name: live fp32 views [length] into the engine's own memory. A generated matrix has
+    MOMENTUM alone."""
 
     def overlap(self, start: int, length: int) -> range:
         """Which elements of the flattened parameter are in this fragment and in [start, start + length) too."""
@@ -74,8 +80,9 @@ def refresh_working_weights(engine: DeepSpeedEngine) -> None:
     elif stage == 3:
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        if small := optimizer.persistent_parameters:
+            small[0].partition(small)  # else those that are whole already stay as they are
+            small[0].all_gather(small)
 
 
 def shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:
@@ -94,21 +101,32 @@ def set_adam_steps(engine: DeepSpeedEngine, steps: int) -> None:
     """Let Adam's bias correction continue from `steps`."""
     create_moments(engine)
     for state in engine.basic_optimizer.state.values():
-        state["step"].fill_(steps)
+        if "step" in state:
+            state["step"].fill_(steps)
+
+
+def masters(engine: DeepSpeedEngine) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Each fp32 tensor of weights that this rank updates, and the optimizer's state of it, with the moments."""
+    create_moments(engine)
+    for master in _masters(engine):
+        yield master, engine.basic_optimizer.state[master]
 
 
 def create_moments(engine: DeepSpeedEngine) -> None:
-    """Make Adam's moments now. It makes them at its first step, but a load or a save before that needs them."""
+    """Make the moments now. The optimizer makes them at its first step, but a load or a save before that needs them."""
+    by_muon = {id(p) for group in engine.basic_optimizer.param_groups if group.get("matrices") for p in group["params"]}
     for master in _masters(engine):
         state = engine.basic_optimizer.state[master]
-        if not state:
+        if not state and id(master) in by_muon:
+            state[MOMENTUM] = torch.zeros_like(master)
+        elif not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state["exp_avg"] = torch.zeros_like(master)
             state["exp_avg_sq"] = torch.zeros_like(master)
 
 
 def _masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    """The tensors that AdamW updates: whole parameters at stage 0, else this rank's flat partitions."""
+    """The tensors that the optimizer updates: whole parameters at stage 0, else this rank's flat partitions."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
@@ -116,7 +134,7 @@ def _masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
 
 def _tensors(engine: DeepSpeedEngine, master: torch.Tensor, start: int, length: int) -> dict[str, torch.Tensor]:
     state = engine.basic_optimizer.state[master]
-    flat = {"weight": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    flat = {"weight": master} | {key: state[key] for key in ALL_STATES if key in state}
     return {key: tensor.detach().view(-1).narrow(0, start, length) for key, tensor in flat.items()}
 
 

@@ -14,39 +14,17 @@ all-reduce of 4 bytes an element in each optimizer step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from pretrain.distributed import World, share_of
 from pretrain.engine.fragments import MOMENTUM, Fragment
-from sharebert_common.recipe import STRICT
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration, from Jordan et al."""
+from pretrain.engine.muon import MuonRecipe, orthogonalise
 
 PREFIX = "generated."
 """Of the names of momenta in a checkpoint."""
-
-
-@dataclass(config=STRICT, kw_only=True)
-class MuonRecipe:
-    """Muon on the gradients of generated matrices."""
-
-    generated: bool = False
-    """Make the gradient of each generated matrix orthogonal before it is carried on to E and W_all, where AdamW uses it
-    (after Jordan et al., "Muon", 2024). Not with zero.stage 3 or fp16."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay rate of the momentum of each generated matrix."""
-    gain: Annotated[float, Field(gt=0)] = 1.0
-    """Norm of the orthogonal gradient of a matrix as a multiple of the norm of its gradient. On E, where the gradients
-    of the input and of a tied head are added, it says how much those of the layers weigh."""
-    iterations: Annotated[int, Field(ge=1, le=20)] = 5
-    """Newton-Schulz iterations."""
 
 
 class GeneratedMuon:
@@ -114,19 +92,3 @@ class GeneratedMuon:
             Fragment(PREFIX + name, 0, momentum.numel(), {MOMENTUM: momentum.view(-1)})
             for name, (_, momentum) in self._matrices.items()
         ]
-
-
-def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
-    """Nearly U·Vᵀ [m, n] of `matrix` = U·S·Vᵀ: all singular values come near 1, from about 0.7 to 1.2.
-
-    In bf16 on CUDA as Jordan et al. do; in fp32 on a CPU, where it is as fast.
-    """
-    x = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix.float()
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.t()
-    x = x / x.norm().clamp(min=1e-30)
-    a, b, c = COEFFICIENTS
-    for _ in range(iterations):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.t()).to(matrix.dtype)

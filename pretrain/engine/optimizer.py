@@ -1,4 +1,4 @@
-"""AdamW as the recipe asks for it: its settings, its groups of parameters, its learning rate at each step."""
+"""The optimizer as the recipe asks for it: its settings, its groups of parameters, its learning rate at each step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import math
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from pretrain.engine.generated_muon import MuonRecipe
+from pretrain.engine.ema import EmaRecipe
+from pretrain.engine.grouped_adamw import GroupedAdamW
+from pretrain.engine.muon import MuonRecipe
+from pretrain.engine.parameter_groups import GroupsRecipe, split_groups
 from sharebert import parameter_roles
 from sharebert_common.recipe import STRICT
 
@@ -30,7 +34,20 @@ class OptimizerRecipe:
     clip: Annotated[float, Field(ge=0)] = 0.5
     """Highest norm of the whole gradient; 0 does not clip."""
     muon: MuonRecipe = field(default_factory=MuonRecipe)
-    """Orthogonal gradients of the generated matrices."""
+    """Orthogonal steps of matrices, and orthogonal gradients of the generated matrices."""
+    groups: GroupsRecipe = field(default_factory=GroupsRecipe)
+    """Learning rates and clips by group of parameters."""
+    tuned_width: Annotated[int, Field(gt=0)] | None = None
+    """The width (hidden_size) at which the learning rates were tuned. In a model of another width the rates of matrices
+    are multiplied by tuned_width/hidden_size (after Yang et al., "Tensor Programs V", 2022; docs/recipe.md has the
+    rule). Without it, rates are taken as they are."""
+    ema: EmaRecipe = field(default_factory=EmaRecipe)
+    """A moving average of the weights, which validation and exports can use."""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups differ in more than decay."""
+        return self.muon.matrices or self.tuned_width is not None or not self.groups.plain
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -64,6 +81,22 @@ def learning_rate(step: int, steps: int, highest: float, recipe: ScheduleRecipe)
     done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
     shape = 1 - done if recipe.decay != "cosine" else (1 + math.cos(math.pi * done)) / 2
     return highest * (recipe.final + (1 - recipe.final) * shape)
+
+
+def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.AdamW:
+    """The optimizer of `model`, at learning rate 0. Each group's rate is its `lr_factor` times the rate of a step."""
+    settings: dict[str, Any] = {"lr": 0.0, "betas": recipe.betas, "eps": recipe.eps, "fused": True}
+    if not recipe.grouped:
+        return torch.optim.AdamW(optimizer_groups(model, recipe.weight_decay), **settings)
+    groups = split_groups(
+        model,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        groups=recipe.groups,
+        tuned_width=recipe.tuned_width,
+        muon=recipe.muon,
+    )
+    return GroupedAdamW(groups, recipe.muon, **settings)
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

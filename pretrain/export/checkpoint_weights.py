@@ -1,4 +1,4 @@
-"""The fp32 master weights in a checkpoint of format 1, read a piece at a time."""
+"""The fp32 weights in a checkpoint of format 1, or their average, read a piece at a time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ import torch
 
 from exports.tensor_file import Spec
 from pretrain.checkpoint.format import Checkpoint
+from pretrain.engine.fragments import EMA, STATES
 from sharebert_common.errors import BadInput
 
 
 class CheckpointWeights:
-    """The fp32 master weights in a checkpoint, of any ZeRO stage and world size; see `WeightSource`."""
+    """The fp32 master weights in a checkpoint, of any ZeRO stage and world size; see `WeightSource`.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    With `ema`, their moving average instead. Raises BadInput where the checkpoint has none.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, ema: bool = False) -> None:
         self.folder = checkpoint.folder
+        if ema and not checkpoint.training.get("ema_steps"):
+            raise BadInput(
+                f"{self.folder}: has no average of the weights (--ema); train with optimizer.ema.decay, and past "
+                "optimizer.ema.start"
+            )
+        self._state = EMA if ema else STATES[0]
         shapes: dict[str, list[int]] = checkpoint.manifest["shapes"]
         self.specs = {name: Spec(torch.float32, tuple(shape)) for name, shape in shapes.items()}
         self._pieces = checkpoint.pieces()
@@ -45,7 +55,7 @@ class CheckpointWeights:
         try:
             with path.open("rb", buffering=0) as opened:
                 if file not in self._weights:
-                    self._weights[file] = _offsets(opened)
+                    self._weights[file] = _offsets(opened, self._state)
                 opened.seek(self._weights[file][name] + offset_bytes)
                 read = opened.readinto(into)
         except FileNotFoundError as error:
@@ -57,11 +67,11 @@ class CheckpointWeights:
             raise BadInput(f"{path}: cut short")
 
 
-def _offsets(opened: Any) -> dict[str, int]:
-    """For each parameter: where its weights begin in the file of a rank, in bytes."""
+def _offsets(opened: Any, state: str) -> dict[str, int]:
+    """For each parameter: where its `state` begins in the file of a rank, in bytes."""
     header_bytes = int.from_bytes(opened.read(8), "little")
     header = json.loads(opened.read(header_bytes))
-    prefix = "weight/"
+    prefix = f"{state}/"
     return {
         key.removeprefix(prefix): 8 + header_bytes + entry["data_offsets"][0]
         for key, entry in header.items()

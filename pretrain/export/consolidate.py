@@ -42,6 +42,7 @@ def consolidate(
     head: bool = True,
     dtype: str = "fp32",
     average: int = 1,
+    ema: bool = False,
     config: Path | None = None,
     opset: int | None = None,
 ) -> Path:
@@ -54,6 +55,7 @@ def consolidate(
         head: whether the MLM head (or the classifier of an export) goes along.
         dtype: fp32 (compact: the fp32 master weights bit for bit), bf16 or fp16 (rounded).
         average: the number of a run's newest whole checkpoints whose mean is taken.
+        ema: take the moving average of the weights that a run with `optimizer.ema` keeps, in place of the weights.
         config: for a folder that DeepSpeed saved: an export, a run or a config.json of the same model.
         opset: version of ONNX's operators; None for the usual one.
 
@@ -65,7 +67,7 @@ def consolidate(
     out = Path(out)
     if out.resolve() == Path(source).resolve():
         raise BadInput(f"{out}: the export would replace its own source; choose another folder")
-    export = _open(Path(source), average, config)
+    export = _open(Path(source), average, config, ema=ema)
     write_export(export if head else export.without_head(), out, chosen)
     return out
 
@@ -83,13 +85,15 @@ def _form(name: str, dtype: str, opset: int | None) -> Form:
     return chosen
 
 
-def _open(source: Path, average: int, config: Path | None) -> Export:
+def _open(source: Path, average: int, config: Path | None, *, ema: bool) -> Export:
     if not source.is_dir():
         raise BadInput(f"{source}: no such folder")
     run = RunFolder(source)
     is_run = run.checkpoints.is_dir() or run.config.is_file()
     if is_run and config is None:
-        return _of_run(run, average)
+        return _of_run(run, average, ema=ema)
+    if ema:
+        raise BadInput(f"{source}: --ema takes the checkpoint of a run, and this is no run")
     if average != 1:
         raise BadInput(f"{source}: --average takes the checkpoints of a run, and this is no run")
     if is_deepspeed_folder(source):
@@ -101,7 +105,7 @@ def _open(source: Path, average: int, config: Path | None) -> Export:
     raise BadInput(f"{source}: not a run, not an export, and not a folder that DeepSpeed saved")
 
 
-def _of_run(run: RunFolder, average: int) -> Export:
+def _of_run(run: RunFolder, average: int, *, ema: bool) -> Export:
     whole = all_whole(run.checkpoints, lambda text: print(text, file=sys.stderr))
     taken = list(islice(whole, average))
     unfinished = sorted(run.checkpoints.glob(".step-*"))
@@ -118,7 +122,7 @@ def _of_run(run: RunFolder, average: int) -> Export:
         if older.training["model"] != newest.training["model"]:
             raise BadInput(f"{older.folder}: of another model than {newest.folder}, so they have no mean (--average)")
     _refuse_other_tokenizer(run, newest)
-    weights: list[WeightSource] = [CheckpointWeights(checkpoint) for checkpoint in taken]
+    weights: list[WeightSource] = [CheckpointWeights(checkpoint, ema=ema) for checkpoint in taken]
     provenance = {
         "run": run.path.resolve().name,
         "step": ",".join(str(checkpoint.step) for checkpoint in reversed(taken)),
@@ -130,7 +134,7 @@ def _of_run(run: RunFolder, average: int) -> Export:
         ShareBertConfig.from_dict(newest.training["model"]),
         weights[0] if average == 1 else MeanWeights(weights),
         run.tokenizer,
-        sections(run, taken),
+        sections(run, taken, ema=ema),
         provenance,
     )
 

@@ -15,9 +15,11 @@ from pretrain.run.folder import RunFolder
 SOURCES_NAMED = 5
 
 
-def sections(run: RunFolder, taken: list[Checkpoint]) -> dict[str, str]:
-    """The sections of the card, heading → Markdown. `taken` are the checkpoints of the export, newest first."""
-    found = {"Data": _data(run, taken[0]), "Training": _training(run, taken)}
+def sections(run: RunFolder, taken: list[Checkpoint], *, ema: bool = False) -> dict[str, str]:
+    """The sections of the card, heading → Markdown. `taken` are the checkpoints of the export, newest first; `ema`:
+    whether their moving averages were taken.
+    """
+    found = {"Data": _data(run, taken[0]), "Training": _training(run, taken, ema=ema)}
     scores = _scores(run, taken)
     return found | ({"Scores": scores} if scores else {})
 
@@ -27,9 +29,11 @@ def recipe_text(run: RunFolder) -> str:
     return run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
 
 
-def _training(run: RunFolder, taken: list[Checkpoint]) -> str:
+def _training(run: RunFolder, taken: list[Checkpoint], *, ema: bool) -> str:
     rows = taken[0].training["loader"]["rows_consumed"]
     text = f"Pretrained with masked language modelling for {taken[0].step:,} steps ({rows:,} rows)."
+    if ema:
+        text += f" The weights are the moving average over {taken[0].training['ema_steps']:,} steps (optimizer.ema)."
     if len(taken) > 1:
         steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in reversed(taken))
         text += f" The weights are the mean of the checkpoints after steps {steps}."

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pretrain.data.datasets import micro_shape
+from pretrain.engine.parameter_groups import STEPPED, group_of
 from pretrain.flops import flops_per_token, generated_elements
 from pretrain.plan.gpus import Gpu, gpu_of
 from pretrain.plan.memory import Memory, Shape, memory
 from pretrain.plan.tables import UTILISATIONS, traffic
-from sharebert import ShareBertConfig, ShareBertForMaskedLM
+from sharebert import ShareBertConfig, ShareBertForMaskedLM, parameter_roles
 from sharebert_common.errors import BadInput
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Plan:
     speeds: list[dict[str, float]]
     """For each utilisation: `utilisation`, `tokens_per_s` of all GPUs, `hours`, and `price` where a rate is given."""
     checkpoint_bytes: int
-    """Weights and moments in fp32, of the whole model."""
+    """Weights, moments, momenta and moving average in fp32, of the whole model."""
     network_bytes: dict[int, float]
     """Bytes that a rank sends in a step, by ZeRO stage."""
     network_s: dict[int, float]
@@ -112,7 +113,7 @@ def make_plan(recipe: TrainRecipe, gpus: int, gpu: str, assumed: Assumptions) ->
         tokens=tokens,
         epochs=recipe.steps * recipe.data.global_batch / rows if rows else None,
         speeds=[_speed(share, gpus, kind, per_token, tokens, assumed.price) for share in assumed.utilisations],
-        checkpoint_bytes=12 * counted["all"],
+        checkpoint_bytes=checkpoint_bytes(config, shape),
         network_bytes=sent,
         network_s={stage: size / assumed.network_bytes_per_s for stage, size in sent.items()},
     )
@@ -146,8 +147,26 @@ def shape_of(recipe: TrainRecipe, training: ResolvedTraining, ranks: int, *, cud
         seq_len=training.seq_len,
         masked=max(1, round(recipe.data.highest_mask_rate * training.seq_len)),
         recompute=recipe.recompute,
+        ema=recipe.optimizer.ema.decay > 0,
+        by_muon=matrix_elements(training.model.config) if recipe.optimizer.muon.matrices else 0,
+        generated_muon=recipe.optimizer.muon.generated,
         cuda=cuda,
     )
+
+
+def checkpoint_bytes(config: ShareBertConfig, shape: Shape) -> int:
+    """Bytes of weights, moments, momenta and moving average of the whole model, in fp32."""
+    momenta = 4 * generated_elements(config) if shape.generated_muon else 0
+    return (12 + 4 * shape.ema) * shape.parameters - 4 * shape.by_muon + momenta
+
+
+def matrix_elements(config: ShareBertConfig) -> int:
+    """Learned numbers in the groups that Muon steps."""
+    with torch.device("meta"):
+        model = ShareBertForMaskedLM(config)
+    roles = parameter_roles(model)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    return sum(size for name, size in sizes.items() if group_of(name, decayed=roles[name].decayed) in STEPPED)
 
 
 def count_parameters(config: ShareBertConfig) -> dict[str, int]:

@@ -41,6 +41,12 @@ class Shape:
     """Masked tokens of a row."""
     recompute: bool = False
     """Whether the backward pass computes the layers again."""
+    ema: bool = False
+    """Whether the run keeps a moving average of the weights."""
+    by_muon: int = 0
+    """Learned numbers that Muon steps; AdamW steps the others."""
+    generated_muon: bool = False
+    """Whether gradients of generated matrices are made orthogonal."""
     cuda: bool = True
     """Whether the kernels for GPUs run. Those for CPUs keep masks of dropout and attention probabilities."""
 
@@ -54,14 +60,14 @@ class Memory:
     gradients: int
     """Gradients in the working precision, and their sums in fp32."""
     optimizer: int
-    """First and second moment of Adam."""
+    """First and second moment of Adam, Muon's momenta and sums, and the moving average of the weights."""
     generated: int
     """Generated matrices, and their gradients."""
     activations: int
     """What layers, embedding and head keep for the backward pass."""
     buffers: int
-    """Buckets of DeepSpeed, and the larger one of: logits and decoder gradient while the loss is computed; the parts of
-    the embedding's gradient at the end of the backward pass."""
+    """Buckets of DeepSpeed, and the largest one of: logits and decoder gradient while the loss is computed; the parts
+    of the embedding's gradient at the end of the backward pass; the matrices that Muon gathers in a step."""
     allocator: int
     """On a CPU, freed blocks that the C allocator cannot use again; 0 on a GPU."""
 
@@ -85,13 +91,14 @@ def state_bytes(shape: Shape, largest: int) -> dict[str, int]:
     """
     parameters, ranks, stage = shape.parameters, shape.world_size, shape.stage
     part = -(-parameters // ranks)
+    optimizer = (8 + 4 * shape.ema) * parameters - 4 * shape.by_muon
     if stage == 0:
-        return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters}
+        return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": optimizer}
     working = 4 if shape.precision == "fp32" else 2
     weights = (working * parameters if stage < 3 else working * (part + largest)) + 4 * part
     sums = 4 * (parameters if stage == 1 else part)
     gradients = sums + working * (largest if stage == 3 else sums // 4)
-    return {"weights": weights, "gradients": gradients, "optimizer": 8 * part}
+    return {"weights": weights, "gradients": gradients, "optimizer": -(-optimizer // ranks)}
 
 
 def activation_bytes(config: ShareBertConfig, shape: Shape) -> int:
@@ -163,10 +170,14 @@ def memory(config: ShareBertConfig, shape: Shape) -> Memory:
     buckets = 4 * min(shape.parameters, BUCKET_ELEMENTS) if shape.stage else 0
     activations = activation_bytes(config, shape)
     late = embedding_gradient_bytes(config, shape) - activations  # by then the activations are freed
+    gathered = 4 * shape.by_muon - activations if shape.stage else 0  # in the step, as late
+    states = state_bytes(shape, largest)
+    if shape.generated_muon:
+        states["optimizer"] += 8 * generated_elements(config)
     return Memory(
-        **state_bytes(shape, largest),
+        **states,
         generated=2 * product * generated_elements(config),
         activations=activations,
-        buffers=buckets + max(loss_bytes(config, shape), late),
+        buffers=buckets + max(loss_bytes(config, shape), late, gathered),
         allocator=hole_bytes(config, shape, activations),
     )

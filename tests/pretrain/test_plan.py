@@ -13,7 +13,15 @@ from pretrain.engine.config import BUCKET_ELEMENTS
 from pretrain.flops import flops_per_token
 from pretrain.plan import memory as memory_module
 from pretrain.plan.command import plan
-from pretrain.plan.estimate import PLAN_DEFAULTS, Assumptions, largest_rows, make_plan, network_bytes, shape_of
+from pretrain.plan.estimate import (
+    PLAN_DEFAULTS,
+    Assumptions,
+    largest_rows,
+    make_plan,
+    matrix_elements,
+    network_bytes,
+    shape_of,
+)
 from pretrain.plan.gpus import GPUS, gpu_of, gpu_of_device
 from pretrain.plan.measure import measure
 from pretrain.plan.memory import Shape, memory, state_bytes
@@ -111,6 +119,18 @@ def test_model_states_are_those_of_deepspeeds_estimators(ranks: int) -> None:
     for stage, theirs in ((2, second), (3, third)):
         ours = sum(state_bytes(small_shape(world_size=ranks, stage=stage), largest).values())
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_states_of_muon_and_of_the_average_by_hand() -> None:
+    """8 ranks at stage 1: an average adds 4 bytes a number, Muon takes 4 of AdamW's 8, both divided by the ranks."""
+    plain = memory(SMALL, small_shape()).optimizer
+    assert memory(SMALL, small_shape(ema=True)).optimizer - plain == 71_704_832 // 2
+    assert plain - memory(SMALL, small_shape(by_muon=8_000)).optimizer == 4_000
+    generated = memory(SMALL, small_shape(generated_muon=True)).optimizer - plain
+    assert generated == 8 * (4 * 2048**2 + 2 * 2048 * 4096)
+    config = ShareBertConfig.from_dict({**SIZES["sharebert-small"], "sharing": "none", "num_hidden_layers": 2})
+    factor_linear = config.factor_size * 2048
+    assert matrix_elements(config) == 2 * (4 * 2048**2 + 2 * 2048 * 4096) + 2048**2 + factor_linear, "with the pooler"
 
 
 def test_activations_of_a_layer_on_a_gpu_by_hand() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_config
-from tiny_runs import losses, train_arguments, train_many
+from tiny_runs import log_of, losses, train_arguments, train_many
 
-from pretrain.engine.generated_muon import GeneratedMuon, MuonRecipe, orthogonalise
+from pretrain.engine.generated_muon import GeneratedMuon
+from pretrain.engine.muon import MuonRecipe, orthogonalise
 from pretrain.recipe import TrainRecipe
 from sharebert import ShareBertForMaskedLM, initialize
 from sharebert_common.errors import BadInput
@@ -19,6 +21,10 @@ MUON = {"optimizer__muon__generated": True, "optimizer__muon__momentum": 0.9}
 MASKS = {"data__mask_rate": 0.4, "data__mask_schedule__last_rate": 0.15, "data__mask_schedule__masked": 1.0}
 NEW = MUON | MASKS | {"data__mask_schedule__random": 0.0, "model__init_scale": 0.35, "schedule__decay": "wsd"}
 NEW |= {"data__micro_batch": 4}
+MATRICES = {"model__sharing": "none", "optimizer__muon__matrices": True, "optimizer__groups__head__clip": 0.1}
+MATRICES |= {"optimizer__groups__word_embeddings__lr_factor": 2.0, "optimizer__tuned_width": 16}
+MATRICES |= {"optimizer__ema__decay": 0.9, "validate__ema": True, "validate__every": 5, "data__micro_batch": 4}
+"""Muon on parameters, groups, the rule of widths and an average."""
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
@@ -69,22 +75,38 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
         load(TrainRecipe, None, arguments).resolve(needs_data=False)
 
 
-@pytest.mark.slow
-def test_losses_agree_on_any_ranks_and_stages_and_after_a_resume(dataset: Path, tmp_path: Path) -> None:
-    """The start, the masks' schedule, Muon and the learning rate's schedule of this recipe, all at once."""
-    more = {"checkpoint__every": 7}
+@pytest.fixture(scope="module")
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recipes on 1, 2 and 3 ranks at stages 0, 1 and 2, and resumed on 2 ranks from step 14 of other runs."""
+    top = tmp_path_factory.mktemp("muon")
     for ranks in (1, 2, 3):
-        plan = [
-            {"overrides": train_arguments(dataset, tmp_path / f"{ranks}-{stage}", **NEW, **more, zero__stage=stage)}
-            for stage in (0, 1, 2)
-        ]
-        if ranks == 2:  # resumes from step 14 of what another number of ranks saved, and of what this one did
-            for name, source in (("resumed", "1-1"), ("again", "2-2")):
-                overrides = train_arguments(dataset, tmp_path / name, **NEW, **more, zero__stage=2)
-                plan.append({"overrides": overrides, "copy": [str(tmp_path / source), 14]})
-        train_many(plan, ranks, tmp_path)
-    first = losses(tmp_path / "1-0")
+        plan: list[dict[str, Any]] = []
+        for recipe, keys in (("generated", NEW), ("matrices", MATRICES)):
+            folder, given = top / recipe, {**keys, "checkpoint__every": 7}
+            for stage in (0, 1, 2):
+                run = folder / f"{ranks}-{stage}"
+                plan.append({"overrides": train_arguments(dataset, run, **given, zero__stage=stage)})
+            for name, source in (("resumed", "1-1"), ("again", "2-2")) if ranks == 2 else ():
+                overrides = train_arguments(dataset, folder / name, **given, zero__stage=2)
+                plan.append({"overrides": overrides, "copy": [str(folder / source), 14]})
+        train_many(plan, ranks, top)
+    return top
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["generated", "matrices"])
+def test_losses_agree_on_any_ranks_and_stages_and_after_a_resume(runs: Path, recipe: str) -> None:
+    """`generated`: the start, the masks' schedule, Muon and the learning rate's schedule, all at once."""
+    folder = runs / recipe
+    first, validated = losses(folder / "1-0"), validation_losses(folder / "1-0")
     assert len(first) == 20
-    for run in sorted(path for path in tmp_path.iterdir() if path.is_dir()):
+    for run in sorted(folder.iterdir()):
         assert losses(run) == pytest.approx(first, rel=2e-4), run.name
-    assert losses(tmp_path / "again") == losses(tmp_path / "2-2")
+        assert validation_losses(run) == pytest.approx(validated, rel=2e-4), run.name
+    assert losses(folder / "again") == losses(folder / "2-2")
+    assert validation_losses(folder / "again") == validation_losses(folder / "2-2")
+
+
+def validation_losses(run: Path) -> list[float]:
+    """The loss of each validation."""
+    return [line["valid_loss"] for line in log_of(run) if "valid_loss" in line]

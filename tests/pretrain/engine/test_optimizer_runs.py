@@ -1,0 +1,144 @@
+"""Muon's steps, groups and averages in runs on two ranks, computed again from their checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import log_of, losses, train_arguments, train_many, whole
+
+from exports.read import load_model
+from pretrain.checkpoint.format import read_whole
+from pretrain.data.datasets import DataRecipe, WeightedDataset, open_datasets
+from pretrain.engine.muon import orthogonalise
+from pretrain.export.consolidate import consolidate
+from pretrain.objective import MaskedLanguageModelling
+from pretrain.validate import ValidateRecipe, validate
+from sharebert_common.errors import BadInput
+
+STEPS, LR, CLIP, DECAY = 6, 0.05, 0.004, 0.6
+KEYS: dict[str, Any] = {
+    "steps": STEPS,
+    "model__sharing": "none",
+    "data__global_batch": 8,
+    "data__micro_batch": 2,
+    "schedule__decay": "constant",
+    "schedule__warmup": 1,
+    "optimizer__clip": 0.0,
+    "optimizer__muon__matrices": True,
+    "optimizer__muon__lr": LR,
+    "optimizer__muon__momentum": 0.9,
+    "optimizer__muon__weight_decay": 0.1,
+    "optimizer__groups__matrices__clip": CLIP,
+    "optimizer__groups__vectors__lr_factor": 0.0,
+    "optimizer__groups__factor_linear__lr_factor": 2.0,
+    "checkpoint__every": 1,
+    "checkpoint__keep": 9,
+}
+AVERAGED = KEYS | {"optimizer__ema__decay": DECAY, "optimizer__ema__start": 2}
+MATRICES = ("sharebert.sharing.layers.0.query", "sharebert.sharing.layers.1.intermediate")
+LINEAR = "sharebert.factor_linear.weight"
+
+
+@pytest.fixture(scope="module")
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On two ranks: a run at each stage, and two with averages, of which one validates them."""
+    folder = tmp_path_factory.mktemp("optimizer")
+    plan = [
+        {"overrides": train_arguments(dataset, folder / f"zero-{stage}", **KEYS, zero__stage=stage)}
+        for stage in (0, 1, 2)
+    ]
+    validated = AVERAGED | {"validate__every": 2, "validate__ema": True, "validate__rows": 16}
+    for stage in (0, 2, 3):
+        given = validated | {"zero__stage": stage}
+        if stage == 3:
+            given |= {
+                "optimizer__muon__matrices": False,
+                "optimizer__groups__matrices__clip": 0.0,
+                "model__sharing": "veps",
+            }
+        plan.append({"overrides": train_arguments(dataset, folder / f"averaged-{stage}", **given)})
+    train_many(plan, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("name", [*MATRICES, LINEAR])
+def test_a_step_is_the_orthogonal_momentum(runs: Path, stage: int, name: str) -> None:
+    """Nesterov's sum of gradient and momentum, made orthogonal, times rate and scale, after the decay."""
+    for step in range(2, STEPS + 1):
+        before, after = (whole(runs / f"zero-{stage}", at) for at in (step - 1, step))
+        weight, momentum = (read_whole(after, name, state) for state in ("weight", "momentum"))
+        gradient = momentum - 0.9 * read_whole(before, name, "momentum")
+        scale = max(1, weight.shape[0] / weight.shape[1] if name == LINEAR else weight.shape[1] / weight.shape[0])
+        lr = 2 * LR if name == LINEAR else LR
+        wanted = read_whole(before, name) * (1 - lr * 0.1)
+        wanted = wanted - lr * scale**0.5 * orthogonalise(gradient + 0.9 * momentum, 5)
+        torch.testing.assert_close(weight, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_group_clips_over_all_ranks(runs: Path, stage: int) -> None:
+    """The first momentum is the first gradient; the group is longer than the clip."""
+    first = whole(runs / f"zero-{stage}", 1)
+    names = [name for name in first.manifest["shapes"] if name.startswith("sharebert.sharing.")]
+    squares = sum(float(read_whole(first, name, "momentum").double().square().sum()) for name in names)
+    assert squares**0.5 == pytest.approx(CLIP, rel=1e-3)
+
+
+def test_a_rate_of_zero_holds_a_group(runs: Path) -> None:
+    first, last = whole(runs / "zero-1", 1), whole(runs / "zero-1", STEPS)
+    bias = "sharebert.layers.0.query_bias"
+    assert torch.equal(read_whole(first, bias), read_whole(last, bias))
+    assert not torch.equal(*(read_whole(c, "sharebert.word_embeddings.weight") for c in (first, last)))
+    assert log_of(runs / "zero-1")[-1]["lr"] == 3e-3, "the log has optimizer.lr"
+
+
+def test_stages_agree_and_validation_of_the_average_leaves_the_training_alone(runs: Path) -> None:
+    reference = losses(runs / "zero-0")
+    for run in ("zero-1", "zero-2"):
+        assert losses(runs / run) == pytest.approx(reference, rel=1e-5)
+    assert losses(runs / "averaged-0") == reference
+    assert losses(runs / "averaged-2") == losses(runs / "zero-2")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_average_is_that_of_the_weights_after_each_step(runs: Path, stage: int) -> None:
+    run = runs / f"averaged-{stage}"
+    last = whole(run, STEPS)
+    assert last.training["ema_steps"] == STEPS - 2
+    for name in last.manifest["shapes"]:
+        wanted = torch.zeros(())
+        for number, step in enumerate(range(3, STEPS + 1)):
+            decay = min(DECAY, number / (number + 1))
+            wanted = decay * wanted + (1 - decay) * read_whole(whole(run, step), name)
+        torch.testing.assert_close(read_whole(last, name, "ema"), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_validation_and_the_export_use_the_average(runs: Path, dataset: Path, tmp_path: Path, stage: int) -> None:
+    run = runs / f"averaged-{stage}"
+    out = consolidate(run, tmp_path / "export", ema=True)
+    last = whole(run, STEPS)
+    for name, tensor in load_file(out / "model.safetensors").items():
+        assert torch.equal(tensor, read_whole(last, name, "ema")), name
+    assert "the moving average over 4 steps" in (out / "README.md").read_text()
+    score = validate(
+        MaskedLanguageModelling(torch.device("cpu")),
+        load_model(out).eval(),
+        open_datasets(DataRecipe(dataset=[WeightedDataset(path=str(dataset))], global_batch=8, micro_batch=2)),
+        ValidateRecipe(rows=16),
+        mask_rate=0.15,
+        whole_word=False,
+    )
+    logged = [line["valid_loss"] for line in log_of(run) if "valid_loss" in line]
+    assert len(logged) == 4
+    assert logged[-1] == pytest.approx(score.loss, rel=1e-5)
+
+
+def test_a_run_without_an_average_has_none_to_export(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"has no average of the weights \(--ema\)"):
+        consolidate(runs / "zero-1", tmp_path / "export", ema=True)
