@@ -15,7 +15,7 @@ def generated_elements(config: ShareBertConfig) -> int:
     return 4 * config.hidden_size * config.attention_size + 2 * config.hidden_size * config.inner_size
 
 
-def flops_per_token(config: ShareBertConfig, seq_len: int, mask_rate: float, tokens_per_micro_batch: int) -> float:
+def flops_per_token(config: ShareBertConfig, seq_len: float, mask_rate: float, tokens_per_micro_batch: int) -> float:
     """FLOPs of forward and backward a token, counting a multiply-add as two.
 
     6L(4H² + 2HI) for the layers, 12·L·T·H for the attention scores and their use, 6·rate·(head) for the masked

@@ -92,7 +92,7 @@ def make_plan(recipe: TrainRecipe, gpus: int, gpu: str, assumed: Assumptions) ->
     training = resolve_on(recipe, gpus, kind)
     config, seq_len = training.model.config, training.seq_len
     counted = count_parameters(config)
-    per_token = flops_per_token(config, seq_len, recipe.data.highest_mask_rate, training.micro_rows * seq_len)
+    per_token = flops_of_token(recipe, training)
     tokens = recipe.steps * recipe.data.global_batch * seq_len
     shape = shape_of(recipe, training, gpus)
     stages = {stage: replace(shape, stage=stage) for stage in range(4)}
@@ -116,6 +116,13 @@ def make_plan(recipe: TrainRecipe, gpus: int, gpu: str, assumed: Assumptions) ->
         network_bytes=sent,
         network_s={stage: size / assumed.network_bytes_per_s for stage, size in sent.items()},
     )
+
+
+def flops_of_token(recipe: TrainRecipe, training: ResolvedTraining) -> float:
+    """FLOPs of forward and backward a token, in the mean over the steps of a run."""
+    length = recipe.data.row_length.mean(recipe.steps, training.seq_len)
+    micro_tokens = training.micro_rows * training.seq_len
+    return flops_per_token(training.model.config, length, recipe.data.highest_mask_rate, micro_tokens)
 
 
 def resolve_on(recipe: TrainRecipe, gpus: int, kind: Gpu) -> ResolvedTraining:
