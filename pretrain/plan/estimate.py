@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pretrain.data.datasets import micro_shape
-from pretrain.flops import flops_per_token, generated_elements
+from pretrain.flops import flops_per_token, made_elements
 from pretrain.plan.gpus import Gpu, gpu_of
 from pretrain.plan.memory import Memory, Shape, memory
 from pretrain.plan.tables import UTILISATIONS, traffic
@@ -169,7 +169,7 @@ def count_parameters(config: ShareBertConfig) -> dict[str, int]:
         "layers": layers,
         "head": head,
         "all": whole,
-        "generated": generated_elements(config),
+        "generated": made_elements(config),
     }
 
 

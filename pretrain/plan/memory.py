@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from pretrain.flops import generated_elements
+from pretrain.flops import made_elements
 from sharebert import ShareBertConfig
 from sharebert.kernels import CHUNK_LOGITS
 
@@ -101,6 +101,8 @@ def activation_bytes(config: ShareBertConfig, shape: Shape) -> int:
     stream = 4 if shape.stage == 0 else product  # under autocast LayerNorms and additions are in fp32
     tokens = shape.rows * shape.seq_len
     layer = 2 * stream * hidden + 6 * product * hidden + 2 * product * inner
+    if config.learned_branch_gains:
+        layer += 2 * product * hidden  # both branches before their gains
     if shape.cuda:
         layer += 4 * heads  # log-sum-exp of each head
     else:
@@ -165,7 +167,7 @@ def memory(config: ShareBertConfig, shape: Shape) -> Memory:
     late = embedding_gradient_bytes(config, shape) - activations  # by then the activations are freed
     return Memory(
         **state_bytes(shape, largest),
-        generated=2 * product * generated_elements(config),
+        generated=2 * product * made_elements(config),
         activations=activations,
         buffers=buckets + max(loss_bytes(config, shape), late),
         allocator=hole_bytes(config, shape, activations),

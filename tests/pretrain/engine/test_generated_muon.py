@@ -19,6 +19,8 @@ MUON = {"optimizer__muon__generated": True, "optimizer__muon__momentum": 0.9}
 MASKS = {"data__mask_rate": 0.4, "data__mask_schedule__last_rate": 0.15, "data__mask_schedule__masked": 1.0}
 NEW = MUON | MASKS | {"data__mask_schedule__random": 0.0, "model__init_scale": 0.35, "schedule__decay": "wsd"}
 NEW |= {"data__micro_batch": 4}
+NEW |= {"data__row_length__first": 8, "model__branch_gain": 0.5, "model__learned_branch_gains": True}
+NEW |= {"model__ffn_pairs": 2, "model__hidden_size": 24, "model__intermediate_size": 24}
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
@@ -37,7 +39,7 @@ def test_gradients_of_micro_batches_become_one_orthogonal_gradient_on_the_factor
     model = ShareBertForMaskedLM(tiny_config()).sharebert
     initialize(model, "variance", 0)
     sharing = model.sharing
-    shapes = {name: (b.rows, b.columns) for name, b in sharing.blocks._asdict().items() if name != "pooler"}  # type: ignore[attr-defined]
+    shapes = {name: (b.rows, b.columns) for name, b in sharing.blocks.items() if name != "pooler"}  # type: ignore[attr-defined]
     muon = GeneratedMuon(MuonRecipe(generated=True, momentum=0.9), shapes, 2, torch.device("cpu"))
     momentum = {name: torch.zeros(shape) for name, shape in shapes.items()}
     e, w = model.word_embeddings.weight, model.factor_linear_all.weight
@@ -71,7 +73,8 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_losses_agree_on_any_ranks_and_stages_and_after_a_resume(dataset: Path, tmp_path: Path) -> None:
-    """The start, the masks' schedule, Muon and the learning rate's schedule of this recipe, all at once."""
+    """The start, the masks' schedule, short rows first, Muon, the learning rate's schedule, learned branch gains and a
+    second feed-forward pair, all at once."""
     more = {"checkpoint__every": 7}
     for ranks in (1, 2, 3):
         plan = [
