@@ -74,7 +74,7 @@ def whole(hidden: Tensor, decoder: Tensor, labels: Tensor, weights: Tensor) -> T
 
 
 def weights_ours(embedding: Tensor, projection: Tensor, bias: Tensor) -> list[Tensor]:
-    return list(virtual.generate(virtual.blocks(CONFIG)[:-1], embedding, projection, bias))
+    return list(virtual.generate(tuple(virtual.blocks(CONFIG).values())[:-1], embedding, projection, bias))
 
 
 def weights_plain(embedding: Tensor, projection: Tensor, bias: Tensor) -> list[Tensor]:
@@ -82,13 +82,13 @@ def weights_plain(embedding: Tensor, projection: Tensor, bias: Tensor) -> list[T
     matrix = embedding @ projection.t() + bias
     return [
         matrix[:, block.first : block.last].flatten()[: block.rows * block.columns].view(block.rows, block.columns)
-        for block in virtual.blocks(CONFIG)[:-1]
+        for block in tuple(virtual.blocks(CONFIG).values())[:-1]
     ]
 
 
 def weights_by_block(embedding: Tensor, projection: Tensor, bias: Tensor) -> list[Tensor]:
     """A product for each block, and a view of it."""
-    cut = virtual.blocks(CONFIG)[:-1]
+    cut = tuple(virtual.blocks(CONFIG).values())[:-1]
     return list(virtual.products_of(embedding, projection, bias, cut, embedding.dtype))
 
 
@@ -179,7 +179,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 def making_flops() -> int:
     """Forward and backward of the products that make the virtual weights: 2 forward and 4 backward a multiply-add."""
-    blocks = virtual.blocks(CONFIG)[:-1]
+    blocks = tuple(virtual.blocks(CONFIG).values())[:-1]
     return 6 * CONFIG.vocab_size * CONFIG.factor_size * sum(block.last - block.first for block in blocks)
 
 

@@ -161,11 +161,13 @@ def _sizes(config: ShareBertConfig) -> dict[str, str]:
     with without_weights():
         model = ShareBertForMaskedLM(config)
     head = {"untied": "a decoder of its own", "tied": "tied to the word embeddings", "none": "none"}[config.mlm_head]
-    generated = 4 * config.hidden_size * config.attention_size + 2 * config.hidden_size * config.inner_size
+    wide = 2 * config.ffn_pairs * config.hidden_size * config.inner_size
+    generated = 4 * config.hidden_size * config.attention_size + wide
+    count = "six" if config.ffn_pairs == 1 else str(4 + 2 * config.ffn_pairs)
     return {
         "learned parameters of the encoder": f"{sum(p.numel() for p in model.sharebert.parameters()):,}",
         "learned parameters with the masked-language-model head": f"{sum(p.numel() for p in model.parameters()):,}",
-        "values of the six generated matrices": f"{generated:,}",
+        f"values of the {count} generated matrices": f"{generated:,}",
         "vocabulary": f"{config.vocab_size:,} (a multiple of {config.vocab_pad_multiple})",
         "factor size": f"{config.factor_size:,} ({config.sharing.upper()})",
         "hidden size, intermediate size": f"{config.hidden_size:,}, {config.inner_size:,}",

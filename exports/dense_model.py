@@ -9,6 +9,7 @@ How the compact model is expressed in that layout:
   multiplied into the query;
 - its MLM head has one width, H. A tied head of width F is repeated H/F times before the LayerNorm, which changes
   neither mean nor variance, and the decoder reads only the first repetition;
+- branch gains are multiplied into the matrices and biases of the outputs of attention and feed-forward block;
 - its pooler ends in tanh and that of the compact model does not: its pooled output is the tanh of the compact one.
 """
 
@@ -177,8 +178,9 @@ def dense_tensors(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
 def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
     """The same in pieces: a tensor whole, or some rows at a time where it has a row for each word.
 
-    Memory holds at most the generated matrices of one layer. 5h + 2f ≤ H makes them no larger than the input
-    embedding, the largest tensor of the dense form.
+    Memory holds the generated matrices once, and for a moment twice where there are several feed-forward pairs. The
+    columns that they take, H at most, make them no larger than the input embedding, the largest tensor of the dense
+    form.
 
     Raises BadInput where the MLM head has no dense form.
     """
@@ -193,17 +195,23 @@ def dense_pieces(model: ShareBertForMaskedLM) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def encoder_tensors(encoder: ShareBert) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of the dense encoder but the word embeddings. All layers get the same matrices."""
+    """Name and value of every tensor of the dense encoder but the word embeddings. Layers that share a matrix get the
+    same one."""
     yield "bert.embeddings.position_embeddings.weight", encoder.position_embeddings.weight
     yield "bert.embeddings.token_type_embeddings.weight", encoder.token_type_embeddings.weight
-    made = _matrices(encoder, 0)
+    config, pairs = encoder.config, {0: _matrices(encoder, 0)}
     for number, layer in enumerate(encoder.layers):
-        if encoder.config.sharing == "none" and number:
+        if config.sharing == "none" and number:
+            pairs = {0: _matrices(encoder, number)}
+        pair = config.ffn_pair(number)
+        if pair not in pairs:
             made = _matrices(encoder, number)
+            pairs[pair] = pairs[0] | {name: made[name] for name in ("intermediate", "output")}
+            del made
         assert isinstance(layer, Layer)
-        yield from _layer(f"bert.encoder.layer.{number}.", layer, made, _query_factor(encoder.config))
+        yield from _layer(f"bert.encoder.layer.{number}.", layer, pairs[pair], _query_factor(config))
     yield from _norm("bert.encoder.ln", encoder.final_norm)
-    yield from _linear("bert.pooler.dense", made["pooler"], encoder.pooler_bias)
+    yield from _linear("bert.pooler.dense", pairs[0]["pooler"], encoder.pooler_bias)
 
 
 def _matrices(encoder: ShareBert, layer: int) -> dict[str, Tensor]:
@@ -230,10 +238,18 @@ def _layer(prefix: str, layer: Layer, made: dict[str, Tensor], factor: float) ->
     yield from _linear(prefix + "attention.self.query", made["query"], layer.query_bias * factor)
     yield from _linear(prefix + "attention.self.key", made["key"], layer.key_bias)
     yield from _linear(prefix + "attention.self.value", made["value"], layer.value_bias)
-    yield from _linear(prefix + "attention.output.dense", made["attention_output"], layer.attention_output_bias)
+    yield from _gained(
+        layer, 0, prefix + "attention.output.dense", made["attention_output"], layer.attention_output_bias
+    )
     yield from _norm(prefix + "ln", layer.ffn_norm)
     yield from _linear(prefix + "intermediate.dense", made["intermediate"], layer.intermediate_bias)
-    yield from _linear(prefix + "output.dense", made["output"], layer.output_bias)
+    yield from _gained(layer, 1, prefix + "output.dense", made["output"], layer.output_bias)
+
+
+def _gained(layer: Layer, branch: int, name: str, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The last product of a branch, with its gain."""
+    gain = layer.gain(branch)
+    return _linear(name, weight, bias) if gain is None else _linear(name, weight * gain, bias * gain)
 
 
 def _head(head: MlmHead, encoder: ShareBert, config: ShareBertConfig) -> Iterator[tuple[str, Tensor]]:

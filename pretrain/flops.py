@@ -15,11 +15,17 @@ def generated_elements(config: ShareBertConfig) -> int:
     return 4 * config.hidden_size * config.attention_size + 2 * config.hidden_size * config.inner_size
 
 
-def flops_per_token(config: ShareBertConfig, seq_len: int, mask_rate: float, tokens_per_micro_batch: int) -> float:
+def made_elements(config: ShareBertConfig) -> int:
+    """Elements of all matrices that are generated: those of a layer, and further feed-forward pairs."""
+    return generated_elements(config) + 2 * (config.ffn_pairs - 1) * config.hidden_size * config.inner_size
+
+
+def flops_per_token(config: ShareBertConfig, seq_len: float, mask_rate: float, tokens_per_micro_batch: int) -> float:
     """FLOPs of forward and backward a token, counting a multiply-add as two.
 
     6L(4H² + 2HI) for the layers, 12·L·T·H for the attention scores and their use, 6·rate·(head) for the masked
-    tokens, and 6F(4H² + 2HI)/tokens for the generated weights, which each rank makes once a micro-batch.
+    tokens, and 6F(4H² + 2HI)/tokens for the generated weights, which each rank makes once a micro-batch (2HI once for
+    each feed-forward pair). `seq_len` T may be a mean.
     """
     hidden, layers, matrices = config.hidden_size, config.num_hidden_layers, generated_elements(config)
     dense, decoder = {
@@ -27,7 +33,8 @@ def flops_per_token(config: ShareBertConfig, seq_len: int, mask_rate: float, tok
         "tied": (hidden * config.factor_size, config.factor_size * config.vocab_size),
         "none": (0, 0),
     }[config.mlm_head]
-    making = 6 * config.factor_size * matrices / tokens_per_micro_batch if config.sharing == "veps" else 0.0
+    made = made_elements(config)
+    making = 6 * config.factor_size * made / tokens_per_micro_batch if config.sharing == "veps" else 0.0
     return 6 * layers * matrices + 12 * layers * seq_len * hidden + 6 * mask_rate * (dense + decoder) + making
 
 

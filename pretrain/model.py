@@ -75,6 +75,19 @@ class ModelRecipe:
     """`untied`: a decoder of its own, [V, H]; `tied`: E and a bias [V]."""
     attention_scale: str | None = None
     """Attention scores are multiplied by d^(-2/3) (`authors`) or d^(-1/2) (`standard`), d = H / A."""
+    branch_gain: float | None = None
+    """Factor on what a layer's two branches, attention and feed-forward block, add to the residual stream, 1/√(2L) for
+    instance; none: they are added as they are. A dense export has it in its matrices. (1/L was the best for layers that
+    share matrices in arXiv 2606.18524.)"""
+    learned_branch_gains: bool | None = None
+    """Each layer learns its two factors, which start at `branch_gain`. The optimizer does not decay them."""
+    ffn_pairs: int | None = None
+    """Pairs of feed-forward matrices that layers use in turn, cut from columns of the virtual matrix that are free
+    otherwise: 5h + 2f·ffn_pairs ≤ H, with h = ⌈H²/V⌉ and f = ⌈H·I/V⌉. A further pair costs no parameter. With
+    `sharing: veps` or `eps`."""
+    ffn_order: str | None = None
+    """Which pair a layer uses: `cycle`, 1 2 1 2, or `sequence`, 1 1 2 2 (the names of Takase and Kiyono, "Lessons on
+    Parameter Sharing across Layers in Transformers", SustaiNLP 2023)."""
 
     def config_keys(self) -> dict[str, Any]:
         """The keys of config.json that were given."""

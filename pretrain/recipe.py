@@ -115,8 +115,10 @@ class TrainRecipe:
             )
         if not datasets:
             model = choose_model(self.model, None, None)
+            self.data.row_length.check(model.config.max_position_embeddings)
             return ResolvedTraining([], model, model.config.max_position_embeddings, micro_batches, micro_rows)
         refuse_nothing_to_validate(datasets, self.validate)
+        self.data.row_length.check(datasets[0].seq_len)
         model = choose_model(self.model, datasets[0].vocab_size, datasets[0].seq_len)
         refuse_other_tokenizer(model, datasets[0])
         distill = plan_distillation(self.distill, model.config, datasets[0].tokenizer_path)
@@ -161,6 +163,8 @@ class TrainRecipe:
             raise BadInput("distill: not with compile or quantise; distil first, then quantise with model.init_from")
         if self.distill.teacher is not None and self.data.micro_batch == "auto":
             raise BadInput("data.micro_batch: auto does not count the memory of a teacher (distill); give a number")
+        if self.data.row_length.first is not None and (self.compile or self.distill.teacher is not None):
+            raise BadInput("data.row_length: not with compile or distill; leave one of them away")
         if self.distill.uses_projections and self.recompute:
             raise BadInput(
                 "distill: relations and attention need each layer's queries, keys and values, which recompute drops"

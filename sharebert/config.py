@@ -14,13 +14,23 @@ CHOICES = {
     "sharing": ("veps", "eps", "layers", "none", "low_rank"),
     "mlm_head": ("untied", "tied", "none"),
     "attention_scale": ("authors", "standard"),
+    "ffn_order": ("cycle", "sequence"),
 }
 
 KEPT = {"kept_heads": "num_attention_heads", "kept_columns": "intermediate_size"}
 """Keys of a pruned model: which parts of the generated matrices it uses, and the key that says how many there are."""
 
-OPTIONAL = {*KEPT, "expanded_size", "rank"}
+COMPRESSED = {*KEPT, "expanded_size", "rank"}
 """Keys that only a compressed model has."""
+
+OPTIONAL = {
+    **dict.fromkeys(COMPRESSED),
+    "branch_gain": None,
+    "learned_branch_gains": False,
+    "ffn_pairs": 1,
+    "ffn_order": "cycle",
+}
+"""Keys that a `config.json` leaves out where they have these values, their defaults."""
 
 SIZES: dict[str, dict[str, int]] = {
     "sharebert-small": {"factor_size": 128, "num_hidden_layers": 12},
@@ -81,6 +91,16 @@ class ShareBertConfig:
     """`untied`: the head has its own decoder [V, H]; `tied`: it uses E and a bias [V]; `none`: there is no head."""
     attention_scale: str = "authors"
     """Scores are multiplied by d^(-2/3) (`authors`) or d^(-1/2) (`standard`), d = H / heads."""
+    branch_gain: float | None = None
+    """What attention and feed-forward block add to the residual stream is multiplied by this. None: it is added as it
+    is."""
+    learned_branch_gains: bool = False
+    """Each layer learns the two factors of its own, which start at `branch_gain`."""
+    ffn_pairs: int = 1
+    """Pairs of feed-forward matrices, [H, I] and [I, H], that are cut from the virtual matrix."""
+    ffn_order: str = "cycle"
+    """Which pair a layer uses. `cycle`: layer n, from 0, the pair n mod `ffn_pairs`; `sequence`: the first layers use
+    the first pair, the next as many the second, and so on."""
     kept_heads: tuple[int, ...] | None = None
     """The attention heads that a pruned model uses, ascending, of `num_attention_heads` in the generated matrices.
     None: all. It is the same for all layers, because they share the matrices."""
@@ -92,6 +112,10 @@ class ShareBertConfig:
         for key, value in asdict(self).items():
             if key not in KEPT and (key not in OPTIONAL or value is not None):
                 _check(key, value)
+        if self.ffn_pairs > 1:
+            self._check_pairs()
+        if self.learned_branch_gains and self.branch_gain is None:
+            raise ShareBertError("learned_branch_gains: needs branch_gain, the value at which they start")
         if (self.rank is not None) != (self.sharing == "low_rank"):
             raise ShareBertError(
                 f"rank: is for sharing: low_rank, and needed there (got {self.rank} with {self.sharing})"
@@ -116,13 +140,32 @@ class ShareBertConfig:
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, self._kept(key, getattr(self, of), of))
         square, wide = self.square_columns, self.wide_columns
-        if self.generates and 5 * square + 2 * wide > self.hidden_size:
+        needed = 5 * square + 2 * self.ffn_pairs * wide
+        if self.generates and self.ffn_pairs > 1 and needed > self.hidden_size:
+            raise ShareBertError(
+                f"ffn_pairs: {self.ffn_pairs} pairs take 5h + {2 * self.ffn_pairs}f = {needed} columns of the virtual "
+                f"matrix, which has H = {self.hidden_size}, with h = ⌈H²/V⌉ = {square} and f = ⌈H·I/V⌉ = {wide} for V "
+                f"= {self.vocab_size} words; take a larger vocabulary, smaller H and I, or fewer pairs"
+            )
+        if self.generates and needed > self.hidden_size:
             raise ShareBertError(
                 f"vocab_size {self.vocab_size} is too small for hidden_size H = {self.hidden_size} and "
                 f"intermediate_size I = {self.intermediate_size}: with h = ⌈H²/V⌉ = {square} and f = ⌈H·I/V⌉ = {wide} "
                 f"columns, 5h + 2f = {5 * square + 2 * wide} > H = {self.hidden_size}; take a larger vocabulary "
                 f"(about 5H + 2I = {5 * self.hidden_size + 2 * self.intermediate_size} words) or smaller H and I"
             )
+
+    def _check_pairs(self) -> None:
+        if not self.generates:
+            raise ShareBertError(f"ffn_pairs: is for sharing: veps or eps, this model has {self.sharing}")
+        if self.ffn_pairs > self.num_hidden_layers:
+            raise ShareBertError(
+                f"ffn_pairs: {self.ffn_pairs} pairs for {self.num_hidden_layers} layers; give as many pairs as layers "
+                "at most"
+            )
+        for key in KEPT:
+            if getattr(self, key) is not None:
+                raise ShareBertError(f"{key}: is for models with one feed-forward pair (ffn_pairs: {self.ffn_pairs})")
 
     def _kept(self, key: str, count: int, of: str) -> tuple[int, ...]:
         """The numbers of `kept_heads` or `kept_columns`, checked."""
@@ -142,8 +185,9 @@ class ShareBertConfig:
 
     @property
     def altered(self) -> bool:
-        """Whether parts of the generated matrices are not used, or rows of E are expanded."""
-        return any(getattr(self, key) is not None for key in OPTIONAL)
+        """Whether parts of the generated matrices are not used, layers differ in their matrices, or rows of E are
+        expanded."""
+        return self.ffn_pairs > 1 or any(getattr(self, key) is not None for key in COMPRESSED)
 
     @property
     def row_size(self) -> int:
@@ -170,6 +214,12 @@ class ShareBertConfig:
         """Width inside the feed-forward block: I, unless columns were pruned."""
         return self.intermediate_size if self.kept_columns is None else len(self.kept_columns)
 
+    def ffn_pair(self, layer: int) -> int:
+        """The number, from 0, of the feed-forward pair that a layer uses; layers are counted from 0."""
+        if self.ffn_order == "cycle":
+            return layer % self.ffn_pairs
+        return layer * self.ffn_pairs // self.num_hidden_layers
+
     @property
     def square_columns(self) -> int:
         """h = ⌈H²/V⌉, the columns of the virtual matrix that one [H, H] matrix takes."""
@@ -186,10 +236,10 @@ class ShareBertConfig:
         return float(self.head_size) ** (-2 / 3 if self.attention_scale == "authors" else -1 / 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `config.json`, including `model_type`. Those of a compressed model are left out of another's."""
+        """The keys of `config.json`, including `model_type`; those in `OPTIONAL` where they are not the default."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {"model_type": MODEL_TYPE} | {
-            key: v for key, v in values.items() if key not in OPTIONAL or v is not None
+            key: v for key, v in values.items() if key not in OPTIONAL or v != OPTIONAL[key]
         }
 
     @classmethod
@@ -217,9 +267,12 @@ def _check(key: str, value: object) -> None:
     elif key in {"hidden_dropout_prob", "attention_probs_dropout_prob"}:
         if not _is_number(value) or not 0 <= value < 1:  # type: ignore[operator]
             raise ShareBertError(f"{key}: must be a probability, 0 or more and below 1 (got {value!r})")
-    elif key in {"layer_norm_eps", "initializer_range"}:
+    elif key in {"layer_norm_eps", "initializer_range", "branch_gain"}:
         if not _is_number(value) or not value > 0:  # type: ignore[operator]
             raise ShareBertError(f"{key}: must be a number above 0 (got {value!r})")
+    elif key == "learned_branch_gains":
+        if not isinstance(value, bool):
+            raise ShareBertError(f"{key}: must be true or false (got {value!r})")
     elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ShareBertError(f"{key}: must be a whole number, 1 or more (got {value!r})")
 

@@ -12,7 +12,18 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ShareBertConfig, ShareBertError
 from .kernels import add_dropout_norm, attention, document_mask, linear_gelu
-from .roles import FACTOR_NORM_WEIGHT, LAYER_BIAS, NORM_WEIGHT, ZERO_BIAS, Normal, set_roles, weight_role
+from .roles import (
+    FACTOR_NORM_WEIGHT,
+    LAYER_BIAS,
+    NORM_WEIGHT,
+    ZERO_BIAS,
+    Constant,
+    Normal,
+    Role,
+    Start,
+    set_roles,
+    weight_role,
+)
 from .shared_linear import linear, linears
 from .sharing import LayerWeights, OneGeneratedSet, Sharing, Weights, sharing_of
 
@@ -64,6 +75,12 @@ class Layer(nn.Module):
         self.intermediate_bias = nn.Parameter(torch.zeros(config.inner_size))
         self.output_bias = nn.Parameter(torch.zeros(hidden))
         set_roles(self, **{name: LAYER_BIAS for name, _ in self.named_parameters(recurse=False)})
+        self.branch_gain = config.branch_gain
+        self.branch_gains: nn.Parameter | None = None
+        if config.branch_gain is not None and config.learned_branch_gains:
+            self.branch_gains = nn.Parameter(torch.ones(2))
+            start = Constant(config.branch_gain)
+            set_roles(self, branch_gains=Role(False, Start(start, start)))
 
     def forward(
         self, stream: Tensor, branch: Tensor | None, weights: Weights, mask: Any, head_mask: Tensor | None = None
@@ -82,9 +99,18 @@ class Layer(nn.Module):
         if head_mask is not None:
             attended = attended * head_mask.to(attended.dtype)[:, None, None]
         branch = linear(attended.transpose(1, 2).flatten(2), weights.attention_output, self.attention_output_bias)
-        stream, x = self.ffn_norm(stream, branch)
+        stream, x = self.ffn_norm(stream, self.gained(branch, 0))
         inner = linear_gelu(x, weights.intermediate, self.intermediate_bias)
-        return stream, linear(inner, weights.output, self.output_bias)
+        return stream, self.gained(linear(inner, weights.output, self.output_bias), 1)
+
+    def gained(self, branch: Tensor, number: int) -> Tensor:
+        """What branch 0 (attention) or 1 (feed-forward) adds to the stream: times its gain, where there is one."""
+        gain = self.gain(number)
+        return branch if gain is None else branch * gain
+
+    def gain(self, number: int) -> Tensor | float | None:
+        """The factor on branch 0 or 1: learned (a scalar), constant, or none."""
+        return self.branch_gain if self.branch_gains is None else self.branch_gains[number]
 
     def project(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, T, d] of x [B, T, H]."""

@@ -91,10 +91,24 @@ class SameForAll(NamedTuple):
         return self.weights
 
 
+class SetsByNumber(NamedTuple):
+    """`LayerWeights` with several sets, and the number of the set that each layer uses."""
+
+    sets: list[Weights]
+    numbers: tuple[int, ...]
+    pooler: Tensor | None
+
+    def of_layer(self, index: int) -> Weights:
+        """The set of layer `index`."""
+        return self.sets[self.numbers[index]]
+
+
 class OneGeneratedSet:
-    """VEPS and EPS: all layers use one set of matrices, cut from the virtual matrix (see `virtual`)."""
+    """VEPS and EPS: all layers use one set of matrices, cut from the virtual matrix (see `virtual`); or one set of
+    attention matrices, and the feed-forward pair whose turn it is (`ffn_pairs`)."""
 
     def __init__(self, config: ShareBertConfig) -> None:
+        self.numbers = tuple(map(config.ffn_pair, range(config.num_hidden_layers)))
         self.virtual = config.sharing == "veps"
         self.words = config.vocab_size
         self.blocks = blocks(config)
@@ -103,9 +117,9 @@ class OneGeneratedSet:
         """Called in the backward pass of training with the gradients of the matrices that were made."""
         self.kept = KeptMatrices()
 
-    def __call__(self, encoder: Encoder, pooler: bool) -> SameForAll:
+    def __call__(self, encoder: Encoder, pooler: bool) -> LayerWeights:
         """Each matrix is one product (EPS: one copy), made here. In evaluation they are kept, see `kept`."""
-        count = len(Weights._fields)
+        count = len(self.blocks) - 1
         wanted = count + 1 if pooler else count
         sources = None if encoder.training or is_traced() else self._sources(encoder)
         if sources is not None and may_keep(sources):
@@ -115,7 +129,13 @@ class OneGeneratedSet:
             if not is_traced():  # what is recorded must have no effect outside
                 self.kept.forget()
             matrices = self._make(encoder, 0, wanted)
-        return SameForAll(Weights(*matrices[:count]), matrices[count] if pooler else None)
+        first, last = Weights(*matrices[: len(Weights._fields)]), matrices[count] if pooler else None
+        further = matrices[len(Weights._fields) : count]
+        if not further:
+            return SameForAll(first, last)
+        pairs = zip(further[::2], further[1::2], strict=True)
+        sets = [first, *(first._replace(intermediate=wide, output=back) for wide, back in pairs)]
+        return SetsByNumber(sets, self.numbers, last)
 
     def _sources(self, encoder: Encoder) -> tuple[Tensor, ...] | None:
         """The tensors that the matrices are made from; None where a tool has changed their modules."""
@@ -132,12 +152,12 @@ class OneGeneratedSet:
         if self.slices is None:
             return made
         scales = {"attention_output": encoder.kept_attention_scale, "output": encoder.kept_inner_scale}
-        names = (*Weights._fields, "pooler")[first:last]
+        names = tuple(self.blocks)[first:last]
         return tuple(self.slices.cut(name, matrix, scales.get(name)) for name, matrix in zip(names, made, strict=True))
 
     def _generate(self, encoder: Encoder, first: int, last: int) -> tuple[Tensor, ...]:
         """The whole matrices of the blocks [first, last)."""
-        wanted = self.blocks[first:last]
+        wanted = tuple(self.blocks.values())[first:last]
         embedding = embedding_matrix(encoder.word_embeddings, self.words)
         if not self.virtual:
             return generate(wanted, embedding, None, None, self.change_gradients)
@@ -173,13 +193,15 @@ class OwnMatrices(nn.Module):
     def __init__(self, config: ShareBertConfig) -> None:
         super().__init__()
         count = config.num_hidden_layers if config.sharing == "none" else 1
+        self.numbers = tuple(layer % count for layer in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(MatrixSet(config) for _ in range(count))
         self.pooler = nn.Parameter(torch.zeros(config.hidden_size, config.hidden_size))
         set_roles(self, pooler=weight_role(config.initializer_range)._replace(generates=True))
 
-    def forward(self, encoder: Encoder, pooler: bool) -> OwnSets:
+    def forward(self, encoder: Encoder, pooler: bool) -> SetsByNumber:
         """The parameters of all sets."""
-        return OwnSets([one.weights() for one in self.layers], self.pooler if pooler else None)  # type: ignore[operator]
+        sets = [one.weights() for one in self.layers]  # type: ignore[operator]
+        return SetsByNumber(sets, self.numbers, self.pooler if pooler else None)
 
 
 class LowRankMatrices(nn.Module):
@@ -216,14 +238,3 @@ def sharing_of(config: ShareBertConfig) -> Sharing:
     if config.generates:
         return OneGeneratedSet(config)
     return LowRankMatrices(config) if config.sharing == "low_rank" else OwnMatrices(config)
-
-
-class OwnSets(NamedTuple):
-    """`LayerWeights` with as many sets as layers, or one for all."""
-
-    sets: list[Weights]
-    pooler: Tensor | None
-
-    def of_layer(self, index: int) -> Weights:
-        """The set of layer `index`."""
-        return self.sets[index % len(self.sets)]

@@ -39,41 +39,38 @@ class Block(NamedTuple):
     columns: int
 
 
-class Blocks(NamedTuple):
-    """The block of each matrix, in the order of `sharing.Weights`; the pooler's is last."""
+def blocks(config: ShareBertConfig) -> dict[str, Block]:
+    """The block of each matrix, placed from the right edge of the virtual matrix in the authors' order.
 
-    query: Block
-    key: Block
-    value: Block
-    attention_output: Block
-    intermediate: Block
-    output: Block
-    pooler: Block
-
-
-def blocks(config: ShareBertConfig) -> Blocks:
-    """The blocks of a model, placed from the right edge of the virtual matrix in the authors' order."""
+    The names are those of `sharing.Weights`, in that order, then `intermediate_2`, `output_2` and so on of further
+    feed-forward pairs; `pooler` is last, and furthest to the left.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     h, f = config.square_columns, config.wide_columns
 
     def block(left: int, width: int, rows: int, columns: int) -> Block:
         return Block(hidden - left, hidden - left + width, rows, columns)
 
-    return Blocks(
-        query=block(h, h, hidden, hidden),
-        key=block(2 * h, h, hidden, hidden),
-        value=block(3 * h, h, hidden, hidden),
-        intermediate=block(f + 3 * h, f, hidden, inner),
-        output=block(2 * f + 3 * h, f, inner, hidden),
-        attention_output=block(h + 2 * f + 3 * h, h, hidden, hidden),
-        pooler=block(2 * h + 2 * f + 3 * h, h, hidden, hidden),
-    )
+    found = {
+        "query": block(h, h, hidden, hidden),
+        "key": block(2 * h, h, hidden, hidden),
+        "value": block(3 * h, h, hidden, hidden),
+        "attention_output": block(h + 2 * f + 3 * h, h, hidden, hidden),
+        "intermediate": block(f + 3 * h, f, hidden, inner),
+        "output": block(2 * f + 3 * h, f, inner, hidden),
+    }
+    for number in range(2, config.ffn_pairs + 1):
+        before = 4 * h + 2 * (number - 1) * f
+        found[f"intermediate_{number}"] = block(before + f, f, hidden, inner)
+        found[f"output_{number}"] = block(before + 2 * f, f, inner, hidden)
+    found["pooler"] = block(5 * h + 2 * config.ffn_pairs * f, h, hidden, hidden)
+    return found
 
 
 def used_rows(config: ShareBertConfig, *, pooler: bool) -> int:
     """Rows of W_all, the last ones, that make columns of a block; with the pooler's block or without it."""
-    cut = blocks(config) if pooler else blocks(config)[:-1]
-    return config.hidden_size - min(block.first for block in cut)
+    cut = blocks(config)
+    return config.hidden_size - min(block.first for name, block in cut.items() if pooler or name != "pooler")
 
 
 def generate(

@@ -159,7 +159,7 @@ def virtual_weights(config: ShareBertConfig, device: str) -> Iterator[dict[str, 
     e = torch.randn(words, factor, device=device, dtype=torch.bfloat16).requires_grad_()
     w = torch.randn(config.hidden_size, factor, device=device, dtype=torch.bfloat16).requires_grad_()
     b = torch.randn(config.hidden_size, device=device, dtype=torch.bfloat16).requires_grad_()
-    cut = blocks(config)[:-1]
+    cut = tuple(blocks(config).values())[:-1]
     yield {"what": "virtual weights", "forward ms": milliseconds(lambda: generate(cut, e, w, b), device),
            "backward ms": milliseconds(gradients_of(lambda: generate(cut, e, w, b), [e, w, b]), device)}  # fmt: skip
     if device == "cuda":  # what the slab is chosen over

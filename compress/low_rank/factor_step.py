@@ -47,8 +47,8 @@ class LowerFactor(NeedsNoRows):
             raise BadInput(f"lower_factor.size: {self.size} is not below the model's factor_size, {config.factor_size}")
         if self.gauge == "hessians" and config.altered:
             raise BadInput(
-                "lower_factor.gauge: hessians takes a model that has all heads, columns and factors; use product, or "
-                "lower the factor size first"
+                "lower_factor.gauge: hessians takes a model that has all heads, columns and factors, and one "
+                "feed-forward pair; use product, or lower the factor size first"
             )
 
     def result_form(self, source: FormName) -> FormName:

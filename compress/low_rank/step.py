@@ -74,6 +74,8 @@ def check_source(step: str, config: ShareBertConfig, rank: int) -> None:
         raise BadInput(f"{step}: takes a model whose layers share their matrices, this one has {config.sharing}")
     if config.kept_heads is not None or config.kept_columns is not None:
         raise BadInput(f"{step}: takes a model with all heads and columns")
+    if config.ffn_pairs > 1:
+        raise BadInput(f"{step}: takes a model with one feed-forward pair, this one has ffn_pairs: {config.ffn_pairs}")
     if config.sharing == "eps":
         raise BadInput(f"{step}: takes sharing: veps or layers; with eps, E is the matrices")
     if rank >= config.hidden_size:

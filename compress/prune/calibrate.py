@@ -105,14 +105,14 @@ def hidden_states(
         if heads is not None:
             attended = attended * heads[:, :, None, None]
         attended = attended.transpose(1, 2).flatten(2)
-        branch = linear(attended, matrices.attention_output, layer.attention_output_bias)
+        branch = layer.gained(linear(attended, matrices.attention_output, layer.attention_output_bias), 0)
         factor = 1.0 if layers is None else layers[:, index, None, None]
         middle = stream + branch * factor
         _, x = layer.ffn_norm(middle, None)
         inner = linear_gelu(x, matrices.intermediate, layer.intermediate_bias)
         if columns is not None:
             inner = inner * columns[:, None, :]
-        second = linear(inner, matrices.output, layer.output_bias)
+        second = layer.gained(linear(inner, matrices.output, layer.output_bias), 1)
         if watch is not None:
             watch(index, "query", first)
             watch(index, "intermediate", x)

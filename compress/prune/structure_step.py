@@ -63,6 +63,10 @@ class PruneStructure(NeedsNoRows):
             raise BadInput(
                 "prune_structure: takes models whose layers share their matrices, this one has sharing: none"
             )
+        if config.ffn_pairs > 1:
+            raise BadInput(
+                f"prune_structure: takes models with one feed-forward pair, this one has ffn_pairs: {config.ffn_pairs}"
+            )
         self.amounts(config)
 
     def amounts(self, config: ShareBertConfig) -> tuple[int, int, int]:
@@ -91,7 +95,7 @@ class PruneStructure(NeedsNoRows):
             model = _model(config, tensors)
             removed = sorted(least_important(fisher(model, rows, tools.seed).layers, config.num_hidden_layers - layers))
             inputs = Inputs(model, rows) if self.rescale else None
-            tensors = without_layers(tensors, removed, inputs)
+            tensors = without_layers(tensors, removed, inputs, config.branch_gain)
             config = dataclasses.replace(config, num_hidden_layers=layers)
             notes["layers removed"] = removed
         if heads < config.heads or columns < config.inner_size:
@@ -111,9 +115,12 @@ def with_parts(export: Export, config: ShareBertConfig, tensors: dict[str, Tenso
     return dataclasses.replace(export, config=config, weights=TensorWeights(tensors))
 
 
-def without_layers(tensors: dict[str, Tensor], removed: list[int], inputs: Inputs | None) -> dict[str, Tensor]:
+def without_layers(
+    tensors: dict[str, Tensor], removed: list[int], inputs: Inputs | None, gain: float | None = None
+) -> dict[str, Tensor]:
     """The tensors without some layers, the others numbered anew. With `inputs`, what a removed layer added on average
-    goes into the bias of the layer before it; before the first layer, into the token types."""
+    goes into the bias of the layer before it, over that branch's gain (`gain` where it is not learned); before the
+    first layer, into the token types."""
     found = dict(tensors)
     count = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith(LAYERS))
     kept = [number for number in range(count) if number not in removed]
@@ -121,7 +128,11 @@ def without_layers(tensors: dict[str, Tensor], removed: list[int], inputs: Input
         for number in removed:
             before = [other for other in kept if other < number]
             name = f"{LAYERS}{before[-1]}.output_bias" if before else "sharebert.token_type_embeddings.weight"
-            found[name] = found[name] + inputs.means[number, "branches"].float()
+            added = inputs.means[number, "branches"].float()
+            if before and gain is not None:
+                learned = tensors.get(f"{LAYERS}{before[-1]}.branch_gains")
+                added = added / (gain if learned is None else learned[1])
+            found[name] = found[name] + added
     for name in [name for name in found if name.startswith(LAYERS)]:
         tensor = found.pop(name)
         own, rest = name[len(LAYERS) :].split(".", 1)

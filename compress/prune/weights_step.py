@@ -70,8 +70,8 @@ class PruneWeights(NeedsNoRows):
         config = read_export(source.folder).config
         if self.method == "wanda" and (config.sharing != "veps" or config.altered):
             raise BadInput(
-                "prune_weights.method: wanda takes a model with sharing: veps that has all heads, columns and factors; "
-                "use surgeon"
+                "prune_weights.method: wanda takes a model with sharing: veps that has all heads, columns and factors, "
+                "and one feed-forward pair; use surgeon"
             )
 
     def result_form(self, source: FormName) -> FormName:

@@ -66,7 +66,7 @@ def collect(model: ShareBertForMaskedLM, tokens: Tensor, rows_at_once: int = 64)
         made = OneGeneratedSet(config)(encoder, pooler=False)
         encoder.sharing = lambda *_: made  # the same tensors in every batch, so that they can be told apart
         try:
-            with _Inputs(made.weights._asdict()) as inputs:
+            with _Inputs(made.of_layer(0)._asdict()) as inputs:
                 for first in range(0, len(tokens), rows_at_once):
                     hidden = encoder(tokens[first : first + rows_at_once], pool=False).hidden
                     if head is not None and head.tied:
@@ -117,7 +117,7 @@ def element_costs(config: ShareBertConfig, statistics: Statistics, rows: slice) 
     """a_b(i) of every element of some rows of the virtual matrix [rows, H]; 0 where no matrix is cut."""
     words = torch.arange(config.vocab_size)[rows]
     costs = torch.zeros(len(words), config.hidden_size)
-    for name, block in blocks(config)._asdict().items():
+    for name, block in blocks(config).items():
         if name in statistics.squares:
             costs[:, block.first : block.last] = _of_block(block, words, statistics.squares[name])
     return costs

@@ -76,7 +76,8 @@ class Quantise(NeedsNoRows):
             raise BadInput("quantise.awq: takes a model with sharing: veps")
         if config.altered and (self.awq or self.rounding == "gptq"):
             raise BadInput(
-                "quantise: awq and rounding: gptq take no model with fewer heads, columns or factors; use search"
+                "quantise: awq and rounding: gptq take no model with fewer heads, columns or factors, nor with "
+                "ffn_pairs; use search"
             )
         if self.rotate and config.sharing != "veps":
             raise BadInput(

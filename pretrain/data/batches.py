@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,9 @@ class MicroBatch:
     """What one forward pass takes. `capacity` = rows × max(1, round(highest mask rate × seq_len)) is fixed."""
 
     tokens: torch.Tensor
-    """[rows, seq_len] int64, with masks applied."""
+    """[rows, seq_len] int64, with masks applied; after `cut`, [pieces, tokens of a piece]."""
     document_ids: torch.Tensor
-    """[rows, seq_len] uint8 (int32 for datasets with more than 255 documents a row); 0 is padding."""
+    """As `tokens`, uint8 (int32 for datasets with more than 255 documents a row); 0 is padding."""
     positions: torch.Tensor
     """[capacity] int64, row · seq_len + column of the chosen tokens; 0 in unused slots."""
     labels: torch.Tensor
@@ -42,6 +42,11 @@ class MicroBatch:
             tensor.to(device, non_blocking=True) for tensor in tensors
         )
         return MicroBatch(tokens, document_ids, positions, labels, loss_weights, self.padded)
+
+    def cut(self, length: int) -> MicroBatch:
+        """The same with each row cut into pieces of `length` tokens, which are rows of their own. Nothing moves in
+        memory, so `positions` stay what they are. A piece may be padding alone."""
+        return replace(self, tokens=self.tokens.view(-1, length), document_ids=self.document_ids.view(-1, length))
 
 
 class Batcher:

@@ -14,6 +14,7 @@ from data_prep.shards.cache import CacheRecipe
 from data_prep.shards.dataset_files import LocalFiles
 from data_prep.shards.reader import Dataset, open_dataset
 from pretrain.data.mask_schedule import MaskScheduleRecipe
+from pretrain.data.row_length import RowLengthRecipe
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -59,6 +60,8 @@ class DataRecipe:
     """Share of a row's tokens that are masked and predicted; with `mask_schedule.last_rate`, that of the first step."""
     mask_schedule: MaskScheduleRecipe = field(default_factory=MaskScheduleRecipe)
     """How the masks change over the steps, and what takes the place of a chosen token."""
+    row_length: RowLengthRecipe = field(default_factory=RowLengthRecipe)
+    """Short rows first. Not with `compile` or `distill`."""
     whole_word: bool = False
     """Mask whole words. The tokenizer must mark the pieces that continue a word, as WordPiece does."""
     within_documents: bool = False

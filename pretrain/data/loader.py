@@ -45,6 +45,11 @@ class StepBatch:
     wait_s: float = 0.0
     """How long the training loop waited for this step."""
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row as the model sees it, see `pretrain.data.row_length`."""
+        return self.micro_batches[0].tokens.shape[1]
+
 
 class Loader:
     """Iterates over the optimizer steps of one rank, without end. A thread prepares them ahead of the training.
@@ -58,7 +63,7 @@ class Loader:
         seed: of order and masks, 0 ≤ seed < 2^64.
         rank: of this process.
         world_size: how many processes share a global batch.
-        steps: of the whole run, over which the masks change.
+        steps: of the whole run, over which the masks and the length of rows change.
 
     Raises:
         BadInput: more ranks than rows in a global batch, a seed out of range, an empty train split;
@@ -80,6 +85,7 @@ class Loader:
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._global_batch, self._may_change = recipe.global_batch, recipe.may_change
         self._mask_schedule, self._mask_rate = recipe.mask_schedule, recipe.mask_rate
+        self._row_length, self.seq_len = recipe.row_length, datasets[0].seq_len
         self._run_rows = steps * recipe.global_batch
         self._batcher = Batcher(
             datasets, "train", mask_rate=recipe.highest_mask_rate, whole_word=recipe.whole_word, seed=seed
@@ -201,8 +207,9 @@ class Loader:
         ]
 
     def _step(self, end: int, micro_batches: list[MicroBatch]) -> StepBatch:
+        length = self._row_length.at((end - self._global_batch) / self._run_rows, self.seq_len)
         return StepBatch(
-            micro_batches=micro_batches,
+            micro_batches=[micro.cut(length) for micro in micro_batches],
             rows=range(end - self._global_batch, end),
             masked=sum(int(micro.loss_weights.sum()) for micro in micro_batches),
             rows_consumed=end,

@@ -244,7 +244,7 @@ def open_engine(
 def _give_muon(engine: Any, recipe: MuonRecipe, micro_batches: int) -> GeneratedMuon:
     """Let Muon change the gradients of the matrices that the model generates."""
     sharing = engine.module.sharebert.sharing
-    shapes = {name: (block.rows, block.columns) for name, block in sharing.blocks._asdict().items() if name != "pooler"}
+    shapes = {name: (block.rows, block.columns) for name, block in sharing.blocks.items() if name != "pooler"}
     muon = GeneratedMuon(recipe, shapes, micro_batches, engine.device)
     sharing.change_gradients = muon
     return muon

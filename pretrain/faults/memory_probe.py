@@ -29,7 +29,8 @@ def probe_memory(engine: Engine, loader: Loader, objective: Objective) -> None:
     rows = 0
     try:
         with engine.uncounted():
-            for micro in next(loader).micro_batches:
+            for given in next(loader).micro_batches:
+                micro = given.cut(loader.seq_len)  # whole rows take more memory than short ones
                 rows = len(micro.tokens)
                 losses = objective(engine, dataclasses.replace(micro, padded=True))
                 engine.backward(losses.loss * math.nan)

@@ -10,7 +10,7 @@ import torch
 
 from pretrain.data.datasets import micro_shape
 from pretrain.engine.parameter_groups import STEPPED, group_of
-from pretrain.flops import flops_per_token, generated_elements
+from pretrain.flops import flops_per_token, made_elements
 from pretrain.plan.gpus import Gpu, gpu_of
 from pretrain.plan.memory import Memory, Shape, memory
 from pretrain.plan.tables import UTILISATIONS, traffic
@@ -93,7 +93,7 @@ def make_plan(recipe: TrainRecipe, gpus: int, gpu: str, assumed: Assumptions) ->
     training = resolve_on(recipe, gpus, kind)
     config, seq_len = training.model.config, training.seq_len
     counted = count_parameters(config)
-    per_token = flops_per_token(config, seq_len, recipe.data.highest_mask_rate, training.micro_rows * seq_len)
+    per_token = flops_of_token(recipe, training)
     tokens = recipe.steps * recipe.data.global_batch * seq_len
     shape = shape_of(recipe, training, gpus)
     stages = {stage: replace(shape, stage=stage) for stage in range(4)}
@@ -117,6 +117,13 @@ def make_plan(recipe: TrainRecipe, gpus: int, gpu: str, assumed: Assumptions) ->
         network_bytes=sent,
         network_s={stage: size / assumed.network_bytes_per_s for stage, size in sent.items()},
     )
+
+
+def flops_of_token(recipe: TrainRecipe, training: ResolvedTraining) -> float:
+    """FLOPs of forward and backward a token, in the mean over the steps of a run."""
+    length = recipe.data.row_length.mean(recipe.steps, training.seq_len)
+    micro_tokens = training.micro_rows * training.seq_len
+    return flops_per_token(training.model.config, length, recipe.data.highest_mask_rate, micro_tokens)
 
 
 def resolve_on(recipe: TrainRecipe, gpus: int, kind: Gpu) -> ResolvedTraining:
@@ -156,7 +163,7 @@ def shape_of(recipe: TrainRecipe, training: ResolvedTraining, ranks: int, *, cud
 
 def checkpoint_bytes(config: ShareBertConfig, shape: Shape) -> int:
     """Bytes of weights, moments, momenta and moving average of the whole model, in fp32."""
-    momenta = 4 * generated_elements(config) if shape.generated_muon else 0
+    momenta = 4 * made_elements(config) if shape.generated_muon else 0
     return (12 + 4 * shape.ema) * shape.parameters - 4 * shape.by_muon + momenta
 
 
@@ -181,7 +188,7 @@ def count_parameters(config: ShareBertConfig) -> dict[str, int]:
         "layers": layers,
         "head": head,
         "all": whole,
-        "generated": generated_elements(config),
+        "generated": made_elements(config),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from pretrain.flops import generated_elements
+from pretrain.flops import made_elements
 from sharebert import ShareBertConfig
 from sharebert.kernels import CHUNK_LOGITS
 
@@ -108,6 +108,8 @@ def activation_bytes(config: ShareBertConfig, shape: Shape) -> int:
     stream = 4 if shape.stage == 0 else product  # under autocast LayerNorms and additions are in fp32
     tokens = shape.rows * shape.seq_len
     layer = 2 * stream * hidden + 6 * product * hidden + 2 * product * inner
+    if config.learned_branch_gains:
+        layer += 2 * product * hidden  # both branches before their gains
     if shape.cuda:
         layer += 4 * heads  # log-sum-exp of each head
     else:
@@ -173,10 +175,10 @@ def memory(config: ShareBertConfig, shape: Shape) -> Memory:
     gathered = 4 * shape.by_muon - activations if shape.stage else 0  # in the step, as late
     states = state_bytes(shape, largest)
     if shape.generated_muon:
-        states["optimizer"] += 8 * generated_elements(config)
+        states["optimizer"] += 8 * made_elements(config)
     return Memory(
         **states,
-        generated=2 * product * generated_elements(config),
+        generated=2 * product * made_elements(config),
         activations=activations,
         buffers=buckets + max(loss_bytes(config, shape), late, gathered),
         allocator=hole_bytes(config, shape, activations),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pretrain.flops import flops_per_token, generated_elements
+from pretrain.flops import flops_per_token, generated_elements, made_elements
 from pretrain.plan.gpus import GPUS, Gpu
 from pretrain.plan.tables import traffic
 from sharebert import SIZES, ShareBertConfig
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 def parts(config: ShareBertConfig, rows: int, seq_len: int, mask_rate: float) -> list[Part]:
     """The parts of a micro-batch of `rows` rows in bf16, without the optimizer."""
     hidden, layers, words = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    matrices, tokens = generated_elements(config), rows * seq_len
+    matrices, made, tokens = generated_elements(config), made_elements(config), rows * seq_len
     masked = rows * max(1, round(mask_rate * seq_len))
     chunks = -(-masked * words // CHUNK_LOGITS["cuda"])
     moved = {
@@ -69,12 +69,12 @@ def parts(config: ShareBertConfig, rows: int, seq_len: int, mask_rate: float) ->
         Part("sums for five biases a layer", 0, 5 * 2 * hidden * layers * tokens, MOVES),
         # Two of the three products add to what the one before wrote.
         Part("input gradient of query, key and value", 0, 2 * 2 * hidden * layers * tokens, MOVES),
-        # fp32: the first layer writes them, which counts as part of its products; each other one reads and writes.
-        Part("weight gradients added up over layers", 0, 8 * (layers - 1) * matrices, MOVES),
+        # fp32: the first use writes them, which counts as part of its products; each other one reads and writes.
+        Part("weight gradients added up over layers", 0, 8 * (layers * matrices - made), MOVES),
         # fp32 [V, H]: written by the first chunk, read and written by others; scaled in place; then cast to bf16.
         Part("decoder gradient", 0, (4 + 8 * (chunks - 1) + 8 + 6) * words * hidden, MOVES),
         # bf16: slab written and read, matrices written; fp32 gradients read, slab written, and read three times.
-        Part("virtual weights", 0, (3 * 2 + 4 + 4 * 2) * matrices, MOVES),
+        Part("virtual weights", 0, (3 * 2 + 4 + 4 * 2) * made, MOVES),
     ]
 
 

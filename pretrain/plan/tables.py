@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.flops import flops_per_token, generated_elements
+from pretrain.flops import flops_per_token, made_elements
 from pretrain.plan.gpus import GPUS
 from sharebert import SIZES, ShareBertConfig, ShareBertForMaskedLM
 
@@ -35,7 +35,7 @@ def traffic(config: ShareBertConfig, mask_rate: float, seq_len: int) -> dict[str
     The last two do not grow with the tokens: their bytes are of a micro-batch, or of an optimizer step.
     """
     hidden, inner, layers = config.hidden_size, config.inner_size, config.num_hidden_layers
-    matrices = generated_elements(config)
+    matrices = made_elements(config)
     return {
         "dropout + add + LayerNorm, forward": (2 * 4 * hidden, 2 * layers + 1),
         "dropout + add + LayerNorm, backward": (2 * 5 * hidden, 2 * layers + 1),

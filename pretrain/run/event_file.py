@@ -58,6 +58,7 @@ TAGS = {
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
     "loss_scale": "train/loss_scale",
+    "row_length": "train/row_length",
     "tokens_per_s": "speed/tokens_per_s",
     "mfu": "speed/mfu",
     "data_wait_s": "speed/data_wait",

@@ -35,7 +35,8 @@ class Meter:
         recipe: MonitorRecipe,
     ) -> None:
         self._world, self._seq_len, self._global_batch = world, seq_len, data.global_batch
-        self._flops = flops_per_token(model, seq_len, data.highest_mask_rate, micro_rows * seq_len)
+        self._model, self._mask_rate, self._micro_tokens = model, data.highest_mask_rate, micro_rows * seq_len
+        self._lengths_vary = data.row_length.first is not None
         self._peak = recipe.peak_flops or peak_flops_of(world.device)
         self._step_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -48,6 +49,7 @@ class Meter:
         """Begin a new interval."""
         self._sums.zero_()
         self._steps, self._waited_s, self._skipped_s, self._forward_s = 0, 0.0, 0.0, 0.0
+        self._row_lengths = 0
         self._ranks_s, self._saves_s = 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._started = self._paused_from = time.perf_counter()
@@ -89,6 +91,7 @@ class Meter:
             self._sums[2] += batch.masked
         self._step_sums.zero_()
         self._steps += 1
+        self._row_lengths += batch.row_length
         self._waited_s += batch.wait_s
         self._paused_from = time.perf_counter()
 
@@ -105,6 +108,8 @@ class Meter:
         loss_sum, correct, masked, *self.own_work_s = sums.tolist()
         seconds = time.perf_counter() - self._started - self._skipped_s
         tokens_per_s = self._steps * self._global_batch * self._seq_len / seconds
+        row_length = self._row_lengths / self._steps
+        flops = flops_per_token(self._model, row_length, self._mask_rate, self._micro_tokens)  # linear in the length
         line = {
             "step": step,
             "epoch": batch.epoch,
@@ -117,13 +122,15 @@ class Meter:
             "loss_scale": engine.loss_scale,
             "skipped": engine.skipped_steps,
             "tokens_per_s": tokens_per_s,
-            "mfu": tokens_per_s * self._flops / (self._peak * self._world.world_size) if self._peak else None,
+            "mfu": tokens_per_s * flops / (self._peak * self._world.world_size) if self._peak else None,
             "data_wait_s": self._waited_s / self._steps,
             "rank_wait_s": self._ranks_s / self._steps,
             "save_wait_s": self._saves_s / self._steps,
             "step_s": seconds / self._steps,
             "memory_bytes": _peak_memory_bytes(self._world.device),
         }
+        if self._lengths_vary:
+            line["row_length"] = batch.row_length
         self.reset()
         return line
 

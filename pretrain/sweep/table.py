@@ -9,7 +9,7 @@ from statistics import mean, median, stdev
 
 import torch
 
-from pretrain.flops import flops_per_token
+from pretrain.plan.estimate import flops_of_token
 from pretrain.recipe import TrainRecipe
 from sharebert import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
@@ -148,7 +148,4 @@ def _size(run: Path) -> tuple[int, float]:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in ShareBertForMaskedLM(training.model.config).sharebert.parameters())
     seq_len = training.seq_len
-    a_token = flops_per_token(
-        training.model.config, seq_len, recipe.data.highest_mask_rate, training.micro_rows * seq_len
-    )
-    return parameters, a_token * recipe.data.global_batch * seq_len
+    return parameters, flops_of_token(recipe, training) * recipe.data.global_batch * seq_len

@@ -41,6 +41,7 @@ def trimmed(folder: Path, **changes: object) -> tuple[Path, Path]:
         {"sharing": "layers"},
         {"mlm_head": "tied"},
         {"attention_scale": "standard"},
+        {"branch_gain": 0.4, "learned_branch_gains": True, "intermediate_size": 20, "ffn_pairs": 2},
     ],
 )
 def test_the_logits_stay(tmp_path: Path, changes: dict[str, object]) -> None:
@@ -63,6 +64,8 @@ def test_it_leaves_out_what_it_says_of_the_published_size() -> None:
     assert (before - after) / before >= 0.044
     assert len(stored["sharebert.factor_linear_all.weight"]) == 2048 - 946
     assert used_rows(config, pooler=True) == 2048 - 808
+    pairs = ShareBertConfig.from_dict({**SIZES["sharebert-small"], "ffn_pairs": 2})
+    assert used_rows(pairs, pooler=False) == 2048 - 946 + 550
 
 
 def test_the_file_lacks_what_was_left_out_and_reading_fills_it_in(tmp_path: Path) -> None:

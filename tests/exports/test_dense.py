@@ -31,6 +31,10 @@ CASES: list[dict[str, Any]] = [
     {"mlm_head": "tied", "attention_scale": "standard"},
     {"sharing": "eps", "mlm_head": "tied"},
     {"sharing": "eps", "mlm_head": "none", "vocab_pad_multiple": 1},
+    {"branch_gain": 0.4},
+    {"branch_gain": 0.4, "learned_branch_gains": True, "sharing": "none"},
+    {"vocab_size": 500, "num_hidden_layers": 4, "ffn_pairs": 2, "branch_gain": 0.4, "learned_branch_gains": True},
+    {"vocab_size": 500, "num_hidden_layers": 4, "ffn_pairs": 2, "ffn_order": "sequence", "sharing": "eps"},
 ]
 
 

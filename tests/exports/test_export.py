@@ -40,6 +40,16 @@ def test_round_trip(tmp_path: Path, head: str, sharing: str) -> None:
         assert b.requires_grad
 
 
+def test_gains_and_pairs_are_in_the_export(tmp_path: Path) -> None:
+    options = {"vocab_size": 500, "ffn_pairs": 2, "branch_gain": 0.4, "learned_branch_gains": True}
+    model = tiny_model(**options).eval()
+    out = export(model, tmp_path / "export")
+    assert json.loads((out / "config.json").read_text()).items() >= options.items() - {("vocab_size", 500)}
+    assert "| values of the 8 generated matrices | 6,144 |" in (out / "README.md").read_text()
+    tokens = torch.randint(5, 250, (2, 9))
+    assert torch.equal(load_model(out).logits(tokens), model.logits(tokens))
+
+
 def test_holds_everything(tmp_path: Path) -> None:
     model = tiny_model()
     out = export(model, tmp_path / "export", tiny_tokenizer(tmp_path))

@@ -144,6 +144,26 @@ def test_layers_share_one_copy_also_after_quantisation(tmp_path: Path, mlm_head:
     assert 0 < abs(int8 - full).max() / abs(full).max() < 0.1
 
 
+def test_gains_and_pairs_are_written_out(tmp_path: Path) -> None:
+    """Two pairs are two copies; what learned gains multiply is a copy for each layer."""
+    onnx = pytest.importorskip("onnx")
+    shape = {"vocab_size": 500, "num_hidden_layers": 4, "ffn_pairs": 2, "mlm_head": "none"}
+    square, wide = 24 * 24, 24 * 40
+    sizes = []
+    for gains, copies in (
+        ({"branch_gain": 0.4}, 5 * square + 4 * wide),
+        ({"branch_gain": 0.4, "learned_branch_gains": True}, (4 + 4) * square + (2 + 4) * wide),
+    ):
+        model = tiny_model(**shape, **gains).eval()
+        write_onnx(tmp_path / "model.onnx", model)
+        given = session_inputs()
+        found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, given)[0]
+        expected = model.sharebert(torch.from_numpy(given["input_ids"])).hidden
+        assert ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item() < 1e-5
+        sizes.append(sum_of_initializers(onnx.load(tmp_path / "model.onnx"))[0] - 4 * copies)
+    assert sizes[0] == sizes[1]  # what is left is the embedding
+
+
 def sum_of_initializers(model: Any) -> tuple[int, int]:
     """Bytes of the matrices and of all other initializers."""
     onnx = pytest.importorskip("onnx")

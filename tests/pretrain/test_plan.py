@@ -16,6 +16,7 @@ from pretrain.plan.command import plan
 from pretrain.plan.estimate import (
     PLAN_DEFAULTS,
     Assumptions,
+    count_parameters,
     largest_rows,
     make_plan,
     matrix_elements,
@@ -42,6 +43,21 @@ def test_flops_a_token_by_hand() -> None:
     head = 6 * 0.15 * (2048 * 2048 + 2048 * 30_528)
     making = 6 * 128 * matrices / 8192
     assert flops_per_token(config, 128, 0.15, 8192) == pytest.approx(layers + head + making, rel=1e-12)
+
+
+def test_a_second_feed_forward_pair_costs_what_makes_it() -> None:
+    """No parameter, 2HI more generated elements (bf16, and their gradients), and 6F a element and micro-batch."""
+    config = ShareBertConfig.from_dict(SIZES["sharebert-small"])
+    pairs, wide = replace(config, ffn_pairs=2), 2 * 2048 * 4096
+    more = flops_per_token(pairs, 128, 0.15, 8192) - flops_per_token(config, 128, 0.15, 8192)
+    assert more == pytest.approx(6 * 128 * wide / 8192, rel=1e-9)
+    before, after = (memory(of, small_shape()) for of in (config, pairs))
+    assert after.generated - before.generated == 2 * 2 * wide
+    assert replace(after, generated=before.generated) == before
+    counted = count_parameters(pairs)
+    assert counted == count_parameters(config) | {"generated": 4 * 2048 * 2048 + 2 * wide}
+    gains = replace(config, branch_gain=0.2, learned_branch_gains=True)
+    assert memory(gains, small_shape()).activations - before.activations == 64 * 128 * 12 * 2 * 2 * 2048
 
 
 def test_hours_by_hand() -> None:

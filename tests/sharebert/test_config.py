@@ -41,6 +41,39 @@ def test_vocabulary_is_rounded_up_to_its_multiple(words: int, multiple: int, row
     assert tiny_config(vocab_size=words, vocab_pad_multiple=multiple).vocab_size == rows
 
 
+def test_keys_of_new_options_are_left_out_where_they_change_nothing() -> None:
+    """So config files, and the identity of a run, are what they were before the keys existed."""
+    new = {"branch_gain": 0.5, "learned_branch_gains": True, "ffn_pairs": 2, "ffn_order": "sequence"}
+    assert not new.keys() & tiny_config().to_dict().keys()
+    config = tiny_config(vocab_size=500, **new)
+    assert config.to_dict().items() >= new.items()
+    assert ShareBertConfig.from_dict(config.to_dict()) == config
+
+
+def test_pairs_and_gains_have_the_parameters_that_the_docs_say() -> None:
+    """A second pair adds none, learned gains two a layer; sharebert-small has room for one more pair."""
+    with torch.device("meta"):
+        counts = [
+            sum(
+                p.numel()
+                for p in ShareBert(ShareBertConfig.from_dict({**SIZES["sharebert-small"], **more})).parameters()
+            )
+            for more in ({}, {"ffn_pairs": 2}, {"branch_gain": 0.2}, {"branch_gain": 0.2, "learned_branch_gains": True})
+        ]
+    assert [count - counts[0] for count in counts] == [0, 0, 0, 24]
+    with pytest.raises(ShareBertError, match=r"ffn_pairs: 3 pairs take 5h \+ 6f = 2340 columns"):
+        ShareBertConfig.from_dict({**SIZES["sharebert-small"], "ffn_pairs": 3})
+
+
+@pytest.mark.parametrize(
+    ("order", "layers", "pairs", "wanted"),
+    [("cycle", 5, 2, [0, 1, 0, 1, 0]), ("sequence", 5, 2, [0, 0, 0, 1, 1]), ("sequence", 6, 3, [0, 0, 1, 1, 2, 2])],
+)
+def test_which_pair_a_layer_uses(order: str, layers: int, pairs: int, wanted: list[int]) -> None:
+    config = tiny_config(vocab_size=900, num_hidden_layers=layers, ffn_pairs=pairs, ffn_order=order)
+    assert [config.ffn_pair(layer) for layer in range(layers)] == wanted
+
+
 def test_score_scales() -> None:
     assert tiny_config(attention_scale="authors").score_scale == pytest.approx(8 ** (-2 / 3))
     assert tiny_config(attention_scale="standard").score_scale == pytest.approx(8**-0.5)
@@ -60,6 +93,15 @@ def test_score_scales() -> None:
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps: must be a number above 0"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers: must be a whole number"),
         ({"vocab_size": True}, "vocab_size: must be a whole number"),
+        ({"branch_gain": 0}, "branch_gain: must be a number above 0"),
+        ({"learned_branch_gains": True}, "learned_branch_gains: needs branch_gain"),
+        ({"branch_gain": 0.5, "learned_branch_gains": 1}, "learned_branch_gains: must be true or false"),
+        ({"ffn_pairs": 0}, "ffn_pairs: must be a whole number, 1 or more"),
+        ({"ffn_order": "turn"}, "ffn_order: must be one of cycle, sequence"),
+        ({"ffn_pairs": 2, "sharing": "layers"}, "ffn_pairs: is for sharing: veps or eps, this model has layers"),
+        ({"ffn_pairs": 3, "vocab_size": 900}, "ffn_pairs: 3 pairs for 2 layers"),
+        ({"ffn_pairs": 2, "vocab_size": 500, "kept_heads": [0]}, "kept_heads: is for models with one feed-forward"),
+        ({"ffn_pairs": 2}, r"ffn_pairs: 2 pairs take 5h \+ 4f = 31 columns .* H = 24, .* = 3 and f = .* = 4 "),
     ],
 )
 def test_refuses_in_one_line(changes: dict[str, Any], says: str) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,10 +48,13 @@ def naive(
     w_query = cut(m, 0, h, big_h, big_h)
     w_key = cut(m, h, h, big_h, big_h)
     w_value = cut(m, 2 * h, h, big_h, big_h)
-    w_in = cut(m, 3 * h, f, big_h, big_i)
-    w_out = cut(m, f + 3 * h, f, big_i, big_h)
+    pairs = [(cut(m, 3 * h, f, big_h, big_i), cut(m, f + 3 * h, f, big_i, big_h))]
     w_attention = cut(m, 2 * f + 3 * h, h, big_h, big_h)
-    w_pooler = cut(m, h + 2 * f + 3 * h, h, big_h, big_h)
+    for number in range(1, c.ffn_pairs):
+        right = 4 * h + 2 * f * number
+        pairs.append((cut(m, right, f, big_h, big_i), cut(m, right + f, f, big_i, big_h)))
+    w_pooler = cut(m, 4 * h + 2 * f * c.ffn_pairs, h, big_h, big_h)
+    order = {"cycle": [0, 1, 0, 1], "sequence": [0, 0, 1, 1] if c.num_hidden_layers == 4 else [0, 1]}[c.ffn_order]
     d = big_h // c.num_attention_heads
     scale = d ** (-2 / 3) if c.attention_scale == "authors" else d ** (-1 / 2)
 
@@ -67,6 +71,8 @@ def naive(
             xs.append(x + p["sharebert.token_type_embeddings.weight"][kind])
         for n in range(c.num_hidden_layers):
             of_layer = f"sharebert.layers.{n}."
+            w_in, w_out = pairs[order[n] if len(pairs) == 2 else 0]
+            gains = p[of_layer + "branch_gains"] if c.learned_branch_gains else [c.branch_gain or 1.0] * 2
             ys = [layer_norm(x, p, of_layer + "attention_norm", c.layer_norm_eps) for x in xs]
             q = [y @ w_query + p[of_layer + "query_bias"] for y in ys]
             k = [y @ w_key + p[of_layer + "key_bias"] for y in ys]
@@ -80,11 +86,11 @@ def naive(
                     total = torch.stack(weights).sum()
                     parts = [w / total * v[s][part] for w, s in zip(weights, seen, strict=True)]
                     heads.append(torch.stack(parts).sum(0))
-                xs[at] = xs[at] + torch.cat(heads) @ w_attention + p[of_layer + "attention_output_bias"]
+                xs[at] = xs[at] + gains[0] * (torch.cat(heads) @ w_attention + p[of_layer + "attention_output_bias"])
             for at in range(len(xs)):
                 y = layer_norm(xs[at], p, of_layer + "ffn_norm", c.layer_norm_eps)
                 inner = gelu(y @ w_in + p[of_layer + "intermediate_bias"])
-                xs[at] = xs[at] + inner @ w_out + p[of_layer + "output_bias"]
+                xs[at] = xs[at] + gains[1] * (inner @ w_out + p[of_layer + "output_bias"])
         xs = [layer_norm(x, p, "sharebert.final_norm", c.layer_norm_eps) for x in xs]
         scores = []
         for x in xs:
@@ -133,6 +139,21 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
 def test_model_is_its_equations(shape: dict[str, Any], rows: int, length: int, padding: int, path: str) -> None:
     with kernels_of(path):
         check_equations(shape, rows, length, padding)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"branch_gain": 0.3},
+        {"branch_gain": 0.3, "learned_branch_gains": True, "mlm_head": "tied"},
+        {"ffn_pairs": 2, "num_hidden_layers": 4, "branch_gain": 0.3, "learned_branch_gains": True},
+        {"ffn_pairs": 2, "num_hidden_layers": 4, "ffn_order": "sequence", "sharing": "eps", "mlm_head": "tied"},
+    ],
+)
+def test_gains_and_a_second_pair_are_their_equations(changes: dict[str, Any], path: str) -> None:
+    with kernels_of(path):
+        check_equations({"vocab_size": 500, **changes}, rows=2, length=4, padding=2)
 
 
 def check_equations(shape: dict[str, Any], rows: int, length: int, padding: int) -> None:

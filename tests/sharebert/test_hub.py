@@ -83,6 +83,17 @@ def test_auto_models_give_what_the_model_gives(tmp_path: Path, head: str) -> Non
     torch.testing.assert_close(as_tuple[0], expected.hidden)
 
 
+def test_gains_and_pairs_travel_with_the_code(tmp_path: Path) -> None:
+    options = {"intermediate_size": 20, "ffn_pairs": 2, "branch_gain": 0.4, "learned_branch_gains": True}
+    folder, model = export(tmp_path / "export", **options)
+    tokens = torch.randint(5, 250, (2, 9))
+    found = transformers.AutoModelForMaskedLM.from_pretrained(folder, **REMOTE)
+    torch.testing.assert_close(found(tokens).logits, model.logits(tokens))
+    found.save_pretrained(tmp_path / "copy")
+    copy = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "copy", **REMOTE)
+    torch.testing.assert_close(copy(tokens).logits, model.logits(tokens))
+
+
 def test_masked_lm_loss_is_the_mean_over_labels(exported: tuple[Path, ShareBertForMaskedLM]) -> None:
     folder, model = exported
     inputs = batch(folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_config
 
-from sharebert import ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize
+from sharebert import ShareBertConfig, ShareBertError, ShareBertForMaskedLM, initialize, parameter_roles
 
 LARGER = {"vocab_size": 2000, "hidden_size": 96, "intermediate_size": 192, "factor_size": 32}
 
@@ -78,6 +78,19 @@ def test_scale_gives_generated_weights_scale_over_root_of_width(sharing: str, in
     assert intermediate.std().item() == pytest.approx(0.35 / sqrt(96), rel=0.12)  # of 320 draws
     with pytest.raises(ShareBertError, match="init_scale: must be above 0"):
         initialize(model, init, 0, 0.0)
+
+
+@pytest.mark.parametrize("init", ["authors", "variance"])
+def test_learned_gains_start_at_the_constant_and_are_not_decayed(init: str) -> None:
+    model = ShareBertForMaskedLM(tiny_config(branch_gain=0.25, learned_branch_gains=True))
+    initialize(model, init, 0)
+    constant = ShareBertForMaskedLM(tiny_config(branch_gain=0.25)).eval()
+    initialize(constant, init, 0)
+    tokens = torch.arange(5, 17)[None]
+    for number, layer in enumerate(model.sharebert.layers):
+        assert layer.branch_gains.tolist() == [0.25, 0.25]
+        assert not parameter_roles(model)[f"sharebert.layers.{number}.branch_gains"].decayed
+    assert torch.equal(model.eval().logits(tokens), constant.logits(tokens))
 
 
 def test_unknown_start_is_refused() -> None:

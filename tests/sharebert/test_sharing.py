@@ -82,6 +82,32 @@ def test_each_layer_uses_the_matrices_of_its_index() -> None:
     ]
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sharing", ["veps", "eps"])
+def test_layers_take_turns_with_feed_forward_pairs(sharing: str, training: bool) -> None:
+    """The second pair is that of columns left of the first set; attention matrices are shared by all."""
+    model = tiny_model(sharing=sharing, vocab_size=500, num_hidden_layers=3, ffn_pairs=2).train(training)
+    made = model.sharebert.layer_weights(pooler=False)
+    first, second, third = (made.of_layer(layer) for layer in range(3))
+    assert first.query is second.query
+    assert first.attention_output is second.attention_output
+    assert first.intermediate is third.intermediate
+    assert first.output is third.output
+    assert (first.intermediate - second.intermediate).abs().max() > 1e-3
+    encoder = model.sharebert
+    virtual = encoder.word_embeddings.weight
+    if sharing == "veps":
+        virtual = virtual @ encoder.factor_linear_all.weight.T + encoder.factor_linear_all.bias
+    columns = virtual[:, 24 - (4 * 2 + 2 * 2 + 2) : 24 - (4 * 2 + 2 * 2)]  # h = f = 2
+    torch.testing.assert_close(second.intermediate, columns.flatten()[: 24 * 40].view(24, 40))
+    with_pooler = model.sharebert.layer_weights()
+    torch.testing.assert_close(with_pooler.pooler, virtual[:, 24 - 18 : 24 - 16].flatten()[: 24 * 24].view(24, 24))
+    if not training:
+        with torch.no_grad():
+            kept, again = (model.sharebert.layer_weights(pooler=False) for _ in range(2))
+        assert kept.of_layer(1).output is again.of_layer(1).output
+
+
 def test_the_generated_set_is_made_once_in_a_forward_pass() -> None:
     """All layers get the very same tensors; the pooler's matrix is made only for who asks."""
     model = tiny_model(num_hidden_layers=3)

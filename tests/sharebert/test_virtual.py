@@ -39,14 +39,15 @@ def cut_from_whole_matrix(config: ShareBertConfig, given: list[Tensor]) -> list[
     """The seven matrices by definition: the columns of the whole M, flattened, cut and reshaped."""
     matrix = given[0] if config.sharing == "eps" else given[0] @ given[1].T + given[2]
     return [
-        matrix[:, b.first : b.last].flatten()[: b.rows * b.columns].reshape(b.rows, b.columns) for b in blocks(config)
+        matrix[:, b.first : b.last].flatten()[: b.rows * b.columns].reshape(b.rows, b.columns)
+        for b in blocks(config).values()
     ]
 
 
 def make(config: ShareBertConfig, given: list[Tensor]) -> list[Tensor]:
     embedding, projection, bias = (*given, None, None)[:3]
     assert embedding is not None
-    return list(generate(blocks(config), embedding, projection, bias))
+    return list(generate(tuple(blocks(config).values()), embedding, projection, bias))
 
 
 CASES: list[dict[str, Any]] = [
@@ -55,8 +56,10 @@ CASES: list[dict[str, Any]] = [
     {"vocab_size": 576, "vocab_pad_multiple": 1},  # H² = V: one column a block, nothing cut off
     {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 40, "vocab_size": 401, "vocab_pad_multiple": 1},
     {"vocab_size": 288, "intermediate_size": 48},  # V divides H² and H·I
+    {"vocab_size": 500, "ffn_pairs": 2},
     {"sharing": "eps"},
     {"sharing": "eps", "vocab_size": 288, "intermediate_size": 48},
+    {"sharing": "eps", "vocab_size": 500, "ffn_pairs": 2},
 ]
 
 
@@ -78,7 +81,7 @@ def test_unused_weights_cost_no_gradient() -> None:
     config = tiny_config()
     given = parameters(config)
     make(config, given)[1].sum().backward()
-    key = blocks(config).key
+    key = blocks(config)["key"]
     assert given[1].grad is not None
     used = given[1].grad.abs().sum(1) > 0
     assert used[key.first : key.last].all()
@@ -99,7 +102,7 @@ def test_each_weight_is_a_contiguous_view_of_its_own_product(sharing: str) -> No
         made = make(config, parameters(config))
     storages = {weight.untyped_storage().data_ptr() for weight in made}
     assert len(storages) == len(made)
-    for weight, block in zip(made, blocks(config), strict=True):
+    for weight, block in zip(made, blocks(config).values(), strict=True):
         assert weight.is_contiguous()
         assert weight.storage_offset() == 0
         assert weight.untyped_storage().nbytes() == config.vocab_size * (block.last - block.first) * 8
@@ -215,7 +218,7 @@ def test_the_gradients_of_all_layers_are_summed_in_float32() -> None:
     """In bfloat16 a sum of ones stops at 256: 256 + 1 is 256."""
     config = tiny_config(sharing="eps", factor_size=32, hidden_size=32, num_attention_heads=4)
     embedding = torch.zeros(config.vocab_size, 32, dtype=torch.bfloat16, requires_grad=True)
-    (weight,) = generate(blocks(config)[:1], embedding, None, None)
+    (weight,) = generate([blocks(config)["query"]], embedding, None, None)
     x, bias = torch.ones(1, 32, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.bfloat16)
     uses = [linear(x, weight, bias) for _ in range(200)] + [matmul(x, weight) for _ in range(200)]
     sum(use.sum() for use in uses).backward()

@@ -137,7 +137,15 @@ def test_it_can_be_lowered_again_and_trained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "changes", "message"),
-    [(8, {}, "8 is not below the model's factor_size, 8"), (3, {"sharing": "eps"}, "this one has eps")],
+    [
+        (8, {}, "8 is not below the model's factor_size, 8"),
+        (3, {"sharing": "eps"}, "this one has eps"),
+        (
+            3,
+            {"intermediate_size": 20, "ffn_pairs": 2},
+            "hessians takes a model .* and one feed-forward pair; use product",
+        ),
+    ],
 )
 def test_wrong_keys_are_one_line(tmp_path: Path, size: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):

@@ -112,6 +112,7 @@ def test_transformers_trim_and_dense_take_it(tmp_path: Path) -> None:
         (24, {}, "low_rank.rank: 24 is not below the hidden size, 24"),
         (4, {"sharing": "none"}, "this one has none"),
         (4, {"sharing": "eps"}, "takes sharing: veps or layers"),
+        (4, {"intermediate_size": 20, "ffn_pairs": 2}, "takes a model with one feed-forward pair"),
     ],
 )
 def test_wrong_keys_are_one_line(tmp_path: Path, rank: int, changes: dict[str, Any], message: str) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from compress_models import tiny_export, tokens_of
+from tiny_models import tiny_model
 
-from compress.prune.calibrate import batches, hidden_states, objective
+from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.structure import fisher, least_important, rescaled
-from compress.prune.structure_step import PruneStructure
+from compress.prune.structure_step import PruneStructure, without_layers
 from compress.source import open_source
 from exports.dense_model import DenseBert, dense_tensors
 from exports.export import Export
@@ -137,6 +138,22 @@ def test_layers_are_removed_and_numbered_anew(tmp_path: Path) -> None:
             assert tensor.equal(model.sharebert.layers[number].get_parameter(name))
 
 
+@pytest.mark.parametrize("gains", [{}, {"branch_gain": 0.4}, {"branch_gain": 0.4, "learned_branch_gains": True}])
+def test_what_a_removed_layer_added_on_average_is_added_by_the_layer_before(gains: dict[str, Any]) -> None:
+    """Over that layer's gain, so that the stream gets the mean itself."""
+    model = tiny_model(num_hidden_layers=3, **gains).eval()
+    tensors = {name: value.detach() for name, value in model.named_parameters()}
+    mean = torch.randn(24)
+    inputs: Any = SimpleNamespace(means={(1, "branches"): mean})
+    after = without_layers(tensors, [1], inputs, model.config.branch_gain)
+    gain = model.sharebert.layers[0].gain(1) or 1.0
+    name = "sharebert.layers.0.output_bias"
+    torch.testing.assert_close((after[name] - tensors[name]) * gain, mean)
+    batch = Batch(tokens_of(model.config), torch.ones(3, 9), torch.zeros(3, 9))
+    hidden = model.sharebert(batch.tokens, pool=False).hidden
+    torch.testing.assert_close(hidden_states(model, batch), hidden, rtol=1e-5, atol=1e-5)
+
+
 def test_transformers_loads_it_and_saves_a_copy(tmp_path: Path) -> None:
     from transformers import AutoModelForMaskedLM
 
@@ -210,6 +227,7 @@ def test_onnx_holds_every_shape(tmp_path: Path) -> None:
         ({}, {}, "nothing to remove"),
         ({"heads": 1}, {"sharing": "layers"}, "this one has layers; give layers alone"),
         ({"layers": 1}, {"sharing": "none"}, "sharing: none"),
+        ({"layers": 1}, {"intermediate_size": 20, "ffn_pairs": 2}, "one feed-forward pair, this one has ffn_pairs: 2"),
     ],
 )
 def test_wrong_keys_are_one_line(tmp_path: Path, keys: dict[str, Any], changes: dict[str, Any], message: str) -> None:

@@ -222,6 +222,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     [
         ({"scope": "2:4", "sparsity": 0.7}, {}, "scope 2:4 removes half"),
         ({"method": "wanda"}, {"sharing": "eps"}, "wanda takes a model with sharing: veps"),
+        ({"method": "wanda"}, {"intermediate_size": 20, "ffn_pairs": 2}, "and one feed-forward pair; use surgeon"),
     ],
 )
 def test_wrong_keys_are_one_line(tmp_path: Path, keys: dict[str, Any], changes: dict[str, Any], message: str) -> None:

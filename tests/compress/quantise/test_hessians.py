@@ -20,7 +20,7 @@ def test_the_cost_of_an_element_is_the_square_of_its_input() -> None:
     statistics = collect(model, tokens)
     costs = element_costs(model.config, statistics, slice(None))
     assert costs.shape == (model.config.vocab_size, model.config.hidden_size)
-    for name, block in blocks(model.config)._asdict().items():
+    for name, block in blocks(model.config).items():
         if name == "pooler":
             continue
         flat = costs[:, block.first : block.last].reshape(-1)[: block.rows * block.columns]

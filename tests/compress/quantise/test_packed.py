@@ -229,6 +229,17 @@ def test_every_way_to_share_is_packed(tmp_path: Path, sharing: str) -> None:
         Quantise(rounding="gptq").check(open_source(source))
 
 
+def test_gains_and_pairs_are_packed_by_what_needs_no_input(tmp_path: Path) -> None:
+    gains = {"branch_gain": 0.4, "learned_branch_gains": True}
+    source, out = quantised(tmp_path, {"bits": 8}, intermediate_size=20, ffn_pairs=2, **gains)
+    tokens = tokens_of(read_export(source).config)
+    before, after = (load_model(folder).logits(tokens) for folder in (source, out))
+    assert (after - before).abs().max() < 0.05 * before.abs().max()
+    for step in (Quantise(rounding="gptq"), Quantise(awq=True)):
+        with pytest.raises(BadInput, match="nor with ffn_pairs; use search"):
+            step.check(open_source(source))
+
+
 def test_arguments_that_change_the_config_reach_a_packed_model(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 

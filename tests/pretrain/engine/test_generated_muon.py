@@ -21,6 +21,8 @@ MUON = {"optimizer__muon__generated": True, "optimizer__muon__momentum": 0.9}
 MASKS = {"data__mask_rate": 0.4, "data__mask_schedule__last_rate": 0.15, "data__mask_schedule__masked": 1.0}
 NEW = MUON | MASKS | {"data__mask_schedule__random": 0.0, "model__init_scale": 0.35, "schedule__decay": "wsd"}
 NEW |= {"data__micro_batch": 4}
+NEW |= {"data__row_length__first": 8, "model__branch_gain": 0.5, "model__learned_branch_gains": True}
+NEW |= {"model__ffn_pairs": 2, "model__hidden_size": 24, "model__intermediate_size": 24}
 MATRICES = {"model__sharing": "none", "optimizer__muon__matrices": True, "optimizer__groups__head__clip": 0.1}
 MATRICES |= {"optimizer__groups__word_embeddings__lr_factor": 2.0, "optimizer__tuned_width": 16}
 MATRICES |= {"optimizer__ema__decay": 0.9, "validate__ema": True, "validate__every": 5, "data__micro_batch": 4}
@@ -43,7 +45,7 @@ def test_gradients_of_micro_batches_become_one_orthogonal_gradient_on_the_factor
     model = ShareBertForMaskedLM(tiny_config()).sharebert
     initialize(model, "variance", 0)
     sharing = model.sharing
-    shapes = {name: (b.rows, b.columns) for name, b in sharing.blocks._asdict().items() if name != "pooler"}  # type: ignore[attr-defined]
+    shapes = {name: (b.rows, b.columns) for name, b in sharing.blocks.items() if name != "pooler"}  # type: ignore[attr-defined]
     muon = GeneratedMuon(MuonRecipe(generated=True, momentum=0.9), shapes, 2, torch.device("cpu"))
     momentum = {name: torch.zeros(shape) for name, shape in shapes.items()}
     e, w = model.word_embeddings.weight, model.factor_linear_all.weight
@@ -96,7 +98,8 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["generated", "matrices"])
 def test_losses_agree_on_any_ranks_and_stages_and_after_a_resume(runs: Path, recipe: str) -> None:
-    """`generated`: the start, the masks' schedule, Muon and the learning rate's schedule, all at once."""
+    """`generated`: the start, the masks' schedule, short rows first, Muon, the learning rate's schedule, learned branch
+    gains and a second feed-forward pair, all at once."""
     folder = runs / recipe
     first, validated = losses(folder / "1-0"), validation_losses(folder / "1-0")
     assert len(first) == 20
