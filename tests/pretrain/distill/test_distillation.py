@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_runs import losses, train_arguments, train_many
 
+from exports.distill_losses import cosine_loss, hidden_loss, logits_loss, relations_loss, scores_of
 from pretrain.checkpoint import format as checkpoint
 from pretrain.data.batches import MicroBatch
-from pretrain.distill.losses import cosine_loss, hidden_loss, logits_loss, relations_loss, scores_of
 from pretrain.distill.objective import Distillation, real_positions
 from pretrain.distill.recipe import DistillRecipe, plan_distillation
 from pretrain.distill.student import DistilledForMaskedLM

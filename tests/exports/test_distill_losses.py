@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.distill import losses
+from exports import distill_losses as losses
 
 B, T, N, V = 2, 5, 4, 7
 WEIGHTS = torch.tensor([[1.0, 1.0, 0.5, 0.0, 1.0], [0.3, 1.0, 1.0, 1.0, 0.0]])
