@@ -14,7 +14,7 @@ from scoring.baselines import MAJORITY, TFIDF, Baseline, fit_majority, fit_tfidf
 from scoring.blimp.run import evaluate_blimp
 from scoring.data import TaskData, load_task
 from scoring.distill.augment import augmented
-from scoring.distill.teacher import TaskTeacher, uses_teacher
+from scoring.distill.teacher import TaskTeacher, label_order, uses_teacher
 from scoring.encoders import RANDOM, open_encoder
 from scoring.finetune import latency_ms
 from scoring.metrics import measure
@@ -51,14 +51,16 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
         return evaluate_blimp(recipe, models, device)
     with_teacher = uses_teacher(recipe.finetune.distill)
     data = load_task(recipe.task, recipe.data)
+    if with_teacher:
+        label_order(Path(str(recipe.finetune.distill.teacher)), data.task)
+    encoders = {spec: open_encoder(spec, recipe.finetune) for spec in models if spec not in BASELINES}
+    if save is not None:
+        _check_save(save, list(encoders))
     folder = Path(recipe.output) / file_name(data.task.name)
     if recipe.data.augment.model is not None:
         data = augmented(data, recipe.data.augment, device, folder / AUGMENTED, recipe.finetune.max_length)
     for note in data.notes:
         print(note, file=sys.stderr)
-    encoders = {spec: open_encoder(spec, recipe.finetune) for spec in models if spec not in BASELINES}
-    if save is not None:
-        _check_save(save, list(encoders))
     rows = {spec: encode(encoder, data) for spec, encoder in encoders.items()}
     for encoder in encoders.values():
         encoder.build(data.task, 0)  # finds a damaged model before an hour is spent on another one

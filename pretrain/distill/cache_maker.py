@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,10 +73,13 @@ def make_cache(recipe: TrainRecipe, settings: CacheSettings) -> str:
     identity = cache_identity(plan, datasets, data, recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_teacher(plan, device, within_documents=data.within_documents, precision=recipe.precision)
-    sample = _Outputs(plan, teacher, device, settings)
-    loader = Loader(datasets, replace(data, global_batch=1, micro_batch=1, prefetch=1), recipe.seed, 0, 1)
-    first = sample(next(loader).micro_batches[0])
-    loader.close()
+    outputs = _Outputs(plan, teacher, device, settings)
+
+    def rows_of(step: int) -> Loader:
+        return Loader(datasets, replace(data, global_batch=step, prefetch=1), recipe.seed, 0, 1)
+
+    with closing(rows_of(1)) as loader:
+        first = outputs(next(loader).micro_batches[0])
     row_bytes = sum(array.nbytes for array in first.values())
     rows = settings.rows or recipe.steps * data.global_batch
     shard_rows = max(1, min(SHARD_BYTES // row_bytes, SHARD_TOKENS // training.seq_len, rows))
@@ -87,36 +91,28 @@ def make_cache(recipe: TrainRecipe, settings: CacheSettings) -> str:
         "shard_rows": shard_rows,
         "bytes_per_token": row_bytes / training.seq_len,
         "temperature": plan.recipe.temperature,
-        "score_scale": sample.score_scale,
+        "score_scale": outputs.score_scale,
         "precision": recipe.precision,
     }
     try:
         make_folders(folder)
         shards = _begin(folder, manifest)
-        _refuse_full_disk(
-            folder, row_bytes * sum(_rows(manifest, n) for n, entry in enumerate(shards) if entry is None)
-        )
-        loader = Loader(datasets, replace(data, global_batch=shard_rows, prefetch=1), recipe.seed, 0, 1)
-        position = 0
-        for number in progress(range(len(shards)), str(folder), len(shards)):
-            if shards[number] is not None:
-                continue
-            if position != number * shard_rows:
-                loader.load_state({**loader.state(), "rows_consumed": number * shard_rows})
-            micro_batches = next(loader).micro_batches
-            position = (number + 1) * shard_rows
-            parts = [sample(micro) for micro in micro_batches]
-            kept = {name: np.concatenate([part[name] for part in parts])[: _rows(manifest, number)] for name in first}
-            shards[number] = write_shard(folder, number, number * shard_rows, kept)
-            write_atomically(folder / UNFINISHED, json.dumps({**manifest, "shards": shards}) + "\n")
-        loader.close()
+        missing = [number for number, entry in enumerate(shards) if entry is None]
+        _refuse_full_disk(folder, row_bytes * sum(_rows(manifest, number) for number in missing))
+        with closing(rows_of(shard_rows)) as loader:
+            for number in progress(missing, str(folder), len(missing)):
+                if loader.state()["rows_consumed"] != number * shard_rows:
+                    loader.load_state({**loader.state(), "rows_consumed": number * shard_rows})
+                parts = [outputs(micro) for micro in next(loader).micro_batches]
+                count = _rows(manifest, number)
+                kept = {name: np.concatenate([part[name] for part in parts])[:count] for name in first}
+                shards[number] = write_shard(folder, number, number * shard_rows, kept)
+                write_atomically(folder / UNFINISHED, json.dumps({**manifest, "shards": shards}) + "\n")
         if (folder / UNFINISHED).is_file():
             (folder / UNFINISHED).replace(folder / MANIFEST)
             flush(folder)
     except OSError as error:
-        raise BadInput(
-            f"distill.cache: {folder}: cannot be written ({error.strerror}); start again to go on"
-        ) from error
+        raise BadInput(f"distill.cache: {folder}: not written ({error.strerror}); start again to go on") from error
     total = sum(entry["bytes"] for entry in shards if entry is not None)
     return (
         f"{folder}: {rows:,} rows of {training.seq_len} tokens, {row_bytes / training.seq_len:,.1f} bytes a token, "

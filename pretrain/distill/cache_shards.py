@@ -81,7 +81,7 @@ def map_shard(folder: Path, entry: ShardEntry) -> dict[str, Array]:
     path = folder / entry["name"]
     if not is_whole(folder, entry):
         raise BadInput(
-            f"distill.cache: {path}: missing or damaged; start sharebert cache-teacher again, which makes this shard anew"
+            f"distill.cache: {path}: missing or damaged; start sharebert cache-teacher again: it makes this shard anew"
         )
     arrays: dict[str, Array] = {}
     with tarfile.open(path) as tar, path.open("rb") as file:

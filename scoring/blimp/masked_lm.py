@@ -71,9 +71,8 @@ def open_masked_lm(spec: str, device: torch.device, needed_by: str = "blimp") ->
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = Path(spec)
-    lm: MaskedLM = (
-        ShareBertLM(folder, needed_by) if read_model_type(folder) == MODEL_TYPE else HuggingFaceLM(folder, needed_by)
-    )
+    kind = ShareBertLM if read_model_type(folder) == MODEL_TYPE else HuggingFaceLM
+    lm: MaskedLM = kind(folder, needed_by)
     if lm.tokenizer.mask_token_id is None:
         raise BadInput(f"{folder}: its tokenizer has no mask token, which {needed_by} needs")
     lm.model.eval().requires_grad_(False).to(device)

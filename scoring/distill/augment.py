@@ -1,8 +1,8 @@
 """Further train rows: copies in which a masked language model replaced words.
 
 TinyBERT (Jiao et al., 2020, algorithm 1) replaces a word, with some probability, by one of the K words that BERT finds
-the likeliest where the word is masked. TinyBERT takes neighbours of GloVe for words of several pieces; here these get one
-mask token too. A copy keeps the label of its row.
+the likeliest where the word is masked. For words of several pieces TinyBERT takes neighbours in GloVe; here they get
+one mask token as well. A copy keeps the label of its row.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def augmented(
     rows = len(data.train) * (1 + recipe.copies)
     if rows > recipe.most_rows:
         raise BadInput(
-            f"data.augment.copies: {len(data.train):,} rows with {recipe.copies} copies each are {rows:,}; the most are "
-            f"{recipe.most_rows:,}: lower copies or data.train_rows, or raise data.augment.most_rows"
+            f"data.augment.copies: {len(data.train):,} rows with {recipe.copies} copies each are {rows:,}, and at "
+            f"most {recipe.most_rows:,} are allowed; lower copies or data.train_rows, or raise data.augment.most_rows"
         )
     lm = open_masked_lm(recipe.model, device, needed_by="data.augment.model")
     file = folder / f"{_fingerprint(lm, data.train.texts, recipe, max_length)}.jsonl"
@@ -68,9 +68,8 @@ def augmented(
             texts += found
             labels.append(np.repeat(data.train.labels[number], len(found)))
     train = Split(data.train.where, texts, np.concatenate(labels))
-    note = (
-        f"{data.train.where}: {len(data.train):,} rows, and {len(train) - len(data.train):,} copies by {recipe.model}"
-    )
+    added = len(train) - len(data.train)
+    note = f"{data.train.where}: {len(data.train):,} rows, and {added:,} copies by {recipe.model}"
     return replace(data, train=train, notes=[*data.notes, note])
 
 
@@ -112,6 +111,8 @@ def _row(lm: MaskedLM, texts: Text, number: int, recipe: AugmentRecipe, max_leng
         *texts, truncation=True, max_length=min(max_length, lm.positions), return_offsets_mapping=True
     )
     encoding = encoded.encodings[0]
+    if max(encoding.ids) >= lm.words:
+        raise BadInput(f"data.augment.model: {lm.folder}: its tokenizer gives ids that its model does not have")
     pieces: list[range] = []
     spans: list[tuple[int, int, int]] = []
     previous = None

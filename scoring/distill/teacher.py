@@ -98,8 +98,8 @@ class TaskTeacher:
             )
         if rows.columns["input_ids"] != self._rows.columns["input_ids"]:
             raise BadInput(
-                f"finetune.distill.teacher: {self.folder} cuts the texts into other tokens than {encoder.folder}; hidden "
-                "states and attention need the same tokenizer, finetune.distill.logits does not"
+                f"finetune.distill.teacher: {self.folder} cuts the texts into other tokens than {encoder.folder}; "
+                "hidden states and attention need the same tokenizer, finetune.distill.logits does not"
             )
 
     @torch.no_grad()
