@@ -96,21 +96,8 @@ def make_cache(recipe: TrainRecipe, settings: CacheSettings) -> str:
     }
     try:
         make_folders(folder)
-        shards = _begin(folder, manifest)
-        missing = [number for number, entry in enumerate(shards) if entry is None]
-        _refuse_full_disk(folder, row_bytes * sum(_rows(manifest, number) for number in missing))
         with closing(rows_of(shard_rows)) as loader:
-            for number in progress(missing, str(folder), len(missing)):
-                if loader.state()["rows_consumed"] != number * shard_rows:
-                    loader.load_state({**loader.state(), "rows_consumed": number * shard_rows})
-                parts = [outputs(micro) for micro in next(loader).micro_batches]
-                count = _rows(manifest, number)
-                kept = {name: np.concatenate([part[name] for part in parts])[:count] for name in first}
-                shards[number] = write_shard(folder, number, number * shard_rows, kept)
-                write_atomically(folder / UNFINISHED, json.dumps({**manifest, "shards": shards}) + "\n")
-        if (folder / UNFINISHED).is_file():
-            (folder / UNFINISHED).replace(folder / MANIFEST)
-            flush(folder)
+            shards = _fill(folder, manifest, row_bytes, loader, outputs)
     except OSError as error:
         raise BadInput(f"distill.cache: {folder}: not written ({error.strerror}); start again to go on") from error
     total = sum(entry["bytes"] for entry in shards if entry is not None)
@@ -118,6 +105,27 @@ def make_cache(recipe: TrainRecipe, settings: CacheSettings) -> str:
         f"{folder}: {rows:,} rows of {training.seq_len} tokens, {row_bytes / training.seq_len:,.1f} bytes a token, "
         f"{total:,} bytes in {len(shards)} shards"
     )
+
+
+def _fill(
+    folder: Path, manifest: dict[str, Any], row_bytes: int, loader: Loader, outputs: _Outputs
+) -> list[ShardEntry | None]:
+    """Make the shards that are missing, each from one step of `loader`, and then the manifest. Returns all shards."""
+    shards, shard_rows = _begin(folder, manifest), manifest["shard_rows"]
+    missing = [number for number, entry in enumerate(shards) if entry is None]
+    _refuse_full_disk(folder, row_bytes * sum(_rows(manifest, number) for number in missing))
+    for number in progress(missing, str(folder), len(missing)):
+        if loader.state()["rows_consumed"] != number * shard_rows:
+            loader.load_state({**loader.state(), "rows_consumed": number * shard_rows})
+        parts = [outputs(micro) for micro in next(loader).micro_batches]
+        count = _rows(manifest, number)
+        kept = {name: np.concatenate([part[name] for part in parts])[:count] for name in manifest["arrays"]}
+        shards[number] = write_shard(folder, number, number * shard_rows, kept)
+        write_atomically(folder / UNFINISHED, json.dumps({**manifest, "shards": shards}) + "\n")
+    if (folder / UNFINISHED).is_file():
+        (folder / UNFINISHED).replace(folder / MANIFEST)
+        flush(folder)
+    return shards
 
 
 def _begin(folder: Path, manifest: dict[str, Any]) -> list[ShardEntry | None]:

@@ -122,7 +122,10 @@ def label_order(folder: Path, task: Task) -> list[int]:
     Raises BadInput: no classifier, or other labels.
     """
     key = "finetune.distill.teacher"
-    read_model_type(folder)
+    try:
+        read_model_type(folder)
+    except BadInput as error:
+        raise BadInput(f"{key}: {error}") from error
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
         raise BadInput(

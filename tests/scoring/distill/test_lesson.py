@@ -228,7 +228,7 @@ def test_a_student_learns_from_the_teacher_alone(
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (["finetune.distill.hidden=1", "finetune.distill.teacher="], r"finetune\.distill\.teacher"),
+        (["finetune.distill.teacher=nowhere"], r"finetune\.distill\.teacher: nowhere/config\.json: missing"),
         (["finetune.distill.logits=0"], "no loss with it has a weight; give one of logits, hidden, attention"),
         (["finetune.distill.layers=[]"], "finetune.distill.layers: names no pair"),
         (["finetune.distill.hidden=1", "finetune.distill.layers=[[3,1]]"], "export has layers 0 to 2, and no 3"),
