@@ -128,12 +128,17 @@ def _row(lm: MaskedLM, texts: Text, number: int, recipe: AugmentRecipe, max_leng
             pieces.append(range(place, place + 1))
             spans.append((text, begin, end))
         previous = (text, word)
-    real = [n for n, (text, begin, end) in enumerate(spans) if texts[text][begin:end].strip().isalpha()]
+    real = [n for n, (text, begin, end) in enumerate(spans) if _has_letters(texts[text][begin:end])]
     generator = np.random.default_rng([recipe.seed, number])
     shape = (recipe.copies, len(real))
     chosen = generator.random(shape) < recipe.probability
     picks = generator.integers(0, recipe.candidates, shape)
     return _Row(texts, encoding.ids, [pieces[n] for n in real], [spans[n] for n in real], chosen, picks)
+
+
+def _has_letters(text: str) -> bool:
+    """Whether a text is a word: numbers and marks are neither replaced nor put in place of words."""
+    return any(character.isalpha() for character in text)
 
 
 def _masked(lm: MaskedLM, row: _Row, word: int) -> list[int]:
@@ -178,11 +183,14 @@ class _Words:
         self._lm = lm
         tokenizer = lm.tokenizer
         pieces = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), lm.words))))
-        # Byte-level BPE and SentencePiece mark the pieces that begin a word, WordPiece those that continue one.
+        # Byte-level BPE and SentencePiece mark the pieces that begin a word, WordPiece those that continue one (##).
         begins = next((mark for mark in ("Ġ", "▁") if any(piece.startswith(mark) for piece in pieces)), "")
         self._texts = [piece.removeprefix(begins) if piece.startswith(begins) else "" for piece in pieces]
         special = set(tokenizer.all_special_ids)
-        allowed = [text.isalpha() and number not in special for number, text in enumerate(self._texts)]
+        allowed = [
+            _has_letters(text) and not text.startswith("##") and number not in special
+            for number, text in enumerate(self._texts)
+        ]
         self._forbidden = torch.ones(lm.words, dtype=torch.bool)
         self._forbidden[: len(allowed)] = ~torch.tensor(allowed)
         if not any(allowed):

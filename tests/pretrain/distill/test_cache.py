@@ -121,7 +121,7 @@ def test_webdataset_reads_the_shards_and_the_bytes_are_those_of_the_formula(
     assert [sample["json"] for sample in samples] == [
         {"first_position": 0, "rows": 16}, {"first_position": 16, "rows": 16}, {"first_position": 32, "rows": 8},
     ]  # fmt: skip
-    assert sum(entry["bytes"] for entry in manifest["shards"]) < 1.2 * 40 * row
+    assert sum(entry["bytes"] for entry in manifest["shards"]) < 1.3 * 40 * row
     for entry in manifest["shards"]:
         data = (caches / "small" / entry["name"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
@@ -133,7 +133,7 @@ def test_webdataset_reads_the_shards_and_the_bytes_are_those_of_the_formula(
     assert said.logits is not None
     shifted = (said.logits - said.logits.amax(-1, keepdim=True))[:, :301]
     top = np.sort(shifted.numpy(), -1)[:, :-17:-1].reshape(16, slots, 16)
-    used = samples[0]["logits.npy"].min((1, 2)) < 0
+    used = samples[0]["logits.npy"].min(-1) < 0
     np.testing.assert_allclose(samples[0]["logits.npy"][used], top[used], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(samples[0]["hidden-3.npy"], said.states[3].numpy(), rtol=1e-3, atol=1e-3)
 
