@@ -71,7 +71,8 @@ def open_masked_lm(spec: str, device: torch.device, needed_by: str = "blimp") ->
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = Path(spec)
-    kind = ShareBertLM if read_model_type(folder) == MODEL_TYPE else HuggingFaceLM
+    ours = read_model_type(folder) == MODEL_TYPE
+    kind: type[ShareBertLM] | type[HuggingFaceLM] = ShareBertLM if ours else HuggingFaceLM
     lm: MaskedLM = kind(folder, needed_by)
     if lm.tokenizer.mask_token_id is None:
         raise BadInput(f"{folder}: its tokenizer has no mask token, which {needed_by} needs")

@@ -28,7 +28,7 @@ class Lesson(nn.Module):
         recipe = self.recipe = teacher.recipe
         self.teacher = teacher
         self.pairs = teacher.pairs(encoder) if recipe.uses_layers else ()
-        config: Any = encoder.config
+        config = encoder.config
         self.projection = nn.Linear(config.hidden_size, teacher.width) if recipe.hidden else None
         self._scores = None
         if recipe.attention:

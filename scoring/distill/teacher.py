@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class TaskTeacher:
         self.recipe, self.folder, self._device = recipe, Path(recipe.teacher), device
         order = label_order(self.folder, data.task)
         encoder = open_encoder(recipe.teacher, FineTuneRecipe(max_length=settings.max_length))
-        config: Any = encoder.config
+        config = encoder.config
         self.layers, self.heads = int(config.num_hidden_layers), int(config.num_attention_heads)
         self.width = int(config.hidden_size)
         self._encoder = encoder
@@ -66,7 +66,7 @@ class TaskTeacher:
 
     def pairs(self, encoder: Encoder) -> Pairs:
         """The pairs of layers for a student. Raises BadInput, naming the key, where one does not exist."""
-        config: Any = encoder.config
+        config = encoder.config
         ours = int(config.num_hidden_layers)
         if self.recipe.layers is None:
             return tuple((i, max(1, round(i * self.layers / ours))) for i in range(1, ours + 1))
@@ -90,7 +90,7 @@ class TaskTeacher:
         if not self.recipe.uses_layers:
             return
         self.pairs(encoder)
-        config: Any = encoder.config
+        config = encoder.config
         if self.recipe.attention and config.num_attention_heads != self.heads:
             raise BadInput(
                 f"finetune.distill.attention: the teacher {self.folder} has {self.heads} heads, {encoder.folder} has "
