@@ -39,7 +39,7 @@ def words_of(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    bert = hub_folder(folder / "bert", "MaskedLM", vocab_size=250)
+    bert = hub_folder(folder / "bert", "MaskedLM")
     return {"export": words_of(tiny_export(folder / "export")), "bert": words_of(bert)}
 
 
