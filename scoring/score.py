@@ -64,9 +64,11 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
     rows = {spec: encode(encoder, data) for spec, encoder in encoders.items()}
     for encoder in encoders.values():
         encoder.build(data.task, 0)  # finds a damaged model before an hour is spent on another one
-    teacher = TaskTeacher(recipe.finetune, data, device) if with_teacher and encoders else None
-    for spec, encoder in encoders.items() if teacher is not None else ():
-        teacher.check(encoder, rows[spec]["train"])
+    teacher = None
+    if with_teacher and encoders:
+        teacher = TaskTeacher(recipe.finetune, data, device)
+        for spec, encoder in encoders.items():
+            teacher.check(encoder, rows[spec]["train"])
     make_folders(folder)
     read_results(folder)  # refuses a folder with other files now, not after the first model
     for spec in models:
