@@ -286,8 +286,7 @@ def _with_config(parser: argparse.ArgumentParser, schema: str) -> None:
 EXAMPLES = {
     "prep": "prep corpus source.paths=texts/*.txt output=data/corpus",
     "train": "train sharebert-small data.dataset=data/corpus run=runs/small",
-    "cache-teacher": "cache-teacher sharebert-small data=data/corpus run=runs/student distill=TEACHER "
-    "distill.relations=1 distill.cache=data/teacher",
+    "cache-teacher": "cache-teacher student.yaml distill.cache=data/teacher",
     "plan": "plan sharebert-small --gpus 8,64 --gpu h100,a100",
     "submit": "submit sharebert-small run=/shared/runs/small --nodes 4 --gpus-per-node 8 --time 24:00:00",
     "status": "status /shared/runs/small",
@@ -328,6 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
     parser = argparse.ArgumentParser(
         prog="sharebert",
+        usage=argparse.SUPPRESS,  # without it, all verbs fit a screen of 24 lines
         description="Pretrain compact ShareBERT encoders. `sharebert VERB --help` shows keys and an example.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=100),
     )
@@ -337,7 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHELL",
         help="print the script that completes words in bash, zsh or tcsh",
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", prog="sharebert")
 
     def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
