@@ -34,6 +34,15 @@ def train(given: argparse.Namespace) -> int:
     return launch(given.config, given.overrides, debug=given.debug)
 
 
+def cache_teacher(given: argparse.Namespace) -> int:
+    from pretrain.distill.cache_maker import CacheSettings, make_cache
+    from pretrain.recipe import TrainRecipe
+
+    recipe = load(TrainRecipe, given.config, given.overrides)
+    print(make_cache(recipe, CacheSettings(given.rows, given.top_words, given.dtype)))
+    return FINISHED
+
+
 def plan(given: argparse.Namespace) -> int:
     from pretrain.plan.command import plan
     from pretrain.plan.estimate import PLAN_DEFAULTS, Assumptions
@@ -253,6 +262,13 @@ def _numbers(kind: type[int] | type[float]) -> Any:
     return parse
 
 
+def _count(text: str) -> int:
+    """A number above 0."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}': give a number above 0")
+    return int(text)
+
+
 def _task(text: str) -> tuple[int, int]:
     """The two numbers of `I/N`."""
     number, _, count = text.partition("/")
@@ -271,6 +287,8 @@ def _with_config(parser: argparse.ArgumentParser, schema: str) -> None:
 EXAMPLES = {
     "prep": "prep corpus source.paths=texts/*.txt output=data/corpus",
     "train": "train sharebert-small data.dataset=data/corpus run=runs/small",
+    "cache-teacher": "cache-teacher sharebert-small data.micro_batch=32 distill=TEACHER distill.relations=1 "
+    "distill.cache=data/teacher",
     "plan": "plan sharebert-small --gpus 8,64 --gpu h100,a100",
     "submit": "submit sharebert-small run=/shared/runs/small --nodes 4 --gpus-per-node 8 --time 24:00:00",
     "status": "status /shared/runs/small",
@@ -311,6 +329,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
     parser = argparse.ArgumentParser(
         prog="sharebert",
+        usage=argparse.SUPPRESS,  # without it, all verbs fit a screen of 24 lines
         description="Pretrain compact ShareBERT encoders. `sharebert VERB --help` shows keys and an example.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=100),
     )
@@ -320,7 +339,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHELL",
         help="print the script that completes words in bash, zsh or tcsh",
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", prog="sharebert")
 
     def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
@@ -342,6 +361,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="do only the I-th of N shares of the work (I from 0); a last call without --task completes the dataset",
     )
     _with_config(verb("train", train, "Train in one process, or resume a run."), "pretrain.recipe:TrainRecipe")
+    sub = verb(
+        "cache-teacher",
+        cache_teacher,
+        "Run the teacher of a training once, and keep its outputs for students.",
+    )
+    _with_config(sub, "pretrain.recipe:TrainRecipe")
+    sub.add_argument("--rows", type=_count, metavar="N", help="rows of the run, from its first (default: all)")
+    sub.add_argument(
+        "--top-words",
+        type=_count,
+        default=64,
+        metavar="K",
+        help="with distill.logits: keep the logits of the K likeliest words at a masked position (default 64)",
+    )
+    sub.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="of the numbers (default fp16)")
     sub = verb("sweep", sweep, "Train what a sweep recipe varies, or resume it, and compare the runs in a table.")
     _with_config(sub, "pretrain.sweep.recipe:SweepRecipe")
     sub.add_argument("--table", action="store_true", help="train nothing: the table of the runs as they are now")

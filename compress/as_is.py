@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from compress.source import config_of, open_hub_model
 from compress.step import FormName
+from scoring.classifier import Classifier
 from scoring.data import load_task
 from scoring.encoders import Encoder, HuggingFaceEncoder, ShareBertExport, label_names
-from scoring.finetune import Classifier
 from scoring.metrics import measure
 from scoring.recipe import EvaluateRecipe, FineTuneRecipe
 from sharebert_common.errors import BadInput

@@ -13,6 +13,7 @@ from data_prep.shards.reader import Dataset
 from exports.fake_quantise import QuantiseRecipe
 from pretrain.checkpoint.writer import CheckpointRecipe
 from pretrain.data.datasets import DataRecipe, micro_shape, open_datasets
+from pretrain.distill.cache import TeacherCache, cache_identity, open_cache
 from pretrain.distill.recipe import DistillPlan, DistillRecipe, plan_distillation
 from pretrain.engine.config import Precision, ZeroRecipe, ZeroSettings, check_zero
 from pretrain.engine.optimizer import OptimizerRecipe, ScheduleRecipe
@@ -39,6 +40,8 @@ class ResolvedTraining:
     """Rows of a micro-batch."""
     distill: DistillPlan | None = None
     """How a teacher is learned from; None without one."""
+    teacher_cache: TeacherCache | None = None
+    """Where its outputs are read; None where the teacher itself runs."""
     picked: str = ""
     """What was picked for `data.micro_batch: auto`, and why, in one line."""
 
@@ -122,7 +125,8 @@ class TrainRecipe:
         model = choose_model(self.model, datasets[0].vocab_size, datasets[0].seq_len)
         refuse_other_tokenizer(model, datasets[0])
         distill = plan_distillation(self.distill, model.config, datasets[0].tokenizer_path)
-        return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows, distill)
+        cache = None if distill is None else self._open_cache(distill, datasets)
+        return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows, distill, cache)
 
     def check(self, world_size: int) -> None:
         """Find what is wrong, as `resolve` does, on a machine that does not train: no dataset is copied into a cache.
@@ -134,6 +138,13 @@ class TrainRecipe:
             micro_shape(self.data, world_size)
         else:
             replace(self, data=replace(self.data, cache=None)).resolve(world_size)
+
+    def _open_cache(self, plan: DistillPlan, datasets: list[Dataset]) -> TeacherCache | None:
+        if self.distill.cache is None:
+            return None
+        identity = cache_identity(plan, datasets, self.data, self.seed)
+        run_rows, repeat = self.steps * self.data.global_batch, self.distill.repeat_cache
+        return open_cache(Path(self.distill.cache), plan, identity, run_rows=run_rows, repeat=repeat)
 
     def _check_engine(self) -> None:
         check_zero(self.zero)

@@ -17,8 +17,9 @@ from pretrain import distributed
 from pretrain.checkpoint.identity import identity, report_changes
 from pretrain.checkpoint.training_state import TrainingState, find_checkpoint
 from pretrain.data.loader import Loader, StepBatch
+from pretrain.distill.cached_teacher import CachedTeacher
 from pretrain.distill.objective import Distillation
-from pretrain.distill.teacher import load_teacher
+from pretrain.distill.teacher import Teacher, load_teacher
 from pretrain.distributed import World
 from pretrain.engine.config import deepspeed_config
 from pretrain.engine.engine import open_engine
@@ -90,7 +91,11 @@ def make_objective(recipe: TrainRecipe, training: ResolvedTraining, device: torc
     mlm = MaskedLanguageModelling(device, within_documents=within, one_graph=recipe.compile)
     if training.distill is None:
         return mlm
-    teacher = load_teacher(training.distill, device, within_documents=within, precision=recipe.precision)
+    teacher: Teacher
+    if training.teacher_cache is not None:
+        teacher = CachedTeacher(training.distill, training.teacher_cache.score_scale)
+    else:
+        teacher = load_teacher(training.distill, device, within_documents=within, precision=recipe.precision)
     return Distillation(mlm, teacher, recipe.data.mask_rate)
 
 
@@ -102,7 +107,15 @@ class Trainer:
     ) -> None:
         self.recipe, self.run, self.world, self.stop, self.training = recipe, run, world, stop, training
         self.identity = identity(training.model.config, training.datasets[0])
-        self.loader = Loader(training.datasets, recipe.data, recipe.seed, world.rank, world.world_size, recipe.steps)
+        self.loader = Loader(
+            training.datasets,
+            recipe.data,
+            recipe.seed,
+            world.rank,
+            world.world_size,
+            recipe.steps,
+            beside=training.teacher_cache,
+        )
         self.shard_check = ShardCheck(training.datasets, world.rank, world.world_size)
         self.bad_rows = BadRowsFile(run.bad_rows, world, self.report)
         self.skips = SkippedSteps(recipe.faults, self.bad_rows, self.report)

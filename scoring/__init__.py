@@ -9,10 +9,12 @@ data          a task with its splits, from files or from the hub
 architecture  what kind of model a folder holds, what it takes as input, and its dropout rates
 fake_quantise a classifier that is fine-tuned with the weights of its quantised export
 encoders      encoders that can be fine-tuned: ShareBERT exports and Hugging Face folders
-finetune      one fine-tuning, and predictions of the fine-tuned classifier
+classifier    a fine-tuned encoder, and its predictions
+finetune      one fine-tuning
 trial         an encoder on a task: the learning-rate sweep, then all seeds
 baselines     models without an encoder: the majority class, and TF-IDF
 metrics       GLUE's metrics
+distill       fine-tuning with a teacher, and further train rows
 blimp         BLiMP: pseudo-log-likelihoods of pairs of sentences
 report        results as JSON, a table in Markdown, curves in TensorBoard
 score         the whole command: models one after the other, on the same rows

@@ -31,7 +31,7 @@ from scoring.architecture import Inputs, inputs_of, read_model_type, set_dropout
 from scoring.data import Texts
 from scoring.recipe import FineTuneRecipe
 from scoring.tasks import Task
-from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
+from sharebert import ShareBertForMaskedLM, initialize
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import whole_or_absent_folder
@@ -69,6 +69,8 @@ class Encoder(ABC):
 
     tokenizer: Any
     """A fast tokenizer of transformers."""
+    config: Any
+    """Its config, with `hidden_size`, `num_hidden_layers` and `num_attention_heads`."""
     positions: int
     """The longest row that the model takes, in tokens."""
     words: int
@@ -148,7 +150,7 @@ class ShareBertExport(Encoder):
             config = dataclasses.replace(
                 config, hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout
             )
-        self.config: ShareBertConfig = config
+        self.config = config
         self.positions, self.words = config.max_position_embeddings, config.vocab_size
         arguments = frozenset({"input_ids", "attention_mask", "token_type_ids"})
         self.inputs = Inputs(self.positions, config.type_vocab_size, arguments)

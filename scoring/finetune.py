@@ -1,4 +1,4 @@
-"""One fine-tuning of an encoder, as ShareBERT's authors do it, and predictions of the fine-tuned classifier.
+"""One fine-tuning of an encoder, as ShareBERT's authors do it, with a teacher or without.
 
 A batch holds rows of similar length, so that short texts cost little: rows are shuffled, sorted by length inside
 windows of many batches, and the batches are shuffled again. The optimizer is AdamW; the learning rate rises linearly
@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from scoring.classifier import Classifier
 from scoring.data import TaskData, Texts
+from scoring.distill.lesson import Lesson
+from scoring.distill.teacher import TaskTeacher
 from scoring.encoders import Encoded, Encoder
 from scoring.recipe import FineTuneRecipe
 from sharebert_common.errors import BadInput
@@ -27,7 +28,6 @@ from sharebert_common.progress import progress
 
 WINDOW = 50
 """Rows are sorted by length inside windows of this many batches."""
-PREDICT_BATCH = 128
 
 Watch = Callable[[int, dict[str, float]], None]
 """Called after each step with its number and its values: `loss` and `lr`."""
@@ -35,50 +35,6 @@ Watch = Callable[[int, dict[str, float]], None]
 
 class Diverged(BadInput):
     """The loss is not finite: the learning rate is too high for this model."""
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A fine-tuned encoder."""
-
-    encoder: Encoder
-    model: nn.Module
-    device: torch.device
-    regression: bool
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its parameters in memory."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
-
-    def cpu(self) -> nn.Module:
-        """Move the model to the CPU, and return it."""
-        return self.model.to("cpu")
-
-    def predict(self, texts: Texts) -> NDArray[Any]:
-        """The labels as numbers [N], or values for regression."""
-        return self.predict_encoded(self.encoder.encode(texts, "text"))
-
-    def predict_encoded(self, encoded: Encoded) -> NDArray[Any]:
-        """As `predict`, for rows that are tokenised already."""
-        order = np.argsort(encoded.lengths(), kind="stable")
-        self.model.eval()
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(order), PREDICT_BATCH):
-                batch = self.encoder.collate(encoded, order[start : start + PREDICT_BATCH].tolist())
-                logits = self.model(**{name: values.to(self.device) for name, values in batch.items()}).logits
-                parts.append(logits.float().cpu().numpy())
-        logits = np.concatenate(parts)
-        values = logits[:, 0].astype(np.float64) if self.regression else logits.argmax(1)
-        predicted = np.empty_like(values)
-        predicted[order] = values
-        return predicted
 
 
 def fine_tune(
@@ -92,6 +48,7 @@ def fine_tune(
     device: torch.device,
     watch: Watch,
     at_epoch: Callable[[int, int, Classifier], None],
+    teacher: TaskTeacher | None = None,
 ) -> Classifier:
     """Fine-tune on the rows of `train`, the tokenised `data.train`.
 
@@ -105,6 +62,7 @@ def fine_tune(
         device: the device to train on.
         watch: called after each step with its loss and learning rate.
         at_epoch: called after each epoch with its number (from 1), the step, and the classifier so far.
+        teacher: of `settings.distill`, opened for the same rows.
 
     Raises Diverged: the loss is not finite.
     """
@@ -112,11 +70,14 @@ def fine_tune(
 
     model = encoder.build(data.task, seed).to(device)
     classifier = Classifier(encoder, model, device, data.task.regression)
+    lesson = None if teacher is None else Lesson(teacher, encoder, model).to(device)
+    trained = nn.ModuleList([model] if lesson is None else [model, lesson])
+    arguments = {} if lesson is None else lesson.arguments
     order = np.random.default_rng(seed)
     torch.manual_seed(seed)
     labels = torch.tensor(data.train.labels, dtype=torch.float32 if data.task.regression else torch.int64)
     steps = settings.epochs * ceil(len(train) / settings.batch)
-    optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=lr)
+    optimizer = torch.optim.AdamW(_groups(trained, settings.weight_decay), lr=lr)
     schedule = get_polynomial_decay_schedule_with_warmup(
         optimizer, min(settings.warmup_steps, steps // 2), steps, lr_end=0.0, power=settings.power
     )
@@ -129,13 +90,14 @@ def fine_tune(
             step += 1
             batch = {name: values.to(device) for name, values in encoder.collate(train, rows).items()}
             with _precision(device, settings.precision):
-                loss = model(**batch, labels=labels[rows].to(device)).loss
+                output = model(**batch, labels=labels[rows].to(device), **arguments)
+                loss = output.loss if lesson is None else lesson(output, batch, rows)
             value = float(loss.detach())
             if not np.isfinite(value):
                 raise Diverged(f"{encoder.spec}, seed {seed}: the loss is {value} at step {step}; lower lr ({lr:g})")
             loss.backward()
             if settings.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+                nn.utils.clip_grad_norm_(trained.parameters(), settings.clip)
             watch(step, {"loss": value, "lr": schedule.get_last_lr()[0]})
             optimizer.step()
             schedule.step()

@@ -34,8 +34,28 @@ def _optional_word(value: Any) -> Any:
     return value if value is None else _word(value)
 
 
+Weight = Annotated[float, Field(ge=0)]
+
 Word = Annotated[str, BeforeValidator(_word)]
 """A text that YAML may read as something else."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class AugmentRecipe:
+    """Copies of the train rows in which a masked language model replaced words (TinyBERT, Jiao et al., 2020)."""
+
+    model: str | None = None
+    """Folder of the masked language model: an export or a Hugging Face model with an MLM head; none: no copies."""
+    copies: PositiveInt = 20
+    """Most copies of each row. A copy equal to the row or to another copy is left out."""
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """The probability with which a word of a copy is replaced."""
+    candidates: PositiveInt = 15
+    """A word is replaced by one of this many words, the likeliest at its place when it is masked."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides which words are replaced by which; the same copies for every model and every seed of `seeds`."""
+    most_rows: PositiveInt = 1_000_000
+    """More rows than this, copies included, are refused: they and their tokens are in memory."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -60,6 +80,39 @@ class TaskDataRecipe:
     """What happens to rows that cannot be read or have no text or label: refuse the first, or skip and count all."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share of the rows that becomes dev, where the data is one file."""
+    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+    """Further train rows, made by a masked language model."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TaskDistillRecipe:
+    """Learning from a classifier that was fine-tuned on the task. The loss is the sum of the losses below times their
+    weights."""
+
+    teacher: str | None = None
+    """Folder of the teacher: one that `evaluate --save` wrote, or any Hugging Face classifier with the task's labels;
+    none: no teacher."""
+    labels: Weight = 1.0
+    """Weight of the loss of the true labels."""
+    logits: Weight = 1.0
+    """Weight of T²·KL between the distributions over labels (Hinton et al., 2015); for regression, of the squared
+    difference of the scores."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """T, by which both logits are divided."""
+    hidden: Weight = 0.0
+    """Weight of the mean squared difference between the teacher's hidden states and a learned projection of the
+    student's, for each pair of `layers` (TinyBERT). It needs the student's tokenizer."""
+    attention: Weight = 0.0
+    """Weight of the mean squared difference of attention scores before softmax, for each pair of `layers` (TinyBERT).
+    It needs the student's tokenizer and number of heads."""
+    layers: list[tuple[int, int]] | None = None
+    """Pairs of a student's and a teacher's layer, from 1 (0: the embeddings); none: each of the student's layers i with
+    the teacher's layer i · teacher's layers / student's layers."""
+
+    @property
+    def uses_layers(self) -> bool:
+        """Whether outputs of layers are needed."""
+        return bool(self.hidden or self.attention)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -93,6 +146,8 @@ class FineTuneRecipe:
     quantise: QuantiseRecipe = field(default_factory=QuantiseRecipe)
     """Quantisation-aware fine-tuning of a ShareBERT: training and scores use the matrices as the compression step
     `quantise` with these keys and `rounding: nearest` will store them."""
+    distill: TaskDistillRecipe = field(default_factory=TaskDistillRecipe)
+    """Learning from a teacher as well."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -13,6 +13,8 @@ import torch
 from scoring.baselines import MAJORITY, TFIDF, Baseline, fit_majority, fit_tfidf
 from scoring.blimp.run import evaluate_blimp
 from scoring.data import TaskData, load_task
+from scoring.distill.augment import augmented
+from scoring.distill.teacher import TaskTeacher, label_order, uses_teacher
 from scoring.encoders import RANDOM, open_encoder
 from scoring.finetune import latency_ms
 from scoring.metrics import measure
@@ -21,6 +23,9 @@ from scoring.report import Result, by_metric, file_name, read_results, table, ve
 from scoring.trial import Trial, encode
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders
+
+AUGMENTED = "augmented"
+"""The folder of further train rows, beside the results of a task."""
 
 BASELINES: dict[str, Callable[[TaskData], Baseline]] = {MAJORITY: fit_majority, TFIDF: fit_tfidf}
 
@@ -44,23 +49,33 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
     if recipe.task == BLIMP:
         _check_blimp(models, save)
         return evaluate_blimp(recipe, models, device)
+    with_teacher = uses_teacher(recipe.finetune.distill)
     data = load_task(recipe.task, recipe.data)
-    for note in data.notes:
-        print(note, file=sys.stderr)
+    if with_teacher:
+        label_order(Path(str(recipe.finetune.distill.teacher)), data.task)
     encoders = {spec: open_encoder(spec, recipe.finetune) for spec in models if spec not in BASELINES}
     if save is not None:
         _check_save(save, list(encoders))
+    folder = Path(recipe.output) / file_name(data.task.name)
+    if recipe.data.augment.model is not None:
+        data = augmented(data, recipe.data.augment, device, folder / AUGMENTED, recipe.finetune.max_length)
+    for note in data.notes:
+        print(note, file=sys.stderr)
     rows = {spec: encode(encoder, data) for spec, encoder in encoders.items()}
     for encoder in encoders.values():
         encoder.build(data.task, 0)  # finds a damaged model before an hour is spent on another one
-    folder = Path(recipe.output) / file_name(data.task.name)
+    teacher = None
+    if with_teacher and encoders:
+        teacher = TaskTeacher(recipe.finetune, data, device)
+        for spec, encoder in encoders.items():
+            teacher.check(encoder, rows[spec]["train"])
     make_folders(folder)
     read_results(folder)  # refuses a folder with other files now, not after the first model
     for spec in models:
         if spec in BASELINES:
             result = score_baseline(spec, data)
         else:
-            trial = Trial(recipe, data, encoders[spec], rows[spec], device, folder)
+            trial = Trial(recipe, data, encoders[spec], rows[spec], device, folder, teacher)
             result, best = trial.run()
             if save is not None:
                 encoders[spec].save(best.cpu(), data.task, table([result]), save)

@@ -7,12 +7,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 
+from scoring.classifier import Classifier
 from scoring.data import TaskData
+from scoring.distill.teacher import TaskTeacher
 from scoring.encoders import Encoded, Encoder
-from scoring.finetune import Classifier, Diverged, fine_tune, latency_ms
+from scoring.finetune import Diverged, fine_tune, latency_ms
 from scoring.metrics import measure
 from scoring.recipe import EvaluateRecipe
 from scoring.report import Board, Result, Scores, by_metric, versions
@@ -33,6 +36,7 @@ class Trial:
     """The tokenised splits, with train."""
     device: torch.device
     folder: Path
+    teacher: TaskTeacher | None = None
 
     def run(self) -> tuple[Result, Classifier]:
         """The result, and the classifier of the seed that is best on dev.
@@ -77,7 +81,7 @@ class Trial:
             seeds=self.recipe.seeds,
             lr=lr,
             sweep=sweep if len(sweep) > 1 else {},
-            settings={k: v for k, v in plain(self.recipe.finetune).items() if k not in self.encoder.unused_settings},
+            settings=self.settings(),
             versions=versions(),
             skipped_rows=self.data.skipped,
         )
@@ -115,10 +119,16 @@ class Trial:
                 device=self.device,
                 watch=watch,
                 at_epoch=at_epoch,
+                teacher=self.teacher,
             )
         finally:
             board.close()
         return classifier, scores, time.perf_counter() - start
+
+    def settings(self) -> dict[str, Any]:
+        """The keys of `finetune` that have an effect."""
+        unused = self.encoder.unused_settings | (set() if self.teacher else {"distill"})
+        return {key: value for key, value in plain(self.recipe.finetune).items() if key not in unused}
 
     def score(self, classifier: Classifier) -> Scores:
         """The scores on all held-out splits."""

@@ -38,6 +38,7 @@ RECIPES = (PrepRecipe, TrainRecipe, SweepRecipe, EvaluateRecipe, CompressRecipe,
 
 STAGES = {
     "data_prep.pipeline.prepare": "",
+    "pretrain.distill.cache_maker.make_cache": "",
     "pretrain.plan.command.plan": "",
     "pretrain.report.report.report": "",
     "pretrain.sweep.runner.run_all": 0,

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import lru_cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -143,7 +144,7 @@ def repetition_shares(texts: Sequence[str], n: int = 5) -> NDArray[np.float64]:
     """For each text, the share of its word n-grams that repeat an earlier one of the text."""
     keys, offsets = ngram_hashes(texts, n)
     repeats = np.zeros(len(texts))
-    for number, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(offsets)):
         own = keys[start:stop]
         own.sort()
         repeats[number] = np.count_nonzero(own[1:] == own[:-1])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class MicroBatch:
     """[capacity] float32, 1, or 0 in unused slots and in rows that only fill up the shape."""
     padded: bool
     """Whether any row has padding."""
+    beside: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Name → [rows, …], what is kept on disk for these rows, such as a teacher's outputs."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`; from pinned memory the copies do not wait."""
@@ -41,7 +43,8 @@ class MicroBatch:
         tokens, document_ids, positions, labels, loss_weights = (
             tensor.to(device, non_blocking=True) for tensor in tensors
         )
-        return MicroBatch(tokens, document_ids, positions, labels, loss_weights, self.padded)
+        beside = {name: tensor.to(device, non_blocking=True) for name, tensor in self.beside.items()}
+        return MicroBatch(tokens, document_ids, positions, labels, loss_weights, self.padded, beside)
 
     def cut(self, length: int) -> MicroBatch:
         """The same with each row cut into pieces of `length` tokens, which are rows of their own. Nothing moves in
@@ -91,6 +94,7 @@ class Batcher:
         hide: Hide,
         rates: NDArray[np.float64] | None = None,
         shares: NDArray[np.float64] | None = None,
+        beside: Mapping[str, Array] | None = None,
     ) -> list[MicroBatch]:
         """Read and mask rows, in micro-batches of `micro_rows`.
 
@@ -103,6 +107,7 @@ class Batcher:
             hide: what to put in place of the tokens.
             rates: [n] of tokens to choose, and
             shares: [n, 2] of [MASK] and random words among them, both as in `Masks.apply`.
+            beside: name → [n, …], what `MicroBatch.beside` holds.
         """
         tokens, document_ids = self._read(dataset, rows)
         masked = self._masks.apply(tokens, document_ids, epochs, rows, hide, rates, shares)
@@ -115,10 +120,19 @@ class Batcher:
             _tensor(array, micro_rows)
             for array in (masked.tokens, document_ids, positions, labels, used.astype(np.float32))
         )
+        kept = {name: _tensor(array, micro_rows) for name, array in (beside or {}).items()}
         return [
-            MicroBatch(tokens, document_ids, positions.view(-1), labels.view(-1), loss_weights.view(-1), any_padding)
-            for tokens, document_ids, positions, labels, loss_weights, any_padding in zip(
-                *whole, padded.tolist(), strict=True
+            MicroBatch(
+                tokens,
+                document_ids,
+                positions.view(-1),
+                labels.view(-1),
+                loss_weights.view(-1),
+                any_padding,
+                {name: tensor[number] for name, tensor in kept.items()},
+            )
+            for number, (tokens, document_ids, positions, labels, loss_weights, any_padding) in enumerate(
+                zip(*whole, padded.tolist(), strict=True)
             )
         ]
 
@@ -147,5 +161,5 @@ def _tensor(array: Array, micro_rows: int) -> torch.Tensor:
     """[micro-batches, micro_rows, …] over the array's memory; pinned where CUDA is, for copies beside computing."""
     if array.dtype == np.uint16:  # torch has few operations on uint16
         array = array.astype(np.int32)
-    tensor = torch.from_numpy(array).view(-1, micro_rows, array.shape[1])
+    tensor = torch.from_numpy(array).view(-1, micro_rows, *array.shape[1:])
     return tensor.pin_memory() if torch.cuda.is_available() else tensor

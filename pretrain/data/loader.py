@@ -12,9 +12,10 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.shards.reader import Dataset
 from pretrain.data.batches import Batcher, MicroBatch
@@ -51,6 +52,17 @@ class StepBatch:
         return self.micro_batches[0].tokens.shape[1]
 
 
+class Beside(Protocol):
+    """What is kept on disk for the positions of a run, such as a teacher's outputs. It is read ahead with the rows."""
+
+    @property
+    def rows(self) -> int:
+        """It is there for the positions 0 to rows - 1. Behind these, the run goes over the same rows again."""
+
+    def read(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Name → [n, …], for positions [n] below `rows`. Raises BadInput where it is damaged."""
+
+
 class Loader:
     """Iterates over the optimizer steps of one rank, without end. A thread prepares them ahead of the training.
 
@@ -64,6 +76,7 @@ class Loader:
         rank: of this process.
         world_size: how many processes share a global batch.
         steps: of the whole run, over which the masks and the length of rows change.
+        beside: what micro-batches hold beside their rows.
 
     Raises:
         BadInput: more ranks than rows in a global batch, a seed out of range, an empty train split;
@@ -78,6 +91,7 @@ class Loader:
         rank: int,
         world_size: int,
         steps: int = 1,
+        beside: Beside | None = None,
     ) -> None:
         if not 0 <= seed < 2**64:
             raise BadInput(f"seed: {seed} is not in 0 … 2^64-1")
@@ -96,7 +110,8 @@ class Loader:
         self._mixture = Mixture([entry.weight for entry in recipe.dataset])
         self._orders = [Order(split.shard_rows, seed, recipe.window_shards) for split in self._batcher.splits]
         self._dataset_rows = np.array([order.rows for order in self._orders])
-        self._fingerprint = _order_fingerprint(datasets, self._mixture, recipe.window_shards)
+        self._fingerprint = order_fingerprint(datasets, recipe)
+        self._beside = beside
         self._consumed = self._submitted = 0
         self._prefetch = recipe.prefetch
         step_tokens = self._count * self._micro_rows * datasets[0].seq_len
@@ -186,6 +201,8 @@ class Loader:
         counts = positions < last[:, None]
         # Rows that only fill up the shape repeat the last row, so no code after this meets a row of padding alone.
         positions = np.minimum(positions, last[:, None] - 1)
+        if self._beside is not None:
+            positions %= self._beside.rows
         dataset, places = self._mixture.at(positions.ravel())
         epochs, rows = np.empty_like(places), np.empty_like(places)
         for number in np.unique(dataset):
@@ -199,6 +216,7 @@ class Loader:
             counts=counts.ravel(),
             micro_rows=self._micro_rows,
             hide="mixed",
+            beside=None if self._beside is None else self._beside.read(positions.ravel()),
             **{key: values.repeat(positions.shape[1], axis=0) for key, values in masks.items()},
         )
         return [
@@ -217,10 +235,11 @@ class Loader:
         )
 
 
-def _order_fingerprint(datasets: Sequence[Dataset], mixture: Mixture, window_shards: int) -> str:
+def order_fingerprint(datasets: Sequence[Dataset], recipe: DataRecipe) -> str:
     """Everything that the order depends on beside the seed: the datasets, their slots in a mixture, and W."""
+    mixture = Mixture([entry.weight for entry in recipe.dataset])
     parts = [
         f"{dataset.fingerprint} x {slots}" if len(datasets) > 1 else dataset.fingerprint
         for dataset, slots in zip(datasets, mixture.slots, strict=True)
     ]
-    return f"{' + '.join(parts)} (window_shards {window_shards})"
+    return f"{' + '.join(parts)} (window_shards {recipe.window_shards})"

@@ -46,6 +46,11 @@ class DistillRecipe:
     layers: list[tuple[int, int]] | None = None
     """Pairs of a student's and a teacher's layer, from 1 (0: the embeddings); none: each of the student's layers i with
     the teacher's layer i · teacher's layers / student's layers."""
+    cache: str | None = None
+    """Folder of the teacher's outputs, made by `sharebert cache-teacher`; training reads them and loads no teacher.
+    none: the teacher runs in each step."""
+    repeat_cache: bool = False
+    """Allow a run with more rows than `cache` holds: it then trains on the cached rows again, with the same masks."""
 
     @property
     def uses_projections(self) -> bool:
@@ -66,6 +71,18 @@ class DistillPlan:
     layers: tuple[tuple[int, int], ...]
     relation_heads: int
 
+    @property
+    def state_layers(self) -> list[int]:
+        """The teacher's layers whose hidden states are needed."""
+        wanted = self.recipe.hidden or self.recipe.cosine
+        return sorted({theirs for _, theirs in self.layers}) if wanted else []
+
+    @property
+    def projection_layers(self) -> list[int]:
+        """The teacher's layers whose queries and keys are needed; with relations, the last pair's values too."""
+        pairs = self.layers if self.recipe.attention else self.layers[-1:] if self.recipe.relations else ()
+        return sorted({theirs for _, theirs in pairs})
+
 
 @dataclass(frozen=True)
 class _Shape:
@@ -85,6 +102,8 @@ def plan_distillation(recipe: DistillRecipe, student: ShareBertConfig, tokenizer
     if recipe.teacher is None:
         if used:
             raise BadInput(f"distill.{used[0]}: has a weight, but distill.teacher is not given")
+        if recipe.cache is not None:
+            raise BadInput("distill.cache: distill.teacher is not given; name the teacher that the cache was made with")
         return None
     if not used:
         raise BadInput(f"distill.teacher: no loss with it has a weight; give one of {', '.join(weights)}")

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.distill.losses import (
+from exports.distill_losses import (
     attention_loss,
     cosine_loss,
     hidden_loss,
     logits_loss,
     relations_loss,
     scores_of,
+    top_words_loss,
 )
 from pretrain.distill.recipe import DistillPlan
 from pretrain.distill.recording import RecordingForMaskedLM
@@ -92,9 +93,13 @@ class DistilledForMaskedLM(RecordingForMaskedLM):
             guessed = (scores.detach().argmax(-1) == labels).float()
             mlm = MlmOutput((loss_weights * entropies).sum(), (loss_weights * guessed).sum())
             words = self.plan.words
-            total = recipe.logits * logits_loss(
-                scores[:, :words], taught.logits[:, :words], loss_weights, recipe.temperature
-            )
+            if taught.words is None:
+                soft = logits_loss(scores[:, :words], taught.logits[:, :words], loss_weights, recipe.temperature)
+            else:
+                assert taught.rest is not None
+                kept = taught.logits, taught.words, taught.rest
+                soft = top_words_loss(scores[:, :words], *kept, loss_weights, recipe.temperature)
+            total = recipe.logits * soft
         else:
             mlm = self.mlm_loss(rows, labels, loss_weights)
             total = torch.zeros_like(mlm.loss_sum)

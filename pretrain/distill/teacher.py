@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from exports.distill_losses import Projections
 from exports.read import load_model
 from pretrain.data.batches import MicroBatch
-from pretrain.distill.losses import Projections
 from pretrain.distill.recipe import DistillPlan, read_teacher_config
 from pretrain.distill.recording import RecordingForMaskedLM
 from sharebert_common.errors import BadInput
@@ -27,6 +27,10 @@ class TeacherOutput(NamedTuple):
     """Queries, keys and values of a layer, by its number from 1."""
     score_scale: float
     """The factor on the products of queries and keys."""
+    words: Tensor | None = None
+    """[N, K], where only the likeliest words were kept: the words of the columns of `logits` [N, K]."""
+    rest: Tensor | None = None
+    """[N], where only these were kept: log Σ exp(logit / T) over all other words."""
 
 
 class Teacher(Protocol):
@@ -48,12 +52,9 @@ class _Frozen:
     """What both kinds share: the recipe's wishes, no gradients, and the precision of products."""
 
     def __init__(self, plan: DistillPlan, device: torch.device, within_documents: bool, precision: str) -> None:
-        recipe = plan.recipe
-        self.wants_logits = bool(recipe.logits)
-        states = bool(recipe.hidden or recipe.cosine)
-        self.states = sorted({theirs for _, theirs in plan.layers}) if states else []
-        pairs = plan.layers if recipe.attention else plan.layers[-1:] if recipe.relations else ()
-        self.projections = sorted({theirs for _, theirs in pairs})
+        self.wants_logits = bool(plan.recipe.logits)
+        self.states = plan.state_layers
+        self.projections = plan.projection_layers
         self.within_documents = within_documents
         self.device = device
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

@@ -56,8 +56,13 @@ class MaskedLM(ABC):
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
-def open_masked_lm(spec: str, device: torch.device) -> MaskedLM:
+def open_masked_lm(spec: str, device: torch.device, needed_by: str = "blimp") -> MaskedLM:
     """The masked language model in a folder.
+
+    Args:
+        spec: the folder.
+        device: where it will run.
+        needed_by: for messages, what needs an MLM head.
 
     Raises BadInput or ShareBertError: something is missing or damaged, or there is no MLM head or no mask token.
     """
@@ -66,9 +71,11 @@ def open_masked_lm(spec: str, device: torch.device) -> MaskedLM:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = Path(spec)
-    lm: MaskedLM = ShareBertLM(folder) if read_model_type(folder) == MODEL_TYPE else HuggingFaceLM(folder)
+    ours = read_model_type(folder) == MODEL_TYPE
+    kind: type[ShareBertLM] | type[HuggingFaceLM] = ShareBertLM if ours else HuggingFaceLM
+    lm: MaskedLM = kind(folder, needed_by)
     if lm.tokenizer.mask_token_id is None:
-        raise BadInput(f"{folder}: its tokenizer has no mask token, which blimp needs")
+        raise BadInput(f"{folder}: its tokenizer has no mask token, which {needed_by} needs")
     lm.model.eval().requires_grad_(False).to(device)
     return lm
 
@@ -76,12 +83,12 @@ def open_masked_lm(spec: str, device: torch.device) -> MaskedLM:
 class ShareBertLM(MaskedLM):
     """An export of this project; the code in the folder does not run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, needed_by: str) -> None:
         from transformers import PreTrainedTokenizerFast
 
         config = read_config(folder)
         if config.mlm_head == "none":
-            raise BadInput(f"{folder}: has no MLM head, which blimp needs; consolidate without --no-head")
+            raise BadInput(f"{folder}: has no MLM head, which {needed_by} needs; consolidate without --no-head")
         self.folder = folder
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self._model = self.model = load_model(folder)
@@ -103,7 +110,7 @@ class HuggingFaceLM(MaskedLM):
     takes_chosen: bool
     """Whether its head gets the wanted positions alone."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, needed_by: str) -> None:
         from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
         self.folder = folder
@@ -116,7 +123,7 @@ class HuggingFaceLM(MaskedLM):
         missing = sorted(loaded["missing_keys"])
         if missing:
             raise BadInput(
-                f"{folder}: has no MLM head, which blimp needs: '{missing[0]}' is not among its weights"
+                f"{folder}: has no MLM head, which {needed_by} needs: '{missing[0]}' is not among its weights"
                 if all(not name.startswith(f"{self.model.base_model_prefix}.") for name in missing)
                 else f"{folder}: '{missing[0]}' is not among its weights"
             )

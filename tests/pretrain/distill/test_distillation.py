@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_runs import losses, train_arguments, train_many
 
+from exports.distill_losses import cosine_loss, hidden_loss, logits_loss, relations_loss, scores_of
 from pretrain.checkpoint import format as checkpoint
 from pretrain.data.batches import MicroBatch
-from pretrain.distill.losses import cosine_loss, hidden_loss, logits_loss, relations_loss, scores_of
 from pretrain.distill.objective import Distillation, real_positions
 from pretrain.distill.recipe import DistillRecipe, plan_distillation
 from pretrain.distill.student import DistilledForMaskedLM
@@ -27,30 +27,6 @@ from sharebert_common.recipe import load
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def bert(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT with an MLM head and the dataset's vocabulary: width 24, 4 layers, 3 heads."""
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=301, hidden_size=24, num_hidden_layers=4, num_attention_heads=3, intermediate_size=40,
-        max_position_embeddings=32, initializer_range=0.2,
-    )  # fmt: skip
-    transformers.BertForMaskedLM(config).save_pretrained(folder)
-    shutil.copy(dataset / "tokenizer.json", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def export(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ShareBERT that was trained for 4 steps: width 48, 3 layers, 4 heads."""
-    folder = tmp_path_factory.mktemp("teacher")
-    keys = {"model__hidden_size": 40, "model__num_hidden_layers": 3, "model__vocab_pad_multiple": 480, "steps": 4}
-    train_many([{"overrides": train_arguments(dataset, folder / "run", **keys)}], 1, folder)
-    consolidate(folder / "run", folder / "export")
-    return folder / "export"
 
 
 def student_config(**changes: Any) -> ShareBertConfig:

@@ -1,4 +1,4 @@
-"""The losses between a student and its teacher, each a sum over positions that the caller weights.
+"""The losses between a student and its teacher, each a sum over positions or rows that the caller weights.
 
 Each is in nats or in the units of its values, and a mean over what belongs to one position, so that it does not depend
 on how rows are cut into micro-batches. All sums are float32.
@@ -21,6 +21,29 @@ def logits_loss(student: Tensor, teacher: Tensor, weights: Tensor, temperature: 
     """
     expected = F.log_softmax(teacher.float() / temperature, -1)
     found = F.log_softmax(student.float() / temperature, -1)
+    divergence = F.kl_div(found, expected, log_target=True, reduction="none").sum(-1)
+    return temperature**2 * (weights * divergence).sum()
+
+
+def top_words_loss(
+    student: Tensor, teacher: Tensor, words: Tensor, rest: Tensor, weights: Tensor, temperature: float
+) -> Tensor:
+    """As `logits_loss`, where of the teacher only some words are known, and all others count as one word.
+
+    Never more than `logits_loss`, and equal to it where all words but one are known.
+
+    Args:
+        student: logits [N, V].
+        teacher: logits [N, K] of `words`.
+        words: [N, K], K < V.
+        rest: [N], log Σ exp(logit / T) of the teacher over all other words.
+        weights: [N].
+        temperature: T.
+    """
+    expected = F.log_softmax(torch.cat((teacher.float() / temperature, rest.float()[:, None]), -1), -1)
+    all_found = F.log_softmax(student.float() / temperature, -1)
+    others = all_found.scatter(-1, words, -torch.inf).logsumexp(-1, keepdim=True)
+    found = torch.cat((all_found.gather(-1, words), others), -1)
     divergence = F.kl_div(found, expected, log_target=True, reduction="none").sum(-1)
     return temperature**2 * (weights * divergence).sum()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.distill import losses
+from exports import distill_losses as losses
 
 B, T, N, V = 2, 5, 4, 7
 WEIGHTS = torch.tensor([[1.0, 1.0, 0.5, 0.0, 1.0], [0.3, 1.0, 1.0, 1.0, 0.0]])
@@ -52,6 +52,40 @@ def test_logits(temperature: float) -> None:
         return total
 
     same(lambda x: losses.logits_loss(x, teacher, weights, temperature), by_loops, student)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_logits_of_some_words(temperature: float) -> None:
+    student, teacher, weights = made(N, V), made(N, V), torch.tensor([1.0, 0.0, 0.5, 1.0])
+    top = teacher.topk(3)
+    rest = torch.tensor(
+        [
+            math.log(sum(math.exp(teacher[n, v] / temperature) for v in range(V) if v not in top.indices[n].tolist()))
+            for n in range(N)
+        ]
+    )
+
+    def by_loops(given: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for n in range(N):
+            p = softmax([teacher[n, v] / temperature for v in range(V)])
+            q = softmax([given[n, v] / temperature for v in range(V)])
+            kept = top.indices[n].tolist()
+            others = [v for v in range(V) if v not in kept]
+            pairs = [(p[v], q[v]) for v in kept] + [(sum(p[v] for v in others), sum(q[v] for v in others))]  # type: ignore[misc]
+            total = total + weights[n] * temperature**2 * sum(a * (a / b).log() for a, b in pairs)
+        return total
+
+    def ours(given: Tensor) -> Tensor:
+        return losses.top_words_loss(given, top.values, top.indices, rest, weights, temperature)
+
+    same(ours, by_loops, student)
+    full = losses.logits_loss(student, teacher, weights, temperature)
+    assert 0 < ours(student) < full
+    all_but_one = teacher.topk(V - 1)
+    last = teacher.amin(-1) / temperature
+    found = losses.top_words_loss(student, all_but_one.values, all_but_one.indices, last, weights, temperature)
+    torch.testing.assert_close(found, full, rtol=1e-5, atol=1e-6)
 
 
 def test_hidden_and_cosine() -> None:
