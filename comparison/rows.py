@@ -21,8 +21,8 @@ from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import load, plain
 
 AFTER_FINE_TUNING = ("trim", "quantise", "dense", "awq", "onnx", "onnx_int8")
-"""Steps whose result cannot be fine-tuned, or would lose by it what they gained: from the first of them on, the steps of a
-recipe are applied to the fine-tuned classifiers."""
+"""Steps whose result cannot be fine-tuned, or would lose by it what they gained: from the first of them on, the steps
+of a recipe are applied to the fine-tuned classifiers."""
 
 BEFORE = ".before"
 """Ends the name of a row's model before those steps."""
@@ -97,16 +97,11 @@ def checked(recipe: CompareRecipe) -> list[Row]:
             rows.append(Row(name, asked, None, *_steps(name, asked, recipe, places)))
     by_name = {row.name: row for row in rows}
     for row in rows:
-        if row.trial is None and by_name[row.of].after is not None:
-            raise BadInput(
-                f"rows.{row.name}.of: '{row.of}' is quantised or in another form; name a row before such steps"
-            )
-        if row.asked.teacher is not None and by_name[row.asked.teacher].after is not None:
-            raise BadInput(f"rows.{row.name}.teacher: '{row.asked.teacher}' is quantised; name a row before such steps")
-        if row.asked.task_teacher is not None and by_name[row.asked.task_teacher].after is not None:
-            raise BadInput(
-                f"rows.{row.name}.task_teacher: '{row.asked.task_teacher}' is quantised; name a row before such steps"
-            )
+        for key in ("of", "teacher", "task_teacher"):
+            other = getattr(row.asked, key)
+            if other is not None and by_name[other].after is not None:
+                steps = ", ".join(AFTER_FINE_TUNING)
+                raise BadInput(f"rows.{row.name}.{key}: name a row without the steps {steps}; '{other}' has one")
         for task in recipe.tasks:
             evaluation(recipe, row, task, recipe.seeds[0])
     return rows

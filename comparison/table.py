@@ -17,9 +17,10 @@ from comparison.rows import BEFORE, Places, Row
 from comparison.text import to_text
 from compress.measure import Measured
 from compress.report import read_report, result_row
+from pretrain.distill.recipe import DistillRecipe
+from pretrain.flops import flops_per_token
 from pretrain.plan.estimate import PLAN_DEFAULTS, Assumptions, make_plan
 from pretrain.recipe import TrainRecipe
-from pretrain.sweep.table import rows_of
 from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
 from sharebert_common.recipe import load, plain
@@ -96,11 +97,13 @@ def _trained(row: Row, recipe: CompareRecipe) -> Line:
     line = Line(name=row.name, made=f"{row.asked.train}{learns}")
     run = row.trial.run
     state = peek_state(run)
-    found = rows_of({row.name: [run]}, None) if state["state"] == "finished" else []
-    if found:
-        training = row.trial.recipe
-        line.tokens = training.steps * training.data.global_batch * training.resolve(needs_data=False).seq_len
-        line.flops = found[0].flops_a_step * training.steps
+    if state["state"] == "finished":
+        asked, training = row.trial.recipe, dataclasses.replace(row.trial.recipe, distill=DistillRecipe()).resolve()
+        line.tokens = asked.steps * asked.data.global_batch * training.seq_len
+        micro_tokens = training.micro_rows * training.seq_len
+        line.flops = line.tokens * flops_per_token(
+            training.model.config, training.seq_len, asked.data.highest_mask_rate, micro_tokens
+        )
     notes = _notes(Places(Path(recipe.folder)).model(row.name, trained=True))
     if notes is None:
         line.state = f"training, step {state['step']:,} of {row.trial.recipe.steps:,}" if state["step"] else "not run"

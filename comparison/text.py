@@ -51,7 +51,7 @@ def table(lines: Sequence[Line], recipe: CompareRecipe) -> str:
 
 
 def best(lines: Sequence[Line]) -> list[str]:
-    """A line for the smallest and one for the fastest of the compressed rows that keep enough of their source's score."""
+    """A line for the smallest and one for the fastest of the rows that keep enough of their source's score."""
     fit = [line for line in lines if line.of_source is not None and line.of_source >= ENOUGH]
     found = []
     sized = [line for line in fit if line.bytes is not None]
