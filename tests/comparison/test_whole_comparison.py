@@ -20,6 +20,7 @@ DISTIL = {"distil": {"steps": 20, "rows": 8, "losses": {"logits": 1.0}}}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_tiny_table_whole(dataset: Path, tmp_path: Path) -> None:
     base = str(base_recipe(tmp_path, dataset))
     recipes = {
@@ -56,7 +57,7 @@ def test_a_tiny_table_whole(dataset: Path, tmp_path: Path) -> None:
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     written = (out / "exports" / "bert" / "model.safetensors").stat().st_mtime_ns
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
     assert again.returncode == 0, again.stderr[-4000:]
     assert (out / "exports" / "bert" / "model.safetensors").stat().st_mtime_ns == written
     assert (out / "comparison.md").read_text() == again.stdout
