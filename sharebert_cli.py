@@ -320,6 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
     parser = argparse.ArgumentParser(
         prog="sharebert",
+        usage=argparse.SUPPRESS,  # without it, all verbs fit a screen of 24 lines
         description="Pretrain compact ShareBERT encoders. `sharebert VERB --help` shows keys and an example.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=100),
     )
@@ -329,7 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHELL",
         help="print the script that completes words in bash, zsh or tcsh",
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", prog="sharebert")
 
     def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
