@@ -151,6 +151,15 @@ def compress(given: argparse.Namespace) -> int:
     return FINISHED
 
 
+def compare(given: argparse.Namespace) -> int:
+    from comparison.recipe import CompareRecipe
+    from comparison.run import compare
+
+    code, text = compare(load(CompareRecipe, given.config, given.overrides), only_table=given.table)
+    print(text)
+    return code
+
+
 def fill(given: argparse.Namespace) -> int:
     from exports.fill import fill
 
@@ -300,6 +309,7 @@ EXAMPLES = {
     "evaluate": "evaluate exports/small --task sst2 --data glue/SST-2",
     "sweep": "sweep ladder",
     "compress": "compress exports/small compress/int8 exports/small-int8",
+    "compare": "compare compare/table dataset=data/corpus folder=out/compare",
     "fill": "fill 'The capital of France is [MASK].' exports/small",
 }
 """One example of each verb, shown in its help."""
@@ -493,6 +503,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--check", action="store_true", help="compute the numbers of the report in OUT again")
     sub.set_defaults(help_text="compress.recipe:describe_all", words_are="words")
+    sub = verb("compare", compare, "Train, compress and score the rows of a table, or resume it.")
+    _with_config(sub, "comparison.recipe:CompareRecipe")
+    sub.add_argument("--table", action="store_true", help="make nothing: the table of what there is now")
     sub = verb("fill", fill, "Fill [MASK] in a text.")
     sub.add_argument("text", help="a text with [MASK]")
     sub.add_argument("export", type=_path, help="directory of an export")

@@ -13,6 +13,7 @@ static        the reference of a vector for each word
 latency       time and memory of a model, in a process of its own
 report        the report as a table, JSON, a picture and curves, and its check
 quantise      the step that stores the factors in a few bits a number
+distil        the step that trains a model further with a teacher
 trim          the step that leaves out parameters that change no output
 prune         steps that remove heads, columns and layers, or set weights to zero
 low_rank      steps that replace matrices by products of smaller ones

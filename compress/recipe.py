@@ -63,6 +63,8 @@ class CompressRecipe:
     """Rows of a train split for steps that look at activations; a plain value means calibration.dataset."""
     validation: RowsRecipe = field(default_factory=RowsRecipe)
     """Held-out rows for the masked-language-model loss; a plain value means validation.dataset."""
+    teacher: str | None = None
+    """Folder of the model that steps named `distil` learn from: an export, or a Hugging Face encoder."""
     task: Annotated[EvaluateRecipe | None, BeforeValidator(_with_path)] = None
     """A task that every model is fine-tuned and scored on: the keys of `sharebert evaluate`; none: no task."""
     report: ReportRecipe = field(default_factory=ReportRecipe)

@@ -36,8 +36,8 @@ def compress(folder: Path, recipe: CompressRecipe, out: Path) -> str:
     The result of every step is kept in `out`.steps, and taken up again if the command is called again after it was
     killed. It is removed once `out` is whole, unless the recipe keeps it.
 
-    Raises BadInput before the first step: no model in `folder`, a step that cannot take what it would get, a dataset
-    of another tokenizer, too little disk, `out` holds something else.
+    Raises BadInput before the first step: no model in `folder`, a step that cannot take what it would get, no teacher
+    for a step that needs one, a dataset of another tokenizer, too little disk, `out` holds something else.
     """
     source = open_source(folder)
     steps = [step_of(given, f"steps.{number}") for number, given in enumerate(recipe.steps)]
@@ -79,6 +79,10 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
             raise BadInput(f"calibration.dataset: {name} looks at rows of text as it is set here; name a dataset")
         if step.needs_validation and recipe.validation.dataset is None:
             raise BadInput(f"validation.dataset: {name} looks at the loss as it is set here; name a dataset")
+        if step.needs_teacher and recipe.teacher is None:
+            raise BadInput(f"teacher: {name} learns from a teacher; name its folder")
+    if recipe.teacher is not None:
+        open_source(Path(recipe.teacher))
     for key in ("calibration", "validation"):
         rows = getattr(recipe, key)
         if rows.dataset is not None:
@@ -120,6 +124,9 @@ def run_step(
         "source": digest(files),
         "version": version("sharebert"),
     }
+    if step.needs_teacher:
+        assert recipe.teacher is not None  # `check_all` has looked
+        identity["teacher"] = digest(model_files(checksums(Path(recipe.teacher))))
     record = place.result(identity, say)
     if record is None:
         step.check(source)

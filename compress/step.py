@@ -42,6 +42,14 @@ class Tools(Protocol):
         """
         ...
 
+    def calibration_dataset(self) -> Path:
+        """The folder of the calibration dataset, for a step that trains on all of it. Raises BadInput as above."""
+        ...
+
+    def teacher(self) -> Path:
+        """The folder of the recipe's teacher. Raises BadInput: the recipe names none."""
+        ...
+
     def masked_lm_loss(self, folder: Path) -> float:
         """The loss in nats of the model in `folder` on the validation rows of the report."""
         ...
@@ -52,7 +60,7 @@ class Tools(Protocol):
 
 
 class NeedsNoRows:
-    """A base of steps that ask neither for calibration nor for validation rows; a step overrides what it does need."""
+    """A base of steps that ask for no rows and no teacher; a step overrides what it does need."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -62,6 +70,11 @@ class NeedsNoRows:
     @property
     def needs_validation(self) -> bool:
         """See `Step.needs_validation`."""
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """See `Step.needs_teacher`."""
         return False
 
 
@@ -76,6 +89,11 @@ class Step(Protocol):
     @property
     def needs_validation(self) -> bool:
         """Whether it asks for the loss on validation rows, so that a recipe without them is refused before any work."""
+        ...
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it learns from a teacher, so that a recipe without one is refused before any work."""
         ...
 
     def check(self, source: Source) -> None:

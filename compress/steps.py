@@ -9,6 +9,7 @@ from compress.dense.awq import Awq
 from compress.dense.onnx_int8 import OnnxInt8
 from compress.dense.to_dense import ToDense
 from compress.dense.to_onnx import ToOnnx
+from compress.distil import Distil
 from compress.low_rank.factor_step import LowerFactor
 from compress.low_rank.pc_lora_step import PcLora
 from compress.low_rank.step import LowRankStep
@@ -21,6 +22,7 @@ from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import describe, parse
 
 STEPS: dict[str, type[Any]] = {
+    "distil": Distil,
     "trim": Trim,
     "lower_factor": LowerFactor,
     "low_rank": LowRankStep,

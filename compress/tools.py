@@ -34,15 +34,29 @@ class RecipeTools:
         """See `Tools.calibration`: rows spread evenly over the train split, read once."""
         return self._calibration_rows
 
+    @property
+    def _calibration(self) -> RowsRecipe:
+        if self.recipe.calibration.dataset is None:
+            raise BadInput("calibration.dataset: this step looks at activations; name a dataset")
+        return self.recipe.calibration
+
     @functools.cached_property
     def _calibration_rows(self) -> Tensor:
-        rows = self.recipe.calibration
-        if rows.dataset is None:
-            raise BadInput("calibration.dataset: this step looks at activations; name a dataset")
+        rows = self._calibration
         split = open_rows("calibration", rows, self.model).split("train")
         count = min(rows.rows, split.rows)
         tokens, _ = split.read(np.arange(count) * split.rows // count)
         return torch.from_numpy(np.asarray(tokens).astype(np.int64))
+
+    def calibration_dataset(self) -> Path:
+        """See `Tools.calibration_dataset`."""
+        return open_rows("calibration", self._calibration, self.model).path
+
+    def teacher(self) -> Path:
+        """See `Tools.teacher`."""
+        if self.recipe.teacher is None:
+            raise BadInput("teacher: this step learns from a teacher; name its folder")
+        return Path(self.recipe.teacher)
 
     def masked_lm_loss(self, folder: Path) -> float:
         """See `Tools.masked_lm_loss`. Raises BadInput: no dataset was named, or the model has no such head."""

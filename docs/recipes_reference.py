@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from cluster.recipe import ClusterRecipe
+from comparison.recipe import CompareRecipe
 from compress.recipe import CompressRecipe
 from compress.steps import STEPS
 from data_prep.recipe import PrepRecipe
@@ -24,6 +25,7 @@ RECIPES = {
     "sharebert submit --cluster": ClusterRecipe,
     "sharebert evaluate --recipe": EvaluateRecipe,
     "sharebert compress": CompressRecipe,
+    "sharebert compare": CompareRecipe,
 }
 """Command → the recipe that it takes."""
 

@@ -23,6 +23,7 @@ from doc_commands import ROOT, Block, all_blocks, commands
 
 import sharebert_cli
 from cluster.recipe import ClusterRecipe
+from comparison.recipe import CompareRecipe
 from compress.recipe import CompressRecipe
 from data_prep.recipe import PrepRecipe
 from pretrain.recipe import TrainRecipe
@@ -34,7 +35,7 @@ BLOCKS = all_blocks()
 COMMANDS = sorted({(block.page, command) for block in BLOCKS for command in commands(block) if " " in command})
 PYTHON = [block for block in BLOCKS if block.language == "python" or block.text.startswith(("from ", "import "))]
 FILES = ("json", "jsonl", "png", "onnx", "yaml", "html", "md", "data", "safetensors")
-RECIPES = (PrepRecipe, TrainRecipe, SweepRecipe, EvaluateRecipe, CompressRecipe, ClusterRecipe)
+RECIPES = (PrepRecipe, TrainRecipe, SweepRecipe, EvaluateRecipe, CompressRecipe, CompareRecipe, ClusterRecipe)
 
 STAGES = {
     "data_prep.pipeline.prepare": "",
@@ -49,6 +50,7 @@ STAGES = {
     "scoring.score.evaluate": "",
     "compress.run.compress": "",
     "compress.report.check": "",
+    "comparison.run.compare": (0, ""),
     "exports.fill.fill": [],
     "cluster.submit.submit": [],
     "cluster.submit.submit_prep": [],
@@ -108,7 +110,7 @@ def without_synopsis(command: str) -> list[str]:
 def test_the_docs_hold_the_commands_of_every_verb() -> None:
     shown = {command.split()[1] for _, command in COMMANDS if command.startswith("sharebert ")}
     assert shown >= {"prep", "train", "plan", "submit", "status", "logs", "stop", "report", "consolidate", "sweep"}
-    assert shown >= {"evaluate", "compress", "fill"}
+    assert shown >= {"evaluate", "compress", "compare", "fill"}
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)

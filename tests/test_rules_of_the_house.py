@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pretrain": {"sharebert_common", "sharebert", "exports", "data_prep.shards"},
     "scoring": {"sharebert_common", "sharebert", "exports"},
     "compress": {"sharebert_common", "sharebert", "exports", "data_prep", "pretrain", "scoring"},
+    "comparison": {"sharebert_common", "sharebert", "exports", "data_prep", "pretrain", "scoring", "compress"},
     "cluster": {"sharebert_common"},
 }
 """The floors, from the ground up. A dotted name allows that module alone."""

@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from compress.dense.runtime import batches
 from compress.dense.smooth import smooth
 from compress.source import copy_model
-from compress.step import FormName, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.files import CONFIG
 from exports.onnx import FILE
 from sharebert_common.errors import BadInput
@@ -36,7 +36,7 @@ QUANTISED = ("MatMul", "Gemm", "Gather")
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class OnnxInt8:
+class OnnxInt8(NeedsNoRows):
     """Products in int8, for speed on a CPU."""
 
     mode: Literal["dynamic", "static"] = "dynamic"

@@ -94,7 +94,8 @@ class PcLora(NeedsNoRows):
             parameter.requires_grad_()
         self.train(student, teacher, fading, trained, rows, tools)
         write_export(with_products(_with_biases(export, student), self.rank, fading.products()), out)
-        return {"rank": self.rank, "steps": self.steps}
+        order = _order(len(rows), self.steps, tools.seed)
+        return {"rank": self.rank, "steps": self.steps, "tokens": sum(rows[n].tokens.numel() for n in order)}
 
     def fading(self, model: ShareBertForMaskedLM, rows: list[Batch]) -> FadingMatrices:
         """The matrices of the model, and the products at the start."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from tiny_models import TINY, tiny_config, tiny_model
+from tiny_models import TINY, tiny_config, tiny_model, tiny_tokenizer
 
+from exports.dense import Dense
 from exports.dense_model import DenseBert, dense_shapes, dense_tensors
+from exports.export import Export
+from exports.forms import write_export
 from sharebert import ShareBertForMaskedLM, initialize
 
 SQUARES, WIDE = 4 * TINY["hidden_size"] ** 2, 2 * TINY["hidden_size"] * TINY["intermediate_size"]
@@ -43,3 +48,16 @@ def test_the_dense_form_is_the_same_function(sharing: str) -> None:
     with torch.no_grad():
         wanted = model.sharebert(tokens).hidden
         torch.testing.assert_close(plain(tokens).hidden, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_transformers_takes_the_dense_form_of_a_bert(tmp_path: Path) -> None:
+    """Stock megatron_bert, with no remote code, has the logits of the model whose layers have matrices of their own."""
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model(sharing="none", mlm_head="tied", attention_scale="standard").eval()
+    write_export(Export.of_model(model, tokenizer=tiny_tokenizer(tmp_path)), tmp_path / "dense", Dense())
+    stock, report = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert type(stock).__name__ == "MegatronBertForMaskedLM"
+    assert not report["missing_keys"]
+    tokens = torch.randint(5, 250, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(stock.eval()(tokens).logits, model.logits(tokens), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,9 @@
+"""A table of models that are trained, distilled, compressed and scored by this project: `sharebert compare`.
+
+recipe   what is compared: the rows, the tasks, the published figures, the trainings that are only planned
+rows     the rows, checked: what each is made of, and what it needs of the rows before it
+lines    what the table says about a row
+run      makes all rows, one piece after the other; goes on after a kill
+table    the table, computed from the files of the pieces alone
+text     the table as Markdown
+"""

@@ -1,0 +1,280 @@
+"""A comparison goes on after a kill at any piece, and its table is what the files of its pieces say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+from small_comparison import QUANTISE, base_recipe, small
+
+import comparison.run
+import compress.report
+from comparison.lines import Line
+from comparison.recipe import CompareRecipe
+from comparison.rows import checked
+from comparison.run import compare
+from comparison.text import best
+from compress.step_folders import StepFolder
+from data_prep.shards.reader import open_dataset
+from exports.export import Export
+from exports.forms import write_export
+from pretrain.flops import flops_per_token
+from pretrain.recipe import TrainRecipe
+from pretrain.sweep.recipe import Trial
+from sharebert import ShareBertForMaskedLM, initialize
+from sharebert_common.errors import FAILED, FINISHED, STOPPED, BadInput
+from sharebert_common.recipe import load, to_yaml
+
+
+class Trainings:
+    """Stand-ins of trainings: each leaves a finished run, whose export has the weights at the start."""
+
+    def __init__(self, code: int = FINISHED) -> None:
+        self.begun: list[str] = []
+        self.code = code
+
+    def run_all(self, trials: Sequence[Trial], report: Any) -> int:
+        (trial,) = trials
+        if (trial.run / "state.json").exists():
+            return FINISHED
+        self.begun.append(trial.row)
+        if self.code != FINISHED:
+            return self.code
+        trial.run.mkdir(parents=True)
+        (trial.run / "config.yaml").write_text(to_yaml(trial.recipe))
+        steps = trial.recipe.steps
+        lines = [{"step": steps, "valid_loss": 5.0}, {"step": steps, "loss": 5.0, "step_s": 0.5}]
+        (trial.run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (trial.run / "state.json").write_text(json.dumps({"state": "finished", "step": steps}))
+        return FINISHED
+
+    @staticmethod
+    def consolidate(run: Path, out: Path) -> Path:
+        recipe = load(TrainRecipe, run / "config.yaml")
+        model = ShareBertForMaskedLM(recipe.resolve().model.config)
+        initialize(model, "variance", 0)
+        dataset = open_dataset(recipe.data.dataset[0].path)
+        write_export(Export.of_model(model, tokenizer=dataset.tokenizer_path), out)
+        return out
+
+
+@pytest.fixture(scope="module")
+def trainings() -> Iterator[Trainings]:
+    made = Trainings()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison.run, "run_all", made.run_all)
+        patch.setattr(comparison.run, "consolidate", made.consolidate)
+        patch.setattr(compress.report, "write_picture", lambda *_: None)  # seconds, and not looked at here
+        yield made
+
+
+def written(folder: Path, dataset: Path) -> CompareRecipe:
+    """A recipe of four rows, in `folder`."""
+    base = str(base_recipe(folder, dataset))
+    (folder / "int4.yaml").write_text(json.dumps({"steps": ["trim", QUANTISE]}))
+    (folder / "pruned.yaml").write_text(
+        json.dumps({"steps": [{"prune_structure": {"layers": 1}}, QUANTISE], "calibration": {"rows": 16}})
+    )
+    rows = {
+        "bert": {"train": base, "keys": {"model.sharing": "none"}},
+        "veps": {"train": base},
+        "veps-int4": {"of": "veps", "compress": str(folder / "int4.yaml")},
+        "veps-pruned": {"of": "veps", "compress": str(folder / "pruned.yaml")},
+    }
+    planned = {"small": {"base": "sharebert-small"}}
+    published = [{"model": "TinyBERT", "figure": "96.8 %", "source": "a paper"}]
+    return small(folder, dataset, rows, planned=planned, published=published)
+
+
+@pytest.fixture
+def recipe(dataset: Path, tmp_path: Path) -> CompareRecipe:
+    return written(tmp_path, dataset)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path, trainings: Trainings, tmp_path_factory: pytest.TempPathFactory) -> tuple[CompareRecipe, str]:
+    """A comparison that nothing disturbed, and its table."""
+    made = written(tmp_path_factory.mktemp("whole"), dataset)
+    code, text = compare(made)
+    assert code == FINISHED
+    return made, text
+
+
+@pytest.fixture(autouse=True)
+def _from_the_start(trainings: Trainings) -> None:
+    trainings.begun.clear()
+    trainings.code = FINISHED
+
+
+class Killed(BaseException):
+    """The process is killed."""
+
+
+def rows_in(recipe: CompareRecipe) -> list[dict[str, Any]]:
+    content = json.loads((Path(recipe.folder) / "comparison.json").read_text())
+    return content["rows"]  # type: ignore[no-any-return]
+
+
+def test_a_comparison_killed_at_any_piece_goes_on(
+    whole: tuple[CompareRecipe, str], recipe: CompareRecipe, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed before the record of each third piece is written; pieces with a record are not made again."""
+    finish, finished, calls = StepFolder.finish, [], 0
+
+    def stops(self: StepFolder, identity: dict[str, Any], notes: dict[str, Any]) -> dict[str, Any]:
+        nonlocal calls
+        inside = "scratch" in str(self.parent) or ".steps" in str(self.parent)  # a step inside a piece
+        calls += not inside
+        if not inside and calls % 3 == 0:
+            raise Killed
+        record = finish(self, identity, notes)
+        if not inside:
+            finished.append(str(self.model))
+        return record
+
+    monkeypatch.setattr(StepFolder, "finish", stops)
+    kills = 0
+    while True:
+        try:
+            code, again = compare(recipe)
+            break
+        except Killed:
+            kills += 1
+            assert kills < 50
+    assert kills >= 4
+    assert code == FINISHED
+    assert trainings.begun == ["bert", "veps"]
+    assert len(finished) == len(set(finished)), "a whole piece was made again"
+    expected = [{**line, "made": ""} for line in rows_in(whole[0])]
+    assert [{**line, "made": ""} for line in rows_in(recipe)] == expected
+    assert "Not whole" not in again
+
+
+def test_the_table_is_what_the_files_say(whole: tuple[CompareRecipe, str]) -> None:
+    recipe, text = whole
+    out = Path(recipe.folder)
+    assert (out / "comparison.md").read_text() == text + "\n"
+    lines = {line["name"]: line for line in rows_in(recipe)}
+    for name, line in lines.items():
+        model = out / ("exports" if name in ("bert", "veps") else "compressed") / name
+        assert line["bytes"] == (model / "model.safetensors").stat().st_size
+        seeds = [json.loads((out / f"classifiers/{name}/sst2/seed-{s}.json").read_text()) for s in (1, 2)]
+        values = [seed["notes"]["scores"]["dev accuracy"][0] for seed in seeds]
+        assert line["scores"]["sst2"] == values
+        assert line["score"] == mean(values)
+        assert f" {100 * mean(values):.1f} ± {100 * stdev(values):.1f} |" in text
+        assert line["of_reference"] == pytest.approx(mean(values) / mean(lines["bert"]["scores"]["sst2"]))
+        assert line["state"] == ""
+    assert lines["veps-int4"]["of_source"] == pytest.approx(lines["veps-int4"]["score"] / lines["veps"]["score"])
+    assert lines["bert"]["of_source"] is None
+    assert lines["veps-int4"]["bytes"] < lines["veps"]["bytes"]
+    report = json.loads((out / "compressed" / "veps-int4" / "report.json").read_text())
+    assert lines["veps-int4"]["loss"] == report["rows"][-1]["loss"]
+    config = next(row for row in checked(recipe) if row.name == "bert").trial.recipe.resolve().model.config  # type: ignore[union-attr]
+    tokens = 30 * 10 * 32
+    assert lines["bert"]["tokens"] == tokens
+    assert lines["bert"]["flops"] == pytest.approx(tokens * flops_per_token(config, 32, 0.15, 10 * 32))
+    assert lines["veps-pruned"]["tokens"] == tokens
+    with_own = json.loads((out / "exports" / "bert" / "config.json").read_text())
+    assert with_own["sharing"] == "none"
+
+
+def test_seeds_have_the_rate_that_the_first_one_chose(whole: tuple[CompareRecipe, str]) -> None:
+    recipe, _ = whole
+    places = [Path(recipe.folder) / f"classifiers/bert/sst2/seed-{seed}.json" for seed in (1, 2)]
+    first, second = (json.loads(place.read_text()) for place in places)
+    assert first["notes"]["lr"] in (1e-3, 3e-3)
+    assert second["identity"]["evaluate"]["finetune"]["lr"] == [first["notes"]["lr"]]
+
+
+def test_a_row_that_fails_leaves_the_others(
+    recipe: CompareRecipe, trainings: Trainings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_all = trainings.run_all
+    monkeypatch.setattr(
+        comparison.run, "run_all", lambda given, report: FAILED if given[0].row == "veps" else run_all(given, report)
+    )
+    recipe.tasks.clear()
+    code, text = compare(recipe)
+    assert code == FAILED
+    said = capsys.readouterr().err
+    assert "veps: the training failed" in said
+    assert "veps-int4: not made, because veps was not" in said
+    assert "- veps: not run" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| veps-int4 |")]
+    assert row.count("not run") == 9  # every number: there is no task and no latency here
+    assert "- bert:" not in text
+
+
+def test_a_stop_ends_the_comparison(recipe: CompareRecipe, trainings: Trainings) -> None:
+    trainings.code = STOPPED
+    code, text = compare(recipe)
+    assert code == STOPPED
+    assert trainings.begun == ["bert"]
+    assert "- bert: not run" in text
+
+
+def test_a_run_of_other_keys_is_refused(
+    recipe: CompareRecipe, trainings: Trainings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.tasks, recipe.rows = {}, {"bert": recipe.rows["bert"]}
+    assert compare(recipe)[0] == FINISHED
+    recipe.rows["bert"].keys["optimizer.lr"] = 0.5
+    assert compare(recipe)[0] == FAILED
+    assert "was trained with other keys than the row has now; remove it" in capsys.readouterr().err
+
+
+def line(name: str, **values: Any) -> Line:
+    return Line(name=name, made="x", source="veps", **values)
+
+
+def test_the_best_rows_keep_97_percent_of_the_score() -> None:
+    rows = [
+        line("small", bytes=10, of_source=0.969, latency_ms={"onnxruntime": {"1x32": 1.0}}),
+        line("middle", bytes=20, of_source=0.97, latency_ms={"onnxruntime": {"1x32": 3.0}}),
+        line("large", bytes=30, of_source=1.0, latency_ms={"pytorch": {"1x32": 9.0}, "onnxruntime": {"1x32": 2.0}}),
+        Line(name="veps", made="x", bytes=1, latency_ms={"pytorch": {"1x32": 0.1}}),
+    ]
+    assert best(rows) == [
+        "Smallest file with 97% or more of its source's score: middle, 0.000 MB.",
+        "Least time with 97% or more of its source's score: large, 2.0 ms (onnxruntime).",
+    ]
+
+
+def test_what_was_not_measured_here_is_marked(recipe: CompareRecipe, trainings: Trainings) -> None:
+    text = compare(recipe, only_table=True)[1]
+    assert trainings.begun == []
+    measured, estimated = text.split("Estimated, not run")
+    assert "4,982,272" not in measured
+    assert "| small | 4,983,040 | 11,776,000,000 |" in estimated
+    assert "Published by others, not measured here:\n\n| model | figure | source |" in estimated
+    assert "| TinyBERT | 96.8 % | a paper |" in estimated
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"of": "vepss", "compress": "compress/int8"}, r"rows\.x\.of: no row 'vepss' above this one; did you mean"),
+        ({"of": "veps-int4", "compress": "compress/int8"}, r"rows\.x\.of: name a row without the steps trim, quantise"),
+        ({"of": "veps", "compress": "compress/int9"}, r"rows\.x: compress/int9: no such recipe"),
+        ({"of": "veps", "compress": "compress/smallest"}, r"rows\.x\.teacher: the step distil learns from a teacher"),
+        ({"compress": "compress/int8"}, r"rows\.x\.of: goes together with compress"),
+        ({"train": "demo", "compress": "compress/int8"}, r"rows\.x: give either train, or compress and of"),
+        ({"train": "demo", "keys": {"stepz": 3}}, r"stepz: unknown key; did you mean 'steps'"),
+        ({"train": "demo", "teacher": "nobody"}, r"rows\.x\.teacher: no row 'nobody' above"),
+        ({"of": "veps", "compress": "compress/int8", "finetune": {"epochz": 1}}, r"rows\.x\.finetune: .*epochz"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_made(
+    recipe: CompareRecipe, dataset: Path, tmp_path: Path, trainings: Trainings, row: dict[str, Any], message: str
+) -> None:
+    content = json.loads((tmp_path / "table.yaml").read_text())
+    content["rows"]["x"] = row
+    (tmp_path / "wrong.yaml").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=message):
+        compare(load(CompareRecipe, tmp_path / "wrong.yaml"))
+    assert trainings.begun == []
