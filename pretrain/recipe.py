@@ -21,6 +21,7 @@ from pretrain.faults.recipe import FaultsRecipe
 from pretrain.model import ModelChoice, ModelRecipe, choose_model, refuse_other_tokenizer
 from pretrain.run.metric_log import MonitorRecipe
 from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate
+from sharebert import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -112,21 +113,31 @@ class TrainRecipe:
         exists = any("://" in entry.path or Path(entry.path).exists() for entry in self.data.dataset)
         datasets = open_datasets(self.data) if needs_data or exists else []
         micro_batches, micro_rows = micro_shape(self.data, world_size)
-        if self.optimizer.muon.generated and self.model.sharing in ("layers", "none"):
-            raise BadInput(
-                "optimizer.muon.generated: model.sharing generates no matrices; use veps or eps, or AdamW alone"
-            )
         if not datasets:
             model = choose_model(self.model, None, None)
+            self._check_sharing(model.config)
             self.data.row_length.check(model.config.max_position_embeddings)
             return ResolvedTraining([], model, model.config.max_position_embeddings, micro_batches, micro_rows)
         refuse_nothing_to_validate(datasets, self.validate)
         self.data.row_length.check(datasets[0].seq_len)
         model = choose_model(self.model, datasets[0].vocab_size, datasets[0].seq_len)
+        self._check_sharing(model.config)
         refuse_other_tokenizer(model, datasets[0])
         distill = plan_distillation(self.distill, model.config, datasets[0].tokenizer_path)
         cache = None if distill is None else self._open_cache(distill, datasets)
         return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows, distill, cache)
+
+    def _check_sharing(self, config: ShareBertConfig) -> None:
+        if config.generates:
+            return
+        if self.optimizer.muon.generated:
+            raise BadInput(
+                "optimizer.muon.generated: model.sharing generates no matrices; use veps or eps, or AdamW alone"
+            )
+        if self.zero.stage == 3:  # it gathers a module's parameters for that module alone, and layers use another's
+            raise BadInput(
+                f"zero.stage: 3 is for matrices that are generated (veps, eps), not for {config.sharing}; use stage 2"
+            )
 
     def check(self, world_size: int) -> None:
         """Find what is wrong, as `resolve` does, on a machine that does not train: no dataset is copied into a cache.

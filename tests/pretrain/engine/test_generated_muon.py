@@ -77,6 +77,14 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
         load(TrainRecipe, None, arguments).resolve(needs_data=False)
 
 
+@pytest.mark.parametrize("sharing", ["layers", "none"])
+def test_what_own_matrices_cannot_do_is_refused(tmp_path: Path, sharing: str) -> None:
+    for keys, said in ((MUON, "generates no matrices"), ({"zero__stage": 3}, rf"zero\.stage: .* not for {sharing}")):
+        arguments = train_arguments(tmp_path, tmp_path, model__sharing=sharing, **keys)
+        with pytest.raises(BadInput, match=said):
+            load(TrainRecipe, None, arguments).resolve(needs_data=False)
+
+
 @pytest.fixture(scope="module")
 def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two recipes on 1, 2 and 3 ranks at stages 0, 1 and 2, and resumed on 2 ranks from step 14 of other runs."""
