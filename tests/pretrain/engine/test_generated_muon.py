@@ -80,7 +80,7 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sharing", ["layers", "none"])
 def test_what_own_matrices_cannot_do_is_refused(tmp_path: Path, sharing: str) -> None:
     for keys, said in ((MUON, "generates no matrices"), ({"zero__stage": 3}, rf"zero\.stage: .* not for {sharing}")):
-        arguments = train_arguments(tmp_path, tmp_path, model__sharing=sharing, **keys)
+        arguments = train_arguments(tmp_path / "no data", tmp_path, model__sharing=sharing, **keys)
         with pytest.raises(BadInput, match=said):
             load(TrainRecipe, None, arguments).resolve(needs_data=False)
 
