@@ -57,3 +57,15 @@ def test_what_happens_in_a_worker_ends_the_run(tmp_path: Path, work: Any, messag
         cores.run(stage, "corpus", tmp_path, range(3000))
     assert missing_parts(tmp_path, stage)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.timeout(60)
+def test_workers_end_where_term_is_ignored() -> None:
+    """Children inherit that a signal is ignored, as from a script with `trap '' TERM`."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with LocalCores(2):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not multiprocessing.active_children()
