@@ -24,8 +24,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from sharebert_common.processes import peak_memory_bytes
 
 SEQ_LEN = 128
 VOCAB_SIZE = 30_528
@@ -36,12 +37,6 @@ LEARNING_RATE = 1e-4
 BARS = {4: "bars: 1.3 x BERT's tokens/s, 0.35 x its memory", 16: "bar: 85 % of the product rate"}
 
 Step = Callable[[], Any]
-
-
-def peak_memory_bytes() -> int:
-    """The peak resident memory of this process (Linux's VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
 
 
 def timed(step: Step) -> float:

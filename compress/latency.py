@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sharebert_common.errors import BadInput
+from sharebert_common.processes import peak_memory_bytes
 
 
 def runtimes(form: str) -> list[str]:
@@ -127,9 +128,7 @@ def main(folder: str, runtime: str, threads: str, repeats: str, *shapes: str) ->
             call(ids)
             times.append(time.perf_counter() - began)
         found[shape] = statistics.median(times) * 1e3
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
-    print(json.dumps({"ms": found, "peak_bytes": peak}))
+    print(json.dumps({"ms": found, "peak_bytes": peak_memory_bytes()}))
 
 
 if __name__ == "__main__":

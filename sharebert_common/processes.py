@@ -1,13 +1,15 @@
-"""Signals that ask for a stop, and what Linux does with a process whose parent dies."""
+"""Signals that ask for a stop, what Linux does with a process whose parent dies, and the memory of a process."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -45,6 +47,18 @@ class StopSignals:
         self.received = number
         if first and self._on_first is not None:
             self._on_first()
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far.
+
+    On Linux it is VmHWM: what `getrusage` reports may be that of the process that started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def signal_on_parent_death(number: int) -> None:

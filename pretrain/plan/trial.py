@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharebert_common.errors import BadInput
-from sharebert_common.processes import STOP_SIGNALS, signal_on_parent_death
+from sharebert_common.processes import STOP_SIGNALS, peak_memory_bytes, signal_on_parent_death
 from sharebert_common.recipe import load, to_yaml
 
 if TYPE_CHECKING:
@@ -172,7 +171,7 @@ class Trial:
 
         if self.cuda:
             return torch.cuda.max_memory_reserved() if with_holes else torch.cuda.max_memory_allocated()
-        return _peak() - self.base_bytes
+        return peak_memory_bytes() - self.base_bytes
 
 
 def random_rows(training: ResolvedTraining, mask_rate: float, rows: int) -> MicroBatch:
@@ -198,13 +197,4 @@ def _reset_peak() -> int:
     """Let the highest memory of this process begin at what it holds now. Returns that, in bytes."""
     with contextlib.suppress(OSError):  # not Linux, or a kernel without it: the peak so far is lower than the steps'
         Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak() -> int:
-    """Highest resident memory of this process in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pretrain.flops import flops_per_token, peak_flops_of
 from pretrain.objective import LossSums
 from pretrain.run.metric_log import MonitorRecipe
 from sharebert import ShareBertConfig
+from sharebert_common.processes import peak_memory_bytes
 
 
 class Meter:
@@ -145,4 +145,4 @@ def _peak_memory_bytes(device: torch.device) -> int:
     """Highest memory so far: of the device, or on a CPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()

@@ -114,10 +114,10 @@ def test_a_worker_stays_within_its_memory(tmp_path: Path, kind: str) -> None:
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "!", "?", *"abcdef", "##b", "##c"]))
     run = command(tmp_path / "d", source, "workers=1", "validation=0", f"tokenizer.path={vocabulary}", *overrides)
     code = f"""
-import resource, sys
 from sharebert_cli import main
+from sharebert_common.processes import peak_memory_bytes
 code = main({run[3:]!r})
-print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(code, peak_memory_bytes())
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     exit_code, peak_bytes = map(int, done.stdout.splitlines()[-1].split())

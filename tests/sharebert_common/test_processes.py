@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from sharebert_common.processes import STOP_SIGNALS, StopSignals
+from sharebert_common.processes import STOP_SIGNALS, StopSignals, peak_memory_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +39,11 @@ def test_signals_are_ignored_at_the_end() -> None:
     for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
     assert signals.received is None
+
+
+def test_the_memory_of_a_child_is_not_that_of_its_parent() -> None:
+    """`getrusage` of a child begins at the peak of the process that started it."""
+    code = "from sharebert_common.processes import peak_memory_bytes; print(peak_memory_bytes())"
+    held = bytearray(b"x" * (200 << 20))
+    child = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert peak_memory_bytes() > len(held) > child > 5 << 20
