@@ -62,7 +62,7 @@ class Compact:
         """Every model has this form."""
 
     def weights(self, export: Export) -> WeightSource:
-        """What the files hold: tensors that the export calls sparse as a mask and the numbers that are not zero."""
+        """What the files hold: tensors that the export calls sparse as a mask and the numbers that it keeps."""
         kept, sparse = stored_weights(export), export.other_keys.get("sparse")
         if not sparse:
             return kept

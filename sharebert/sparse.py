@@ -1,12 +1,14 @@
-"""Tensors of which many numbers are zero: how an export stores them, and how they are read again.
+"""Tensors of which many numbers are zero, or equal in a column: how an export stores and reads them.
 
 A sparse tensor `name` is stored as
 
-    name.mask      uint8, one bit a number, row by row, the lowest bit first: 1 where the number is not zero
-    name.values    the numbers that are not zero, in their order, in the dtype of the tensor
+    name.mask      uint8, one bit a number, row by row, the lowest bit first: 1 where the number is in `values`
+    name.values    numbers in their order, in the dtype of the tensor
     name.shape     int64 [dimensions]
+    name.fill      [columns], the number of each column where the mask is 0; without it these are zero
 
-which takes 1/32 of the bytes of fp32, and the numbers that are left. `config.json` names these tensors in `sparse`. A
+which takes 1/32 of the bytes of fp32, and the numbers that are left. The number that a column fills with is its most
+frequent one. `config.json` names these tensors in `sparse`. A
 file that holds one of them whole is read as well.
 """
 
@@ -25,11 +27,12 @@ PARTS = ("mask", "values", "shape")
 
 
 def sparse_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What a file holds of a sparse tensor."""
-    flat = tensor.reshape(-1)
-    kept = flat != 0
+    """What a file holds of a sparse tensor [rows, columns]."""
+    fill = tensor.mode(0).values
+    kept = (tensor != fill).reshape(-1)
     shape = torch.tensor(tensor.shape, dtype=torch.int64)
-    return {f"{name}.mask": pack_bits(kept, 1), f"{name}.values": flat[kept], f"{name}.shape": shape}
+    parts = {f"{name}.mask": pack_bits(kept, 1), f"{name}.values": tensor.reshape(-1)[kept], f"{name}.shape": shape}
+    return parts | ({f"{name}.fill": fill} if fill.any() else {})
 
 
 def expand_sparse(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +51,8 @@ def expand_sparse(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[s
         try:
             mask, values, size = (found.pop(f"{name}.{part}") for part in PARTS)
             shape = torch.Size(size.tolist())
-            flat = values.new_zeros(shape.numel())
+            fill = found.pop(f"{name}.fill", values.new_zeros(1))
+            flat = fill.expand(shape).reshape(-1).clone()
             flat[unpack_bits(mask, 1, shape.numel()).bool()] = values
         except (KeyError, IndexError, RuntimeError, ShareBertError) as error:
             raise ShareBertError(f"{name}: not the sparse tensor that config.json names ({error})") from error

@@ -1,4 +1,4 @@
-"""The step `prune_weights`: weights of E and W_all become zero, and the file holds only the others."""
+"""The step `prune_weights`: weights of E and W_all become zero or a mean, and the file holds only the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.masks import Scope, smallest, sparsity_after
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.quantise.hessians import collect
-from compress.quantise.step import error_costs, with_tensors
+from compress.quantise.step import EMBEDDING, error_costs, with_tensors
 from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export, model_of, tensor_shapes
@@ -48,6 +48,9 @@ class PruneWeights(NeedsNoRows):
     rows; surgeon: Optimal BERT Surgeon, by gradients on calibration rows, and other weights make up for it."""
     scope: Scope = "global"
     """global: the share is that of both matrices together; matrix: of each; 2:4: two of each four neighbours."""
+    centre: bool = False
+    """Weights of E that are removed become the mean of their column in place of zero: rows of E have much in common.
+    Not with scope 2:4; `model.keep_zeros` does not hold them in a training."""
     recomputations: Annotated[int, Field(ge=1)] = 4
     """surgeon: in how many steps the share is reached; scores are computed anew in each."""
     block: Annotated[int, Field(ge=1)] = 32
@@ -67,6 +70,8 @@ class PruneWeights(NeedsNoRows):
         self.result_form(source.form)
         if self.scope == "2:4" and self.sparsity != 0.5:
             raise BadInput(f"prune_weights.sparsity: scope 2:4 removes half of the weights, not {self.sparsity:g}")
+        if self.centre and self.scope == "2:4":
+            raise BadInput("prune_weights.centre: not with scope 2:4, which is for zeros")
         config = read_export(source.folder).config
         if self.method == "wanda" and (config.sharing != "veps" or config.altered):
             raise BadInput(
@@ -85,35 +90,49 @@ class PruneWeights(NeedsNoRows):
         export = read_export(source.folder)
         kept = stored_weights(export)  # of a trimmed W_all only the rows that are used
         weights = {name: whole(kept, name).float().clone() for name in PRUNED if name in kept.specs}
+        centres = {name: tensor.mean(0) * (self.centre and name == EMBEDDING) for name, tensor in weights.items()}
+        weights = {name: tensor - centres[name] for name, tensor in weights.items()}
         if self.sparsity > 0:
             if self.method == "surgeon":
-                weights = self.by_surgeon(export, weights, source, tools)
+                weights = self.by_surgeon(export, weights, centres, source, tools)
             else:
-                removed = smallest(self.scores(export, weights, tools), self.sparsity, self.scope)
+                removed = smallest(self.scores(export, weights, centres, tools), self.sparsity, self.scope)
                 weights = {name: torch.where(removed[name], 0.0, weights[name]) for name in weights}
-        write_export(sparse(export, weights), out)
-        return {f"zeros of {name}": round(float((tensor == 0).float().mean()), 4) for name, tensor in weights.items()}
+        write_export(sparse(export, _restored(weights, centres)), out)
+        return {f"removed of {name}": round(float((tensor == 0).float().mean()), 4) for name, tensor in weights.items()}
 
-    def scores(self, export: Export, weights: dict[str, Tensor], tools: Tools) -> dict[str, Tensor]:
-        """What each weight is worth, by magnitude or Wanda."""
+    def scores(
+        self, export: Export, weights: dict[str, Tensor], centres: dict[str, Tensor], tools: Tools
+    ) -> dict[str, Tensor]:
+        """What each weight is worth, by magnitude or Wanda. Weights are given without the centres."""
         squares = {name: tensor**2 for name, tensor in weights.items()}
         if self.method == "magnitude":
             return squares
-        model = _model(export, weights)
+        model = _model(export, _restored(weights, centres))
         statistics = collect(model, tools.calibration())
         full = {name: model.get_parameter(name).detach() for name in weights}
         costs = {name: error_costs(name, len(tensor), model, statistics, full) for name, tensor in weights.items()}
         return {name: squares[name] * costs[name] for name in weights}
 
-    def by_surgeon(self, export: Export, weights: dict[str, Tensor], source: Source, tools: Tools) -> dict[str, Tensor]:
-        """The weights after all recomputations. What is done is kept in the scratch folder, and not done again."""
+    def by_surgeon(
+        self,
+        export: Export,
+        weights: dict[str, Tensor],
+        centres: dict[str, Tensor],
+        source: Source,
+        tools: Tools,
+    ) -> dict[str, Tensor]:
+        """The weights, without the centres, after all recomputations.
+
+        What is done is kept in the scratch folder, and not done again.
+        """
         rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self._rows_at_once(tools))
         rows = rows[: self.gradients]
         start = _zeros(weights)
         done, weights = _resume(tools.scratch / PROGRESS, weights)
         for step in range(done + 1, self.recomputations + 1):
             share = sparsity_after(step, self.recomputations, min(start, self.sparsity), self.sparsity)
-            inverses = self.inverse_fisher(_model(export, weights), weights, rows, tools.seed)
+            inverses = self.inverse_fisher(_model(export, _restored(weights, centres)), weights, rows, tools.seed)
             worth = {
                 name: unblocked(saliency(blocked(tensor, self.block), inverses[name]), tensor.shape)
                 for name, tensor in weights.items()
@@ -128,7 +147,9 @@ class PruneWeights(NeedsNoRows):
                 moved = without(blocked(tensor, self.block), gone, inverses.pop(name))
                 weights[name] = unblocked(moved, tensor.shape).contiguous()
             _save(tools.scratch / PROGRESS, step, weights)
-            tools.say(f"prune_weights: {_zeros(weights):.1%} zeros after recomputation {step} of {self.recomputations}")
+            tools.say(
+                f"prune_weights: {_zeros(weights):.1%} removed after recomputation {step} of {self.recomputations}"
+            )
         return weights
 
     def inverse_fisher(
@@ -161,6 +182,11 @@ def sparse(export: Export, weights: dict[str, Tensor]) -> Export:
     """The export with these weights, given as a trimmed export stores them, which its file will hold as sparse."""
     keys = {**export.other_keys, "sparse": sorted(weights)}
     return dataclasses.replace(with_tensors(export, weights), other_keys=keys)
+
+
+def _restored(weights: dict[str, Tensor], centres: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with their centres. Where several are zero, they become exactly the same number of a column."""
+    return {name: tensor + centres[name] for name, tensor in weights.items()}
 
 
 def _model(export: Export, weights: dict[str, Tensor]) -> ShareBertForMaskedLM:

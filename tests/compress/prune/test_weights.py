@@ -131,6 +131,29 @@ def test_magnitude_keeps_the_largest_as_they_are(tmp_path: Path) -> None:
     assert after.equal(torch.where(before.abs() >= limit, before, 0.0))
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "surgeon"])
+def test_with_centre_what_is_removed_is_the_mean_of_its_column(tmp_path: Path, method: str) -> None:
+    source = tiny_export(tmp_path / "source")
+    before = load_model(source).get_parameter(E).detach()
+    out, notes = pruned(tmp_path, source, method=method, sparsity=0.5, centre=True, scope="matrix", gradients=16)
+    files = load_file(out / "model.safetensors")
+    np.testing.assert_allclose(files[f"{E}.fill"], before.mean(0), rtol=1e-5, atol=1e-7)
+    assert f"{ALL}.fill" not in files
+    after = load_model(out).get_parameter(E).detach()
+    removed = after == torch.from_numpy(files[f"{E}.fill"])
+    assert removed.float().mean() == pytest.approx(0.5, abs=1e-3)
+    assert len(files[f"{E}.values"]) == (~removed).sum()
+    if method == "magnitude":
+        distances = (before - before.mean(0)).abs()
+        assert distances[removed].max() <= distances[~removed].min() + 1e-7
+    if method != "surgeon":
+        torch.testing.assert_close(after[~removed], before[~removed], rtol=1e-5, atol=1e-7)
+    assert notes[f"removed of {E}"] == 0.5
+    again = tmp_path / "again"
+    write_export(read_export(out), again)
+    assert all((load_file(again / "model.safetensors")[name] == part).all() for name, part in files.items())
+
+
 def test_a_killed_step_goes_on_after_the_last_recomputation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_export(tmp_path / "source")
     keys: dict[str, Any] = {"method": "surgeon", "gradients": 8, "recomputations": 3}
