@@ -39,4 +39,4 @@ sharebert prep demo-data source.paths=texts source.document=line output=data val
 sharebert train demo data=data run=run steps=3 data.global_batch=4 data.micro_batch=4 validate.rows=8 \
     model.hidden_size=8 model.intermediate_size=12 model.factor_size=8 model.num_attention_heads=2
 sharebert consolidate run export
-sharebert fill export "The cat sat on the [MASK]."'
+sharebert fill "The cat sat on the [MASK]." export'
