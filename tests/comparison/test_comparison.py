@@ -119,6 +119,7 @@ def rows_in(recipe: CompareRecipe) -> list[dict[str, Any]]:
     return content["rows"]  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_comparison_killed_at_any_piece_goes_on(
     whole: tuple[CompareRecipe, str], recipe: CompareRecipe, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
