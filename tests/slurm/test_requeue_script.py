@@ -72,7 +72,7 @@ def test_cancel_in_the_grace_time_of_a_preemption(slurm: SlurmCluster, tmp_path:
     time.sleep(5)  # the agent is there by now
     before = deadline.read_text()
     slurm.sbatch("sleep 1", "--partition=high", f"--nodes={len(slurm.nodes)}", "--exclusive")
-    slurm.wait_for(lambda: deadline.read_text() < before, "a look at the end of the grace time", 30)
+    slurm.wait_for(lambda: deadline.read_text() < before, "a look at the end of the grace time")
     slurm.run("scancel", job)
     slurm.wait_for_state(job, "CANCELLED")
     time.sleep(10)  # a requeue would begin cred_expire after the end
