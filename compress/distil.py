@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from compress.step import FormName, NeedsNoRows, Source, Tools
+from compress.step import FromCompact, Source, Tools
 from exports.read import read_export
 from pretrain.distill.recipe import DistillRecipe
 from pretrain.export.consolidate import consolidate
@@ -31,8 +31,10 @@ class Stopped(CommandError):
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class Distil(NeedsNoRows):
+class Distil(FromCompact):
     """Train the model further on the calibration dataset, with the recipe's `teacher`."""
+
+    NAME = "distil"
 
     steps: Annotated[int, Field(ge=1)] = 2000
     """Steps of the training. All rows of the dataset's train split take part, not only `calibration.rows`."""
@@ -59,12 +61,6 @@ class Distil(NeedsNoRows):
         parse(DistillRecipe, self.losses, "distil.losses")
         if read_export(source.folder).config.mlm_head == "none":
             raise BadInput("distil: takes a model with a masked-language-model head, and this one has none")
-
-    def result_form(self, source: FormName) -> FormName:
-        """See `Step.result_form`."""
-        if source != "compact":
-            raise BadInput(f"distil: takes a compact export, this one is {source}")
-        return source
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`. The run lies in the scratch folder; after a kill it resumes from its newest checkpoint.

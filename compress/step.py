@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
+
+from sharebert_common.errors import BadInput
 
 FormName = Literal["compact", "dense", "onnx", "hub"]
 """How a model lies in its folder: compact (also with packed factors), dense (`megatron_bert` that this project wrote),
@@ -76,6 +78,19 @@ class NeedsNoRows:
     def needs_teacher(self) -> bool:
         """See `Step.needs_teacher`."""
         return False
+
+
+class FromCompact(NeedsNoRows):
+    """A base of steps from a compact export to a compact export."""
+
+    NAME: ClassVar[str]
+    """Of the step in a recipe."""
+
+    def result_form(self, source: FormName) -> FormName:
+        """See `Step.result_form`. Raises BadInput for other forms."""
+        if source != "compact":
+            raise BadInput(f"{self.NAME}: takes a compact export, this one is {source}")
+        return source
 
 
 class Step(Protocol):

@@ -22,20 +22,21 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.step import FormName, NeedsNoRows, Source, Tools
+from compress.step import FromCompact, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export
 from exports.forms import write_export
 from exports.kinds import MaskedLM
 from exports.read import load_model, read_export
 from exports.weight_source import TensorWeights, whole
-from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class Trim(NeedsNoRows):
+class Trim(FromCompact):
     """Leave out parameters that change no output: key and value biases, the layers' betas, unused rows of W_all."""
+
+    NAME = "trim"
 
     keep_pooler: bool | None = None
     """Keep the pooler's rows of W_all. Without them the pooled output is 0, and fine-tuning by the pooler starts from
@@ -44,12 +45,6 @@ class Trim(NeedsNoRows):
     def check(self, source: Source) -> None:
         """See `Step.check`."""
         self.result_form(source.form)
-
-    def result_form(self, source: FormName) -> FormName:
-        """See `Step.result_form`."""
-        if source != "compact":
-            raise BadInput(f"trim: takes a compact export, this one is {source}")
-        return source
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""

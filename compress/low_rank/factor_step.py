@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.low_rank.factor import basis, least_squares, mean_hessian
 from compress.quantise.hessians import collect, of_embedding
-from compress.step import FormName, NeedsNoRows, Source, Tools
+from compress.step import FromCompact, Source, Tools
 from exports.forms import write_export
 from exports.read import load_model, read_export
 from exports.weight_source import TensorWeights, whole
@@ -23,8 +23,10 @@ EXPANSION = "sharebert.factor_expansion.weight"
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class LowerFactor(NeedsNoRows):
+class LowerFactor(FromCompact):
     """Lower the factor size F: E becomes a product of two matrices, of which the large one has fewer columns."""
+
+    NAME = "lower_factor"
 
     size: Annotated[int, Field(ge=1)]
     """Columns of E that stay, fewer than there are."""
@@ -50,12 +52,6 @@ class LowerFactor(NeedsNoRows):
                 "lower_factor.gauge: hessians takes a model that has all heads, columns and factors, and one "
                 "feed-forward pair; use product, or lower the factor size first"
             )
-
-    def result_form(self, source: FormName) -> FormName:
-        """See `Step.result_form`."""
-        if source != "compact":
-            raise BadInput(f"lower_factor: takes a compact export, this one is {source}")
-        return source
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""

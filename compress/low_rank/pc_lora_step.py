@@ -18,7 +18,7 @@ from compress.low_rank.fading import FadingMatrices, Schedule, base_share
 from compress.low_rank.step import check_source, products, with_products
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.structure import Inputs
-from compress.step import FormName, NeedsNoRows, Source, Tools
+from compress.step import FromCompact, Source, Tools
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
@@ -39,9 +39,11 @@ WARM_UP = 0.05
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class PcLora(NeedsNoRows):
+class PcLora(FromCompact):
     """Train a low-rank product for each shared matrix while the matrix fades out (PC-LoRA); the result is as that of
     `low_rank`."""
+
+    NAME = "pc_lora"
 
     rank: Annotated[int, Field(ge=1)]
     """Rank of each product, below the hidden size."""
@@ -72,12 +74,6 @@ class PcLora(NeedsNoRows):
         check_source("pc_lora", config, self.rank)
         if config.mlm_head == "none" and self.task_weight > 0:
             raise BadInput("pc_lora.task_weight: this model has no masked-language-model head; set it to 0")
-
-    def result_form(self, source: FormName) -> FormName:
-        """See `Step.result_form`."""
-        if source != "compact":
-            raise BadInput(f"pc_lora: takes a compact export, this one is {source}")
-        return source
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""

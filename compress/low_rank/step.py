@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.low_rank.svd import truncated
 from compress.prune.calibrate import batches
 from compress.prune.structure import Inputs
-from compress.step import FormName, NeedsNoRows, Source, Tools
+from compress.step import FromCompact, Source, Tools
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
@@ -32,8 +32,10 @@ INPUT_OF = {"key": "query", "value": "query"}
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class LowRankStep(NeedsNoRows):
+class LowRankStep(FromCompact):
     """Store each matrix that layers share as a product of two small ones; layers multiply by one after the other."""
+
+    NAME = "low_rank"
 
     rank: Annotated[int, Field(ge=1)]
     """Rank of each product, below the hidden size."""
@@ -49,12 +51,6 @@ class LowRankStep(NeedsNoRows):
         """See `Step.check`."""
         self.result_form(source.form)
         check_source("low_rank", read_export(source.folder).config, self.rank)
-
-    def result_form(self, source: FormName) -> FormName:
-        """See `Step.result_form`."""
-        if source != "compact":
-            raise BadInput(f"low_rank: takes a compact export, this one is {source}")
-        return source
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""

@@ -93,15 +93,7 @@ def hidden_states(
         assert isinstance(layer, Layer)
         matrices = weights.of_layer(index)
         _, first = layer.attention_norm(stream, None)
-        query, key, value = (
-            layer._heads(linear(first, matrix, bias))
-            for matrix, bias in (
-                (matrices.query, layer.query_bias),
-                (matrices.key, layer.key_bias),
-                (matrices.value, layer.value_bias),
-            )
-        )
-        attended = attention(query, key, value, mask, layer.scale, 0.0)
+        attended = attention(*layer.project(first, matrices), mask, layer.scale, 0.0)
         if heads is not None:
             attended = attended * heads[:, :, None, None]
         attended = attended.transpose(1, 2).flatten(2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.prune.calibrate import batches
 from compress.prune.structure import Inputs, fisher, least_important, rescaled
-from compress.step import FormName, NeedsNoRows, Source, Tools
+from compress.step import FromCompact, Source, Tools
 from exports.export import Export, model_of, tensor_shapes
 from exports.forms import write_export
 from exports.read import read_export
@@ -29,8 +29,10 @@ LAYERS = "sharebert.layers."
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class PruneStructure(NeedsNoRows):
+class PruneStructure(FromCompact):
     """Remove attention heads, feed-forward columns and layers, those that calibration rows need least."""
+
+    NAME = "prune_structure"
 
     heads: Amount | None = None
     """Attention heads that stay: a number, or a share below 1; none: all. They are the same heads in all layers."""
@@ -76,12 +78,6 @@ class PruneStructure(NeedsNoRows):
             _amount("columns", self.columns, config.inner_size),
             _amount("layers", self.layers, config.num_hidden_layers),
         )
-
-    def result_form(self, source: FormName) -> FormName:
-        """See `Step.result_form`."""
-        if source != "compact":
-            raise BadInput(f"prune_structure: takes a compact export, this one is {source}")
-        return source
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""

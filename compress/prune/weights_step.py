@@ -19,7 +19,7 @@ from compress.prune.masks import Scope, smallest, sparsity_after
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.quantise.hessians import collect
 from compress.quantise.step import EMBEDDING, error_costs, with_tensors
-from compress.step import FormName, NeedsNoRows, Source, Tools
+from compress.step import FromCompact, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export, model_of, tensor_shapes
 from exports.forms import write_export
@@ -38,8 +38,10 @@ PROGRESS = "pruned.safetensors"
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class PruneWeights(NeedsNoRows):
+class PruneWeights(FromCompact):
     """Set weights of E and W_all to zero, and store a bit for each and the numbers that are left."""
+
+    NAME = "prune_weights"
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """The share of the weights that become zero; 0: only store the zeros that are there, as after more training."""
@@ -78,12 +80,6 @@ class PruneWeights(NeedsNoRows):
                 "prune_weights.method: wanda takes a model with sharing: veps that has all heads, columns and factors, "
                 "and one feed-forward pair; use surgeon"
             )
-
-    def result_form(self, source: FormName) -> FormName:
-        """See `Step.result_form`."""
-        if source != "compact":
-            raise BadInput(f"prune_weights: takes a compact export, this one is {source}")
-        return source
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""

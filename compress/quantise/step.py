@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.quantise.awq import column_factors
 from compress.quantise.hessians import Statistics, collect, of_embedding, of_projection
 from compress.quantise.rounding import gptq, searched
-from compress.step import FormName, NeedsNoRows, Source, Tools
+from compress.step import FromCompact, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export
 from exports.forms import write_export
@@ -32,8 +32,10 @@ EMBEDDING, PROJECTION = ROTATED
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class Quantise(NeedsNoRows):
+class Quantise(FromCompact):
     """Store the factors in a few bits a number, and all vectors in 16 or 8; products are as before."""
+
+    NAME = "quantise"
 
     bits: Annotated[int, Field(ge=2, le=8)] = 8
     """Bits of a number of E, and of an untied head's matrices."""
@@ -85,12 +87,6 @@ class Quantise(NeedsNoRows):
             )
         if self.rounding == "gptq" and config.sharing != "veps":
             raise BadInput(f"quantise.rounding: gptq is for sharing: veps, this model has {config.sharing}; use search")
-
-    def result_form(self, source: FormName) -> FormName:
-        """See `Step.result_form`."""
-        if source != "compact":
-            raise BadInput(f"quantise: takes a compact export, this one is {source}")
-        return source
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""

@@ -1,7 +1,7 @@
 """Muon: what a recipe says about it, and the iteration that makes a matrix orthogonal.
 
-`matrix_muon` is Muon as published, for matrices that are parameters. `generated_muon` makes the gradients of generated
-matrices orthogonal.
+`grouped_adamw` steps matrices that are parameters by Muon as published. `generated_muon` makes the gradients of
+generated matrices orthogonal.
 """
 
 from __future__ import annotations

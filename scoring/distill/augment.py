@@ -97,8 +97,8 @@ def copies_of(lm: MaskedLM, texts: Texts, recipe: AugmentRecipe, max_length: int
         rows = [_row(lm, row, start + number, recipe, max_length) for number, row in enumerate(window)]
         wanted = [(row, int(word)) for row in rows for word in np.flatnonzero(row.chosen.any(0))]
         candidates: dict[tuple[int, int], list[str]] = {}
-        order = sorted(range(len(wanted)), key=lambda n: len(_masked(lm, *wanted[n])))
-        for same in _batches(order, [len(_masked(lm, *item)) for item in wanted]):
+        lengths = [len(_masked(lm, *item)) for item in wanted]
+        for same in _batches(sorted(range(len(wanted)), key=lengths.__getitem__), lengths):
             items = [wanted[n] for n in same]
             for item, found in zip(items, words.likeliest(items, recipe.candidates), strict=True):
                 candidates[id(item[0]), item[1]] = found
