@@ -26,6 +26,7 @@ from exports.weight_source import TensorWeights, whole
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.shared_linear import LowRank
 from sharebert_common.errors import BadInput
+from sharebert_common.files import flush
 from sharebert_common.recipe import STRICT
 
 PROGRESS = "pc_lora.pt"
@@ -197,4 +198,6 @@ def _save(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".writing")
     torch.save(state, temporary)
+    flush(temporary)
     temporary.replace(path)
+    flush(path.parent)

@@ -28,6 +28,7 @@ from exports.read import read_export
 from exports.weight_source import TensorWeights, whole
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
+from sharebert_common.files import flush
 from sharebert_common.recipe import STRICT
 
 CHUNK = 16
@@ -199,7 +200,9 @@ def _save(path: Path, step: int, weights: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".writing")
     save_file(weights, temporary, metadata={"step": str(step)})
+    flush(temporary)
     temporary.replace(path)
+    flush(path.parent)
 
 
 def _resume(path: Path, weights: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
