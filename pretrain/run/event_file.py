@@ -49,6 +49,9 @@ LAYOUT = {
 COMPARED = ("train/loss", "valid/loss", "valid/accuracy", "speed/tokens_per_s", "health/goodput")
 """Tags that the page "hparams" compares runs by."""
 
+WITHOUT_EFFECT = {"run", "checkpoint", "validate", "monitor", "faults", "collective_timeout_s"}
+"""Parts of a config that do not change what is learned: the page "hparams" leaves them out."""
+
 WAITS = {"data_wait_s": "wait/rows", "rank_wait_s": "wait/ranks", "save_wait_s": "wait/saves"}
 """Tags for shares of the seconds of a step."""
 
@@ -159,7 +162,9 @@ def hyperparameters(config_yaml: str) -> Iterator[Any]:
     from omegaconf import OmegaConf
     from torch.utils.tensorboard.summary import hparams
 
-    flat = flatten(OmegaConf.to_container(OmegaConf.create(config_yaml)))
+    config = OmegaConf.to_container(OmegaConf.create(config_yaml))
+    assert isinstance(config, dict)
+    flat = flatten({key: value for key, value in config.items() if key not in WITHOUT_EFFECT})
     experiment, start, _ = hparams(flat, dict.fromkeys(COMPARED, 0.0))
     yield from (experiment, start)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -78,7 +79,7 @@ def test_a_browser_shows_the_pages(run: Path, tmp_path: Path) -> None:
                 break
             except OSError:
                 time.sleep(0.5)
-        for page in ("custom_scalars", "images", "text", "hparams"):
+        for page in ("scalars", "custom_scalars", "images", "text", "hparams"):
             picture = tmp_path / f"{page}.png"
             browse(chromium, f"{address}#{page}", picture)
             assert picture.stat().st_size > DRAWN_BYTES
@@ -87,8 +88,31 @@ def test_a_browser_shows_the_pages(run: Path, tmp_path: Path) -> None:
         server.wait()
 
 
-def browse(chromium: str, address: str, picture: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_browser_shows_the_report(run: Path, tmp_path: Path, width: int) -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    page, picture = tmp_path / "report.html", tmp_path / "report.png"
+    assert sharebert_cli.main(["report", str(run), "--out", str(page)]) == FINISHED
+    browse(chromium, page.as_uri(), picture, width)
+    assert picture.stat().st_size > DRAWN_BYTES
+    # A frame of this width: Chromium has windows of 500 and more. The page must not be wider than it.
+    frame = tmp_path / "frame.html"
+    script = "onload = () => document.title = frames[0].document.documentElement.scrollWidth"
+    frame.write_text(f'<iframe src="report.html" width="{width}" height="900"></iframe><script>{script}</script>')
+    options = [*CHROMIUM, "--allow-file-access-from-files", "--dump-dom", frame.as_uri()]
+    shown = subprocess.run([chromium, *options], check=True, capture_output=True, text=True, timeout=120).stdout
+    title = re.search(r"<title>(\d+)</title>", shown)
+    assert title is not None
+    assert int(title[1]) <= width
+
+
+CHROMIUM = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+
+
+def browse(chromium: str, address: str, picture: Path, width: int = 1300) -> None:
     """Take a screenshot of a page."""
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1000"]
-    options += ["--virtual-time-budget=20000", f"--screenshot={picture}"]
+    options = [*CHROMIUM, f"--window-size={width},1000", f"--screenshot={picture}"]
     subprocess.run([chromium, *options, address], check=True, capture_output=True, timeout=120)
