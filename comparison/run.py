@@ -12,7 +12,6 @@ from typing import Any
 from comparison.recipe import CompareRecipe
 from comparison.rows import BEFORE, Places, Row, checked, evaluation, saved
 from comparison.table import write
-from compress.distil import Stopped
 from compress.measure import measure
 from compress.recipe import CompressRecipe, RowsRecipe
 from compress.report import model_files, read_report, result_row
@@ -20,7 +19,7 @@ from compress.run import compress
 from compress.step_folders import StepFolder, digest
 from pretrain.export.consolidate import consolidate
 from pretrain.recipe import TrainRecipe
-from pretrain.sweep.runner import run_all
+from pretrain.sweep.runner import Stopped, run_one
 from scoring.report import file_name, read_results
 from scoring.score import evaluate
 from sharebert import ShareBertError
@@ -52,7 +51,7 @@ def compare(recipe: CompareRecipe, *, only_table: bool = False) -> tuple[int, st
     """
     rows = checked(recipe)
     make_folders(Path(recipe.folder))
-    code, makers = FINISHED, Makers(recipe, rows)
+    code, makers, table = FINISHED, Makers(recipe, rows), write(recipe, rows)
     for row in [] if only_table else rows:
         try:
             makers.make(row)
@@ -63,8 +62,8 @@ def compare(recipe: CompareRecipe, *, only_table: bool = False) -> tuple[int, st
         except (CommandError, ShareBertError) as error:
             say(f"{row.name}: {error}")
             code = FAILED
-        write(recipe, rows)
-    return code, write(recipe, rows)
+        table = write(recipe, rows)
+    return code, table
 
 
 class Makers:
@@ -107,11 +106,7 @@ class Makers:
             row.trial.recipe
         ):
             raise BadInput(f"{run}: was trained with other keys than the row has now; remove it to train it again")
-        code = run_all([row.trial], say)
-        if code == STOPPED:
-            raise Stopped("the training stopped and saved; run the command again to go on")
-        if code != FINISHED:
-            raise CommandError("the training failed; its messages stand above")
+        run_one(row.trial, say)
 
         def make(place: StepFolder) -> dict[str, Any]:
             consolidate(run, place.model)
@@ -151,8 +146,7 @@ class Makers:
                     save=place.model if keep else None,
                 )
                 (result,) = read_results(scores / file_name(task))
-                found = {f"{split} {m}": v for split, metrics in result.scores.items() for m, v in metrics.items()}
-                return {"scores": found, "lr": result.lr}
+                return {"scores": result.flat(), "lr": result.lr}
 
             place = self.places.classifiers(row.tuned, task) / Places.of_seed(seed)
             piece = self.piece(place, identity, make)

@@ -16,18 +16,12 @@ from pretrain.export.consolidate import consolidate
 from pretrain.flops import flops_per_token
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.recipe import Trial
-from pretrain.sweep.runner import run_all
-from sharebert_common.errors import FINISHED, STOPPED, BadInput, CommandError
+from pretrain.sweep.runner import run_one
+from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT, parse
 
 CHECKPOINTS = 20
 """Checkpoints of the training: what a kill loses is at most one part of so many."""
-
-
-class Stopped(CommandError):
-    """A stop was asked for, and the training saved its state."""
-
-    exit_code = STOPPED
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -69,11 +63,7 @@ class Distil(FromCompact):
         """
         recipe = self.training(source.folder, tools.calibration_dataset(), tools.teacher(), tools.scratch, tools.seed)
         training = recipe.resolve()
-        code = run_all([Trial("distil", tools.seed, {}, recipe)], tools.say)
-        if code == STOPPED:
-            raise Stopped("distil: stopped and saved; run the command again to go on")
-        if code != FINISHED:
-            raise CommandError(f"distil: the training in {recipe.run} failed; its messages stand above")
+        run_one(Trial("distil", tools.seed, {}, recipe), tools.say)
         consolidate(Path(recipe.run), out)
         tokens = self.steps * self.rows * training.seq_len
         a_token = flops_per_token(

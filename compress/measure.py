@@ -133,9 +133,7 @@ def score(model: str, recipe: CompressRecipe, results: Path) -> dict[str, list[f
     assert recipe.task is not None
     evaluate(dataclasses.replace(recipe.task, output=str(results)), [model])
     (result,) = [result for result in read_results(results / _task_name(recipe)) if result.model == model]
-    return {
-        f"{split} {metric}": values for split, metrics in result.scores.items() for metric, values in metrics.items()
-    }
+    return result.flat()
 
 
 def _task_name(recipe: CompressRecipe) -> str:

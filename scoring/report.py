@@ -61,6 +61,10 @@ class Result:
     skipped_rows: dict[str, int] = field(default_factory=dict)
     """File → the number of its bad rows, if any were skipped."""
 
+    def flat(self) -> dict[str, list[float]]:
+        """The scores as "split metric" → one value a seed."""
+        return {f"{split} {m}": values for split, metrics in self.scores.items() for m, values in metrics.items()}
+
 
 def file_name(name: str) -> str:
     """A file name for a model or task: every character but letters, digits, `_`, `.` and `-` becomes `-`."""

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from exports.bert_attention import keep_projections
 from exports.distill_losses import Projections
 from exports.read import load_model
 from pretrain.data.batches import MicroBatch
@@ -108,21 +109,9 @@ class BertTeacher(_Frozen):
             _from_transformers(plan.teacher, masked_lm=self.wants_logits).to(device).eval().requires_grad_(False)
         )
         self._seen: dict[tuple[int, str], Tensor] = {}
-        self._heads = int(self.model.config.num_attention_heads)
-        for layer in self.projections:
-            for name in ("query", "key", "value"):
-                self._hook(layer, name, plan.teacher)
-
-    def _hook(self, layer: int, name: str, teacher: Path) -> None:
-        wanted = f"layer.{layer - 1}.attention.self.{name}"
-        found = [module for path, module in self.model.named_modules() if path.endswith(wanted)]
-        if len(found) != 1:
-            raise BadInput(f"distill: {teacher} has no module {wanted}; relations and attention need a model like BERT")
-
-        def keep(module: nn.Module, given: Any, output: Tensor) -> None:
-            self._seen[layer, name] = output.unflatten(-1, (self._heads, -1)).transpose(1, 2)
-
-        found[0].register_forward_hook(keep)
+        self._scale = keep_projections(
+            self.model, self.projections, ("query", "key", "value"), self._seen, f"distill: {plan.teacher}"
+        )
 
     def outputs(self, batch: MicroBatch) -> TeacherOutput:
         """See `Teacher`."""
@@ -136,9 +125,8 @@ class BertTeacher(_Frozen):
             layer: (seen[layer, "query"], seen[layer, "key"], seen[layer, "value"]) for layer in self.projections
         }
         self._seen.clear()
-        width = self.model.config.hidden_size // self._heads
         return TeacherOutput(
-            logits, {layer: made.hidden_states[layer] for layer in self.states}, projections, width**-0.5
+            logits, {layer: made.hidden_states[layer] for layer in self.states}, projections, self._scale
         )
 
 

@@ -9,10 +9,16 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from pretrain.sweep.recipe import Trial
-from sharebert_common.errors import FAILED, FINISHED, STOPPED
+from sharebert_common.errors import FAILED, FINISHED, STOPPED, CommandError
 from sharebert_common.files import make_folders, write_atomically
 from sharebert_common.recipe import to_yaml
 from sharebert_common.run_files import peek_state
+
+
+class Stopped(CommandError):
+    """A stop was asked for, and the training saved its state."""
+
+    exit_code = STOPPED
 
 
 def run_all(trials: Sequence[Trial], report: Callable[[str], None]) -> int:
@@ -34,6 +40,18 @@ def run_all(trials: Sequence[Trial], report: Callable[[str], None]) -> int:
             failed += 1
             report(f"{trial.run}: failed with exit code {code}")
     return FAILED if failed else FINISHED
+
+
+def run_one(trial: Trial, report: Callable[[str], None]) -> None:
+    """Train a trial to its end, as `run_all` does.
+
+    Raises Stopped: the process was asked to stop, and the training saved its state; CommandError: the training failed.
+    """
+    code = run_all([trial], report)
+    if code == STOPPED:
+        raise Stopped("the training stopped and saved; run the command again to go on")
+    if code != FINISHED:
+        raise CommandError(f"the training in {trial.run} failed; its messages stand above")
 
 
 def _train(trial: Trial) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from exports.bert_attention import keep_projections
 from exports.distill_losses import scores_of
 from sharebert.encoder import Layer, ShareBert
-from sharebert_common.errors import BadInput
 
 
 class AttentionScores:
@@ -28,18 +28,13 @@ class AttentionScores:
         self._layers = sorted(set(layers))
         self._seen: dict[tuple[int, str], Tensor] = {}
         encoder = getattr(model, "sharebert", None)
-        self._scale: float = 0.0
         if isinstance(encoder, ShareBert):
             self._scale = encoder.config.score_scale
             for number in self._layers:
                 self._watch_ours(number, encoder.layers[number - 1])
             return
-        config: Any = model.config
-        self._heads = int(config.num_attention_heads)
-        self._scale = float((config.hidden_size // self._heads) ** -0.5)
-        for number in self._layers:
-            for name in ("query", "key"):
-                self._watch_theirs(model, number, name, where)
+        where = f"finetune.distill.attention: {where}"
+        self._scale = keep_projections(model, self._layers, ("query", "key"), self._seen, where)
 
     def take(self) -> dict[int, Tensor]:
         """Layer → scores [B, heads, T, T] of the last forward pass, which are forgotten."""
@@ -61,14 +56,3 @@ class AttentionScores:
             return found
 
         layer.project = keeping  # type: ignore[method-assign]  # there is no module at this place that could have a hook
-
-    def _watch_theirs(self, model: nn.Module, number: int, name: str, where: str) -> None:
-        ending = f"layer.{number - 1}.attention.self.{name}"
-        found = [module for path, module in model.named_modules() if path.endswith(ending)]
-        if len(found) != 1:
-            raise BadInput(f"finetune.distill.attention: {where} has no module {ending}; it needs a model like BERT")
-
-        def keep(module: nn.Module, given: Any, output: Tensor) -> None:
-            self._seen[number, name] = output.unflatten(-1, (self._heads, -1)).transpose(1, 2)
-
-        found[0].register_forward_hook(keep)

@@ -13,6 +13,7 @@ from small_comparison import QUANTISE, base_recipe, small
 
 import comparison.run
 import compress.report
+import pretrain.sweep.runner
 from comparison.lines import Line
 from comparison.recipe import CompareRecipe
 from comparison.rows import checked
@@ -66,7 +67,7 @@ class Trainings:
 def trainings() -> Iterator[Trainings]:
     made = Trainings()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison.run, "run_all", made.run_all)
+        patch.setattr(pretrain.sweep.runner, "run_all", made.run_all)
         patch.setattr(comparison.run, "consolidate", made.consolidate)
         patch.setattr(compress.report, "write_picture", lambda *_: None)  # seconds, and not looked at here
         yield made
@@ -197,7 +198,9 @@ def test_a_row_that_fails_leaves_the_others(
 ) -> None:
     run_all = trainings.run_all
     monkeypatch.setattr(
-        comparison.run, "run_all", lambda given, report: FAILED if given[0].row == "veps" else run_all(given, report)
+        pretrain.sweep.runner,
+        "run_all",
+        lambda given, report: FAILED if given[0].row == "veps" else run_all(given, report),
     )
     recipe.tasks.clear()
     code, text = compare(recipe)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 import compress.distil
-from compress.distil import Distil, Stopped
+import pretrain.sweep.runner
+from compress.distil import Distil
 from compress.recipe import CompressRecipe
 from compress.report import read_report
 from compress.run import compress as run
@@ -27,6 +28,7 @@ from data_prep.shards.reader import open_dataset
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_config
+from pretrain.sweep.runner import Stopped
 from sharebert_common.errors import FAILED, FINISHED, STOPPED, BadInput, CommandError
 from sharebert_common.recipe import load
 from sharebert_common.run_files import peek_state
@@ -123,7 +125,7 @@ def test_a_training_that_does_not_finish_leaves_no_model(
 ) -> None:
     source, teacher = export_of(tmp_path / "source", dataset), export_of(tmp_path / "teacher", dataset, seed=1)
     asked = []
-    monkeypatch.setattr(compress.distil, "run_all", lambda trials, say: asked.extend(trials) or code)
+    monkeypatch.setattr(pretrain.sweep.runner, "run_all", lambda trials, say: asked.extend(trials) or code)
     with pytest.raises(error) as raised:
         Distil().apply(open_source(source), tools(tmp_path / "work", dataset, teacher), tmp_path / "out")
     assert raised.value.exit_code == exit_code
@@ -164,7 +166,7 @@ def test_another_teacher_is_another_result(dataset: Path, tmp_path: Path, monkey
     """The training is left out: it hands back the model that it started from."""
     source, teacher = export_of(tmp_path / "source", dataset), export_of(tmp_path / "teacher", dataset, seed=1)
     asked = []
-    monkeypatch.setattr(compress.distil, "run_all", lambda trials, say: asked.extend(trials) or FINISHED)
+    monkeypatch.setattr(pretrain.sweep.runner, "run_all", lambda trials, say: asked.extend(trials) or FINISHED)
     monkeypatch.setattr(
         compress.distil, "consolidate", lambda run, out: write_export(Export.of_model(load_model(source)), out)
     )
