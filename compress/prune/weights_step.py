@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
@@ -19,6 +17,7 @@ from compress.prune.masks import Scope, smallest, sparsity_after
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.quantise.hessians import collect
 from compress.quantise.step import EMBEDDING, error_costs, with_tensors
+from compress.saved_state import save_state, saved_state
 from compress.step import FromCompact, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export, model_of, tensor_shapes
@@ -28,13 +27,12 @@ from exports.read import read_export
 from exports.weight_source import TensorWeights, whole
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
-from sharebert_common.files import flush
 from sharebert_common.recipe import STRICT
 
 CHUNK = 16
 """Gradients that update the inverse at once."""
 
-PROGRESS = "pruned.safetensors"
+PROGRESS = "pruned.pt"
 """The weights after the last recomputation, in the scratch folder."""
 
 
@@ -126,7 +124,8 @@ class PruneWeights(FromCompact):
         rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self._rows_at_once(tools))
         rows = rows[: self.gradients]
         start = _zeros(weights)
-        done, weights = _resume(tools.scratch / PROGRESS, weights)
+        kept = saved_state(tools.scratch / PROGRESS) or {"step": 0, "weights": weights}
+        done, weights = kept["step"], kept["weights"]
         for step in range(done + 1, self.recomputations + 1):
             share = sparsity_after(step, self.recomputations, min(start, self.sparsity), self.sparsity)
             inverses = self.inverse_fisher(_model(export, _restored(weights, centres)), weights, rows, tools.seed)
@@ -143,7 +142,7 @@ class PruneWeights(FromCompact):
                 gone = blocked(removed[name] | (tensor == 0), self.block)
                 moved = without(blocked(tensor, self.block), gone, inverses.pop(name))
                 weights[name] = unblocked(moved, tensor.shape).contiguous()
-            _save(tools.scratch / PROGRESS, step, weights)
+            save_state(tools.scratch / PROGRESS, {"step": step, "weights": weights})
             tools.say(
                 f"prune_weights: {_zeros(weights):.1%} removed after recomputation {step} of {self.recomputations}"
             )
@@ -194,20 +193,3 @@ def _model(export: Export, weights: dict[str, Tensor]) -> ShareBertForMaskedLM:
 
 def _zeros(weights: dict[str, Tensor]) -> float:
     return sum(int((t == 0).sum()) for t in weights.values()) / sum(t.numel() for t in weights.values())
-
-
-def _save(path: Path, step: int, weights: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    save_file(weights, temporary, metadata={"step": str(step)})
-    flush(temporary)
-    temporary.replace(path)
-    flush(path.parent)
-
-
-def _resume(path: Path, weights: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-    """How many recomputations are done, and the weights after them."""
-    if not path.is_file():
-        return 0, weights
-    with safe_open(path, "pt") as file:
-        return int((file.metadata() or {})["step"]), {name: file.get_tensor(name) for name in weights}

@@ -18,6 +18,7 @@ from compress.prune.calibrate import batches, hidden_states, objective
 from compress.prune.masks import smallest, sparsity_after
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.prune.weights_step import PruneWeights
+from compress.saved_state import save_state
 from compress.source import open_source
 from compress.trim import Trim
 from exports.compact import Compact
@@ -158,16 +159,16 @@ def test_a_killed_step_goes_on_after_the_last_recomputation(tmp_path: Path, monk
     source = tiny_export(tmp_path / "source")
     keys: dict[str, Any] = {"method": "surgeon", "gradients": 8, "recomputations": 3}
     whole, _ = pruned(tmp_path / "whole", source, **keys)
-    save, count = weights_step._save, []
+    count = []
 
-    def dies(path: Path, step: int, weights: Any) -> None:
-        save(path, step, weights)
-        count.append(step)
+    def dies(path: Path, state: dict[str, Any]) -> None:
+        save_state(path, state)
+        count.append(state["step"])
         if len(count) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights_step, "_save", dies)
+        patch.setattr(weights_step, "save_state", dies)
         with pytest.raises(KeyboardInterrupt):
             pruned(tmp_path / "killed", source, **keys)
     assert count == [1, 2]
