@@ -3,12 +3,14 @@
 The loss is that of masked language modelling, together with the distance from the whole model's hidden states, plus
 λ₁·(t - T) + λ₂·(t - T)² with the predicted time t and the target T; λ₁ and λ₂ rise where t misses T (Xia, Zhong and
 Chen, "Structured Pruning Learns Compact and Accurate Models", ACL 2022, with time in place of sparsity). Matrices stay
-as they are; biases and norms learn too. In the last steps the structure is fixed, and only biases and norms learn.
+as they are; biases and norms learn too. In the last steps the structure is fixed, and only biases and norms learn: the
+structure is the one with the least loss of the most likely ones within the target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,22 +20,32 @@ from torch import Tensor, nn
 
 from compress.prune.calibrate import Batch, hidden_states, objective
 from compress.prune.hard_concrete import open_probability, sampled, settled
-from compress.prune.latency_table import LatencyTable, Shape
-from compress.prune.structure_search import COLUMN_STEPS, Structure
+from compress.prune.latency_table import LatencyTable
+from compress.prune.structure_search import TRIED_ROWS, Structure, by_probability, search
 from compress.training import biases_and_norms, train
 from sharebert.heads import ShareBertForMaskedLM
+from sharebert_common.files import make_folders, write_atomically
 
 START = 2.5
 """α of every gate at the start: it is open with a probability of 98 %."""
 
-RAMP = 0.5
+RAMP = 0.3
 """Part of the steps in which the target falls from the whole time to what was asked for."""
 
-SETTLE = 0.2
+SETTLE = 0.4
 """Part of the steps, the last ones, in which the structure is fixed."""
 
-LAMBDA_LR = 0.1
+LAMBDA_2 = 20.0
+"""λ₂ at the start; λ₁ starts at 0."""
+
+LAMBDA_LR = 0.02
 """Learning rate of λ₁ and λ₂."""
+
+LIMIT = 4.0
+"""α stays between -LIMIT and LIMIT, so that a gate that is open or closed for long can still turn."""
+
+STATE, CHOSEN = "training.pt", "structure.json"
+"""The state of the training, and the structure once it is fixed, in the folder of what is saved."""
 
 
 class Kept(NamedTuple):
@@ -65,20 +77,20 @@ class GateTraining:
         self.table, self.target, self.task_weight, self.seed = table, target, task_weight, seed
         self.alphas = [nn.Parameter(torch.full((count,), START)) for count in table.whole]
         """α of the gates of heads, columns and layers."""
-        self.multipliers = nn.Parameter(torch.zeros(2))
+        self.multipliers = nn.Parameter(torch.tensor([0.0, LAMBDA_2]))
         """λ₁ and λ₂."""
 
     def run(
         self,
-        rows: list[Batch],
+        rows: Sequence[Batch],
         steps: int,
         lr: float,
         gate_lr: float,
-        path: Path,
+        folder: Path,
         say: Callable[[int, float, float], None],
     ) -> Kept:
-        """Train in `steps` steps; what stays. It goes on after the save in `path`; `say` is given the step, the loss
-        and the predicted share of the time."""
+        """Train in `steps` steps; what stays. It goes on after what is saved in `folder`; `say` is given the step, the
+        loss and the predicted share of the time."""
         own = [parameter.requires_grad_() for parameter in biases_and_norms(self.model).values()]
         groups = [
             {"params": own, "lr": lr},
@@ -90,14 +102,40 @@ class GateTraining:
 
         def loss_of(step: int, batch: Batch) -> Tensor:
             nonlocal kept
+            with torch.no_grad():
+                for alpha in self.alphas:
+                    alpha.clamp_(-LIMIT, LIMIT)
             if step <= last:
                 ramped = 1 + (self.target - 1) * min(1.0, step / (RAMP * steps))
                 return self.loss(batch, *self.gates(len(batch.tokens), step)) + self.penalty(ramped)
-            kept = kept or self.kept()
+            if kept is None:
+                kept = self.with_factors(self.chosen(rows, folder / CHOSEN, anew=step == last + 1))
             return self.loss(batch, kept.heads, kept.columns, kept.layers)
 
-        train(groups, loss_of, rows, steps, self.seed, path, lambda step, loss: say(step, loss, float(self.share())))
-        return self.kept()
+        def saved(step: int, loss: float) -> None:
+            say(step, loss, float(self.share().detach()))
+
+        train(groups, loss_of, rows, steps, self.seed, folder / STATE, saved)
+        return self.with_factors(self.chosen(rows, folder / CHOSEN))
+
+    def chosen(self, rows: Sequence[Batch], path: Path, anew: bool = False) -> Structure:
+        """The structure in the JSON file `path`; `anew` searches it, and writes it there.
+
+        Of the most likely structures within the target, the one with the least loss.
+        """
+        if anew:
+            rankings = by_probability([open_probability(alpha.detach()) for alpha in self.alphas])
+            tried = rows[: max(1, TRIED_ROWS // len(rows[0].tokens))]
+            structure, _ = search(self.model, rankings, self.table, self.target, tried)
+            make_folders(path.parent)
+            write_atomically(path, json.dumps(structure._asdict()) + "\n")
+        return Structure(**json.loads(path.read_text(encoding="utf-8")))
+
+    def with_factors(self, structure: Structure) -> Kept:
+        """The structure with the values of gates as factors; of a gate that is rather closed, 1."""
+        heads, columns, layers = structure.factors(self.table.whole)
+        values = [torch.where(open_probability(a) > 0.5, settled(a), 1.0).detach() for a in self.alphas[:2]]
+        return Kept(structure, heads * values[0], columns * values[1], layers)
 
     def gates(self, rows: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random gates of heads, columns and layers for each of `rows` rows; `step` and the seed decide them."""
@@ -129,32 +167,3 @@ class GateTraining:
         """λ₁·(t - T) + λ₂·(t - T)²."""
         over = self.share() - target
         return (self.multipliers.double() * torch.stack([over, over**2])).sum()
-
-    def kept(self) -> Kept:
-        """The most likely heads and layers, and as many of the most likely columns as the target allows.
-
-        Where not even the fewest columns fit, the least likely heads and layers go too. The target must be in reach.
-        """
-        heads, columns, layers = (open_probability(alpha.detach()) for alpha in self.alphas)
-        stay = {"heads": _likely(heads), "layers": _likely(layers)}
-        counts = range(len(columns), self.table.least.columns - 1, -max(1, len(columns) // COLUMN_STEPS))
-        while True:
-            shapes = (Shape(len(stay["heads"]), count, len(stay["layers"])) for count in counts)
-            shape = next((shape for shape in shapes if self.table.of(shape) <= self.target + 1e-9), None)
-            if shape is not None:
-                break
-            ends = [
-                (float(p[stay[key][-1]]), key) for key, p in (("heads", heads), ("layers", layers)) if stay[key][1:]
-            ]
-            stay[min(ends)[1]].pop()
-        likely = columns.argsort(descending=True, stable=True)[: shape.columns].tolist()
-        structure = Structure(sorted(stay["heads"]), sorted(likely), sorted(stay["layers"]))
-        masks = structure.factors(self.table.whole)
-        values = [torch.where(open_probability(a) > 0.5, settled(a), 1.0).detach() for a in self.alphas]
-        return Kept(structure, masks[0] * values[0], masks[1] * values[1], masks[2])
-
-
-def _likely(probabilities: Tensor) -> list[int]:
-    """The parts that stay rather than go, and at least one; the most likely one first."""
-    order = probabilities.argsort(descending=True, stable=True).tolist()
-    return order[: max(1, int((probabilities > 0.5).sum()))]

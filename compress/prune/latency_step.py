@@ -14,7 +14,7 @@ from compress.prune.calibrate import batches
 from compress.prune.gate_training import GateTraining
 from compress.prune.latency_table import LatencyTable, table_in
 from compress.prune.structure import fisher
-from compress.prune.structure_search import Structure, check_target, search
+from compress.prune.structure_search import TRIED_ROWS, Structure, by_gradients, check_target, search
 from compress.prune.structure_step import sliced, with_parts, without_layers
 from compress.shape_times import Call, batch_shape, shape_times
 from compress.step import FromCompact, Source, Tools
@@ -29,11 +29,8 @@ from sharebert_common.recipe import STRICT
 TABLE = "latency_table.json"
 """The measured times, in the scratch folder."""
 
-PROGRESS = "gates.pt"
-"""The state of the training of gates, in the scratch folder."""
-
-TRIED_ROWS = 512
-"""Calibration rows on which candidates are compared."""
+GATES = "gates"
+"""What the training of gates saves, a folder in the scratch folder."""
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -124,8 +121,8 @@ class PruneToLatency(FromCompact):
         """What stays, and the loss of that on calibration rows."""
         model = load_model(source.folder)
         rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
-        tried = rows[: max(1, TRIED_ROWS // len(rows[0].tokens))]
-        return search(model, fisher(model, rows, tools.seed), table, self.latency, tried)
+        rankings = by_gradients(fisher(model, rows, tools.seed))
+        return search(model, rankings, table, self.latency, rows[: max(1, TRIED_ROWS // len(rows[0].tokens))])
 
     def by_gates(self, export: Export, table: LatencyTable, source: Source, tools: Tools) -> tuple[Structure, Export]:
         """What stays, and the model with its biases and norms after the training."""
@@ -136,7 +133,7 @@ class PruneToLatency(FromCompact):
         def say(step: int, loss: float, share: float) -> None:
             tools.say(f"prune_to_latency: step {step} of {self.steps}, loss {loss:.4f}, predicted share {share:.3f}")
 
-        kept = training.run(rows, self.steps, self.lr, self.gate_lr, tools.scratch / PROGRESS, say)
+        kept = training.run(rows, self.steps, self.lr, self.gate_lr, tools.scratch / GATES, say)
         return kept.structure, cut(with_biases(export, model), kept.structure, kept.heads[0], kept.columns[0])
 
 

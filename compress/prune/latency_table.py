@@ -25,6 +25,10 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
 """Shares of the heads and of the columns that are measured, beside all of them."""
 
 
+COLUMN_STEPS = 64
+"""A search takes multiples of this part of the columns: products are faster with round numbers."""
+
+
 class Shape(NamedTuple):
     """How many parts a model has."""
 
@@ -53,6 +57,12 @@ class LatencyTable:
     def least(self) -> Shape:
         """The smallest shape that a search may give: an eighth of the columns."""
         return Shape(1, min(self.columns), 1)
+
+    @property
+    def column_counts(self) -> list[int]:
+        """Numbers of columns that a search may give, the most first."""
+        step = max(1, self.whole.columns // COLUMN_STEPS)
+        return [*range(self.whole.columns, min(self.columns), -step), min(self.columns)]
 
     def share(self, heads: Tensor | float, columns: Tensor | float, layers: Tensor | float) -> Tensor:
         """The predicted time as a share of the whole model's, float64, for numbers that need not be whole.
@@ -88,9 +98,9 @@ def measure_table(config: ShareBertConfig, call: Call) -> LatencyTable:
         whole,
         call,
         found[whole],
-        {number: found[whole._replace(heads=number)] for number in heads},
-        {number: found[whole._replace(columns=number)] for number in columns},
-        {number: found[whole._replace(layers=number)] for number in layers},
+        _rising({number: found[whole._replace(heads=number)] for number in heads}),
+        _rising({number: found[whole._replace(columns=number)] for number in columns}),
+        _rising({number: found[whole._replace(layers=number)] for number in layers}),
     )
 
 
@@ -120,6 +130,11 @@ def config_of(config: ShareBertConfig, shape: Shape) -> ShareBertConfig:
         kept_columns=columns[: shape.columns] if shape.columns < config.inner_size else config.kept_columns,
         num_hidden_layers=shape.layers,
     )
+
+
+def _rising(times: dict[int, float]) -> dict[int, float]:
+    """The times, none above one of a higher number: where it was, other work on the machine disturbed it."""
+    return {number: min(ms for other, ms in times.items() if other >= number) for number in times}
 
 
 def _between(points: dict[int, float], number: Tensor | float) -> Tensor:

@@ -1,8 +1,9 @@
 """Which heads, columns and layers stay so that the predicted time is within a target.
 
-The loss that each shape costs is estimated by the squared gradients of `structure`. The shapes that cost least by this
-estimate are tried on calibration rows, with zeros on what goes, and the one with the least loss is taken: the estimate
-is good for a few heads or columns, and worse for a whole layer.
+Parts are ranked: by the squared gradients of `structure`, or by trained gates. A ranking says in which order parts go,
+and what it costs. The shapes within the target that cost least by the rankings are tried on calibration rows, with
+zeros on what goes, and the one with the least loss is taken: rankings are good for a few heads or columns, and worse
+for a whole layer.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from compress.prune.structure import Fisher, least_important
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 
-COLUMN_STEPS = 64
-"""A shape has a multiple of this part of the columns."""
-
 TRIED = 16
 """Shapes that are tried on calibration rows."""
+
+TRIED_ROWS = 512
+"""Calibration rows on which they are tried."""
 
 
 class Structure(NamedTuple):
@@ -66,44 +67,73 @@ def check_target(table: LatencyTable, target: float, where: str) -> None:
         )
 
 
-def candidates(fisher: Fisher, table: LatencyTable, target: float) -> list[Candidate]:
+class Ranking(NamedTuple):
+    """Which parts of a kind go first."""
+
+    order: list[int]
+    """All parts but the last one that would go, the first one to go first."""
+    costs: Tensor
+    """What it costs to remove none, one part, two parts, and so on: one number more than in `order`."""
+
+
+def by_gradients(fisher: Fisher) -> list[Ranking]:
+    """Rankings of heads, columns and layers; the cost of a set R is ½·1_Rᵀ·F·1_R."""
+    found = []
+    for matrix in fisher:
+        order = least_important(matrix, len(matrix) - 1)
+        sums = matrix[order][:, order].cumsum(0).cumsum(1).diagonal() / 2
+        found.append(Ranking(order, torch.cat([sums.new_zeros(1), sums])))
+    return found
+
+
+def by_probability(probabilities: Sequence[Tensor]) -> list[Ranking]:
+    """Rankings by the probability p that each part stays; the cost is how much less likely the structure is than that
+    with all parts, Σ_R log(p / (1 - p)), so that the most likely structure costs least."""
+    found = []
+    for p in probabilities:
+        order = p.argsort(stable=True)[:-1]
+        sums = torch.logit(p.double()[order], eps=1e-12).cumsum(0)
+        found.append(Ranking(order.tolist(), torch.cat([sums.new_zeros(1), sums])))
+    return found
+
+
+def candidates(rankings: Sequence[Ranking], table: LatencyTable, target: float) -> list[Candidate]:
     """Shapes within the target, the one that costs least first: for each number of heads and layers, the most columns.
 
     Args:
-        fisher: F of heads, columns and layers.
+        rankings: of heads, columns and layers.
         table: predicts the time of each shape.
         target: the highest share of the whole model's time.
     """
-    costs = [_costs(matrix) for matrix in fisher]
-    whole, step = table.whole, max(1, table.whole.columns // COLUMN_STEPS)
-    columns = torch.arange(whole.columns, table.least.columns - 1, -step)
+    whole, columns = table.whole, torch.tensor(table.column_counts)
     found = []
     for layers in range(whole.layers, 0, -1):
         for heads in range(whole.heads, 0, -1):
             within = table.share(heads, columns, layers) <= target + 1e-9
             if within.any():
                 shape = Shape(heads, int(columns[within][0]), layers)
-                cost = sum(own[all_of_them - stay] for own, all_of_them, stay in zip(costs, whole, shape, strict=True))
-                found.append(Candidate(float(cost), shape))
+                parts = zip(rankings, whole, shape, strict=True)
+                cost = sum(float(ranking.costs[there - stay]) for ranking, there, stay in parts)
+                found.append(Candidate(cost, shape))
     return sorted(found, key=lambda candidate: candidate.cost)
 
 
 def search(
-    model: ShareBertForMaskedLM, fisher: Fisher, table: LatencyTable, target: float, rows: Sequence[Batch]
+    model: ShareBertForMaskedLM,
+    rankings: Sequence[Ranking],
+    table: LatencyTable,
+    target: float,
+    rows: Sequence[Batch],
 ) -> tuple[Structure, float]:
     """The structure that costs least on `rows` of the best candidates, and its loss there (see `masked_loss`).
 
     The target must be in reach (`check_target`).
     """
-    order = [least_important(matrix, len(matrix) - 1) for matrix in fisher]
     best: tuple[Structure, float] | None = None
-    for _, shape in candidates(fisher, table, target)[:TRIED]:
-        structure = Structure(
-            *(
-                sorted(set(range(there)) - set(gone[: there - stay]))
-                for gone, there, stay in zip(order, table.whole, shape, strict=True)
-            )
-        )
+    for _, shape in candidates(rankings, table, target)[:TRIED]:
+        parts = zip(rankings, table.whole, shape, strict=True)
+        kept = (sorted(set(range(there)) - set(ranking.order[: there - stay])) for ranking, there, stay in parts)
+        structure = Structure(*kept)
         loss = masked_loss(model, rows, structure, table.whole)
         if best is None or loss < best[1]:
             best = structure, loss
@@ -126,13 +156,6 @@ def masked_loss(model: ShareBertForMaskedLM, rows: Sequence[Batch], structure: S
                 total += float(objective(model, batch, hidden, torch.Generator()))
             count += len(batch.tokens)
     return total / count
-
-
-def _costs(matrix: Tensor) -> Tensor:
-    """½·1_Rᵀ·F·1_R for the sets R that `least_important` removes: none, one part, two parts, …, all but one."""
-    order = least_important(matrix, len(matrix) - 1)
-    sums = matrix[order][:, order].cumsum(0).cumsum(1).diagonal() / 2
-    return torch.cat([sums.new_zeros(1), sums])
 
 
 def _parts(shape: Shape) -> str:
