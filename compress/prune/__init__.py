@@ -10,5 +10,6 @@ gate_training    the training of such gates on heads, columns and layers
 weights_step     `prune_weights`: weights of E and W_all become zero, and its keys
 masks            which weights go, by their scores
 surgeon          Optimal BERT Surgeon: scores from gradients, and how other weights make up
+movement         movement pruning: scores from where a training moves weights
 calibrate        the forward pass on calibration rows, with masks on parts
 """

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.masks import Scope, smallest, sparsity_after
+from compress.prune.movement import Movement
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.quantise.hessians import collect
 from compress.quantise.step import EMBEDDING, error_costs, with_tensors
@@ -35,6 +36,9 @@ CHUNK = 16
 PROGRESS = "pruned.pt"
 """The weights after the last recomputation, in the scratch folder."""
 
+MOVEMENT = "movement.pt"
+"""The state of the training of `movement`, in the scratch folder."""
+
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class PruneWeights(FromCompact):
@@ -44,9 +48,10 @@ class PruneWeights(FromCompact):
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """The share of the weights that become zero; 0: only store the zeros that are there, as after more training."""
-    method: Literal["magnitude", "wanda", "surgeon"] = "wanda"
+    method: Literal["magnitude", "wanda", "surgeon", "movement"] = "wanda"
     """How a weight is scored. magnitude: by its size; wanda: by its size and what an error of it costs on calibration
-    rows; surgeon: Optimal BERT Surgeon, by gradients on calibration rows, and other weights make up for it."""
+    rows; surgeon: Optimal BERT Surgeon, by gradients on calibration rows, and other weights make up for it; movement:
+    by where a training on calibration rows moves it; the others are those of that training."""
     scope: Scope = "global"
     """global: the share is that of both matrices together; matrix: of each; 2:4: two of each four neighbours."""
     centre: bool = False
@@ -61,6 +66,13 @@ class PruneWeights(FromCompact):
     damping: Annotated[float, Field(gt=0)] = 0.1
     """surgeon: what is added to the mean squared gradient on the diagonal, as a part of it over all weights."""
 
+    steps: Annotated[int, Field(ge=5)] = 1000
+    """movement: steps of the training, each with `batch` calibration rows."""
+    batch: Annotated[int, Field(ge=1)] = 32
+    """movement: calibration rows of a step."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """movement: the highest learning rate, of AdamW; it rises over the first steps, and falls to zero as a cosine."""
+
     @property
     def needs_calibration(self) -> bool:
         """See `Step.needs_calibration`."""
@@ -74,6 +86,11 @@ class PruneWeights(FromCompact):
         if self.centre and self.scope == "2:4":
             raise BadInput("prune_weights.centre: not with scope 2:4, which is for zeros")
         config = read_export(source.folder).config
+        if self.method == "movement" and config.mlm_head == "none":
+            raise BadInput(
+                "prune_weights.method: movement trains on masked words, and this model has no masked-language-model "
+                "head; use surgeon"
+            )
         if self.method == "wanda" and (config.sharing != "veps" or config.altered):
             raise BadInput(
                 "prune_weights.method: wanda takes a model with sharing: veps that has all heads, columns and factors, "
@@ -90,6 +107,8 @@ class PruneWeights(FromCompact):
         if self.sparsity > 0:
             if self.method == "surgeon":
                 weights = self.by_surgeon(export, weights, centres, source, tools)
+            elif self.method == "movement":
+                weights = self.by_movement(export, weights, centres, source, tools)
             else:
                 removed = smallest(self.scores(export, weights, centres, tools), self.sparsity, self.scope)
                 weights = {name: torch.where(removed[name], 0.0, weights[name]) for name in weights}
@@ -108,6 +127,24 @@ class PruneWeights(FromCompact):
         full = {name: model.get_parameter(name).detach() for name in weights}
         costs = {name: error_costs(name, len(tensor), model, statistics, full) for name, tensor in weights.items()}
         return {name: squares[name] * costs[name] for name in weights}
+
+    def by_movement(
+        self,
+        export: Export,
+        weights: dict[str, Tensor],
+        centres: dict[str, Tensor],
+        source: Source,
+        tools: Tools,
+    ) -> dict[str, Tensor]:
+        """The weights, without the centres, after the training."""
+        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self.batch)
+        movement = Movement(_model(export, _restored(weights, centres)), weights, centres, self.sparsity, self.scope)
+
+        def say(step: int, loss: float) -> None:
+            share = movement.share(step, self.steps)
+            tools.say(f"prune_weights: step {step} of {self.steps}, {share:.1%} removed, loss {loss:.4f}")
+
+        return movement.run(rows, self.steps, self.lr, tools.seed, tools.scratch / MOVEMENT, say)
 
     def by_surgeon(
         self,

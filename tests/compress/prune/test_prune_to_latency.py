@@ -131,7 +131,7 @@ def test_what_is_cut_is_what_factors_of_0_leave(tmp_path: Path) -> None:
 def test_gates_end_within_the_target(tmp_path: Path, weight: float) -> None:
     source = tiny_export(tmp_path / "source", mlm_head="tied")
     out, notes = pruned(tmp_path, source, latency=0.6, task_weight=weight, **GATES)
-    assert 0.5 < notes["predicted share of the time"] <= 0.6
+    assert 0.4 < notes["predicted share of the time"] <= 0.6
     model = load_model(out)
     assert model.config.heads == len(notes["heads"])
     assert model.sharebert.kept_inner_scale is not None
