@@ -45,8 +45,8 @@ class Call(NamedTuple):
 def shape_times(configs: Sequence[ShareBertConfig], call: Call) -> list[float]:
     """Milliseconds of one call of each shape.
 
-    Each is the least of several calls, and the shapes take turns: so other work on the machine changes all of them
-    alike, or none. Raises BadInput where it fails, as for want of memory.
+    Each is the least of several calls, and the shapes take turns. With one thread it is the time of the processor, which
+    other work on the machine changes less than the clock's. Raises BadInput where it fails, as for want of memory.
     """
     asked = {"configs": [config.to_dict() for config in configs], **call._asdict()}
     command = [sys.executable, "-m", "compress.shape_times"]
@@ -72,6 +72,7 @@ def main() -> None:
 
     asked: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
+    clock = time.process_time if asked["threads"] == 1 else time.perf_counter
     encoders = []
     for given in asked["configs"]:
         model = ShareBertForMaskedLM(ShareBertConfig.from_dict({**given, "mlm_head": "none"}))
@@ -83,14 +84,14 @@ def main() -> None:
         for encoder in encoders:  # the first call makes the matrices, which are kept
             encoder(words)
             encoder(words)
-        begin = time.perf_counter()
+        begin = clock()
         encoders[0](words)
-        rounds = round(SECONDS / (time.perf_counter() - begin))
+        rounds = round(SECONDS / (clock() - begin))
         for _ in range(min(MOST, max(FEWEST, rounds))):
             for encoder, own in zip(encoders, times, strict=True):
-                begin = time.perf_counter()
+                begin = clock()
                 encoder(words)
-                own.append(time.perf_counter() - begin)
+                own.append(clock() - begin)
     print(json.dumps([1000 * min(own) for own in times]))
 
 
