@@ -45,8 +45,9 @@ class Call(NamedTuple):
 def shape_times(configs: Sequence[ShareBertConfig], call: Call) -> list[float]:
     """Milliseconds of one call of each shape.
 
-    Each is the least of several calls, and the shapes take turns. With one thread it is the time of the processor, which
-    other work on the machine changes less than the clock's. Raises BadInput where it fails, as for want of memory.
+    Each is the least of several calls, and the shapes take turns. With one thread it is the time of the processor,
+    which other work on the machine changes less than the clock's. Raises BadInput where it fails, as for want of
+    memory.
     """
     asked = {"configs": [config.to_dict() for config in configs], **call._asdict()}
     command = [sys.executable, "-m", "compress.shape_times"]
