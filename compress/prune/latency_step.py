@@ -52,7 +52,7 @@ class PruneToLatency(FromCompact):
     """hard_concrete: steps of the training, each with `batch` calibration rows."""
     batch: Annotated[int, Field(ge=1)] = 32
     """hard_concrete: calibration rows of a step."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0)] = 3e-3
     """hard_concrete: the highest learning rate of biases and norms; it rises over the first steps, and falls to zero as
     a cosine."""
     gate_lr: Annotated[float, Field(gt=0)] = 0.1
