@@ -10,7 +10,10 @@ tools         what the frame gives to a step; the masked-language-model loss of 
 measure       what a report says about one model
 as_is         the score of a classifier as it is
 static        the reference of a vector for each word
+saved_state   what a long step saves, so that it goes on after it was killed
+training      the loop of steps that train on calibration rows
 latency       time and memory of a model, in a process of its own
+shape_times   times of several shapes side by side
 report        the report as a table, JSON, a picture and curves, and its check
 quantise      the step that stores the factors in a few bits a number
 distil        the step that trains a model further with a teacher

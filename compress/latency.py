@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compress.shape_times import random_words
 from sharebert_common.errors import BadInput
 from sharebert_common.processes import peak_memory_bytes
 
@@ -110,8 +111,6 @@ def _opened_openvino(folder: Path, threads: int) -> Opened:
 
 def main(folder: str, runtime: str, threads: str, repeats: str, *shapes: str) -> None:
     """Time and print."""
-    import torch
-
     model = opened(Path(folder), runtime, int(threads))
     call, words = model.call, model.words
     found = {}
@@ -119,7 +118,7 @@ def main(folder: str, runtime: str, threads: str, repeats: str, *shapes: str) ->
         rows, tokens = map(int, shape.split("x"))
         if tokens > model.positions:
             continue
-        ids = torch.randint(min(1000, words // 2), words, (rows, tokens), generator=torch.Generator().manual_seed(0))
+        ids = random_words(words, rows, tokens)
         call(ids)
         call(ids)
         times = []

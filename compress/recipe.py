@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from compress.shape_times import batch_shape
 from scoring.recipe import EvaluateRecipe
 from sharebert_common.recipe import STRICT, describe
 
@@ -23,17 +23,13 @@ class RowsRecipe:
     """How many rows are used."""
 
 
-def _shape(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise ValueError(f"'{text}' is no shape; write rows x tokens as 1x128")
-    return text
-
-
 @dataclass(config=STRICT, kw_only=True)
 class ReportRecipe:
     """What the report measures, beside what it always does."""
 
-    latency: list[Annotated[str, AfterValidator(_shape)]] = field(default_factory=lambda: ["1x16", "1x128", "32x128"])
+    latency: list[Annotated[str, AfterValidator(batch_shape)]] = field(
+        default_factory=lambda: ["1x16", "1x128", "32x128"]
+    )
     """Batches that are timed, as rows x tokens; an empty list times none."""
     repeats: PositiveInt = 10
     """A latency is the median of this many calls."""

@@ -13,6 +13,7 @@ from compress.distil import Distil
 from compress.low_rank.factor_step import LowerFactor
 from compress.low_rank.pc_lora_step import PcLora
 from compress.low_rank.step import LowRankStep
+from compress.prune.latency_step import PruneToLatency
 from compress.prune.structure_step import PruneStructure
 from compress.prune.weights_step import PruneWeights
 from compress.quantise.step import Quantise
@@ -28,6 +29,7 @@ STEPS: dict[str, type[Any]] = {
     "low_rank": LowRankStep,
     "pc_lora": PcLora,
     "prune_structure": PruneStructure,
+    "prune_to_latency": PruneToLatency,
     "prune_weights": PruneWeights,
     "quantise": Quantise,
     "dense": ToDense,

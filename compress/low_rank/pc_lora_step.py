@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from math import cos, pi
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,24 +16,16 @@ from compress.low_rank.step import check_source, products, with_products
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.structure import Inputs
 from compress.step import FromCompact, Source, Tools
-from exports.export import Export
+from compress.training import batch_order, biases_and_norms, train, with_biases
 from exports.forms import write_export
 from exports.read import load_model, read_export
-from exports.weight_source import TensorWeights, whole
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.shared_linear import LowRank
 from sharebert_common.errors import BadInput
-from sharebert_common.files import flush
 from sharebert_common.recipe import STRICT
 
 PROGRESS = "pc_lora.pt"
 """The state of the training, in the scratch folder."""
-
-SAVE_EVERY = 100
-"""Steps between two saves of that state."""
-
-WARM_UP = 0.05
-"""Part of the steps in which the learning rate rises."""
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -86,12 +75,12 @@ class PcLora(FromCompact):
         rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self.batch)
         fading = self.fading(student, rows)
         student.sharebert.sharing = fading
-        trained = [*fading.parameters(), *_own(student).values()]
+        trained = [*fading.parameters(), *biases_and_norms(student).values()]
         for parameter in trained:
             parameter.requires_grad_()
         self.train(student, teacher, fading, trained, rows, tools)
-        write_export(with_products(_with_biases(export, student), self.rank, fading.products()), out)
-        order = _order(len(rows), self.steps, tools.seed)
+        write_export(with_products(with_biases(export, student), self.rank, fading.products()), out)
+        order = batch_order(len(rows), self.steps, tools.seed)
         return {"rank": self.rank, "steps": self.steps, "tokens": sum(rows[n].tokens.numel() for n in order)}
 
     def fading(self, model: ShareBertForMaskedLM, rows: list[Batch]) -> FadingMatrices:
@@ -112,30 +101,16 @@ class PcLora(FromCompact):
         tools: Tools,
     ) -> None:
         """Train until nothing of the matrices is left. It goes on after the last save in the scratch folder."""
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
-        path, first = tools.scratch / PROGRESS, 0
-        if path.is_file():
-            kept = torch.load(path, weights_only=True)
-            first = kept["step"]
-            optimizer.load_state_dict(kept["optimizer"])
-            with torch.no_grad():
-                for parameter, value in zip(trained, kept["parameters"], strict=True):
-                    parameter.copy_(value)
-        order = _order(len(rows), self.steps, tools.seed)
-        for step, batch in enumerate((rows[number] for number in order), 1):
-            if step <= first:
-                continue
+
+        def loss_of(step: int, batch: Batch) -> Tensor:
             fading.share = base_share(self.schedule, step / max(1, round(self.fade * self.steps)))
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * _lr_share(step, self.steps)
-            optimizer.zero_grad()
-            loss = self.loss(student, teacher, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            if step % SAVE_EVERY == 0 or step == self.steps:
-                tools.say(f"pc_lora: step {step} of {self.steps}, λ {fading.share:.3f}, loss {loss.item():.4f}")
-                _save(path, {"step": step, "optimizer": optimizer.state_dict(), "parameters": trained})
+            return self.loss(student, teacher, batch)
+
+        def say(step: int, loss: float) -> None:
+            tools.say(f"pc_lora: step {step} of {self.steps}, λ {fading.share:.3f}, loss {loss:.4f}")
+
+        groups = [{"params": trained, "lr": self.lr}]
+        train(groups, loss_of, rows, self.steps, tools.seed, tools.scratch / PROGRESS, say)
         fading.share = 0.0
 
     def loss(self, student: ShareBertForMaskedLM, teacher: ShareBertForMaskedLM, batch: Batch) -> Tensor:
@@ -164,40 +139,3 @@ def _branches_of(found: list[Tensor]) -> Any:
             found.append(x)
 
     return watch
-
-
-def _own(model: ShareBertForMaskedLM) -> dict[str, nn.Parameter]:
-    """Biases and norms of the layers, and the last norm: what is trained beside the products."""
-    parts = ("sharebert.layers.", "sharebert.final_norm.")
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(parts)}
-
-
-def _with_biases(export: Export, model: ShareBertForMaskedLM) -> Export:
-    tensors = {name: whole(export.weights, name) for name in export.weights.specs}
-    tensors |= {name: parameter.detach() for name, parameter in _own(model).items()}
-    keys = {key: value for key, value in export.other_keys.items() if not key.startswith("trimmed")}
-    return dataclasses.replace(export, weights=TensorWeights(tensors), other_keys=keys)
-
-
-def _order(count: int, steps: int, seed: int) -> Iterator[int]:
-    """The numbers of the batches of all steps: one random order after the other."""
-    generator = torch.Generator().manual_seed(seed)
-    done = 0
-    while done < steps:
-        for number in torch.randperm(count, generator=generator).tolist()[: steps - done]:
-            yield number
-            done += 1
-
-
-def _lr_share(step: int, steps: int) -> float:
-    rising = max(1, round(WARM_UP * steps))
-    return step / rising if step <= rising else (1 + cos(pi * (step - rising) / max(1, steps - rising))) / 2
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    torch.save(state, temporary)
-    flush(temporary)
-    temporary.replace(path)
-    flush(path.parent)

@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.masks import Scope, smallest, sparsity_after
+from compress.prune.movement import Movement
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.quantise.hessians import collect
 from compress.quantise.step import EMBEDDING, error_costs, with_tensors
+from compress.saved_state import save_state, saved_state
 from compress.step import FromCompact, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export, model_of, tensor_shapes
@@ -28,14 +28,16 @@ from exports.read import read_export
 from exports.weight_source import TensorWeights, whole
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
-from sharebert_common.files import flush
 from sharebert_common.recipe import STRICT
 
 CHUNK = 16
 """Gradients that update the inverse at once."""
 
-PROGRESS = "pruned.safetensors"
+PROGRESS = "pruned.pt"
 """The weights after the last recomputation, in the scratch folder."""
+
+MOVEMENT = "movement.pt"
+"""The state of the training of `movement`, in the scratch folder."""
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
@@ -46,9 +48,10 @@ class PruneWeights(FromCompact):
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """The share of the weights that become zero; 0: only store the zeros that are there, as after more training."""
-    method: Literal["magnitude", "wanda", "surgeon"] = "wanda"
+    method: Literal["magnitude", "wanda", "surgeon", "movement"] = "wanda"
     """How a weight is scored. magnitude: by its size; wanda: by its size and what an error of it costs on calibration
-    rows; surgeon: Optimal BERT Surgeon, by gradients on calibration rows, and other weights make up for it."""
+    rows; surgeon: Optimal BERT Surgeon, by gradients on calibration rows, and other weights make up for it; movement:
+    by where a training on calibration rows moves it; the others are those of that training."""
     scope: Scope = "global"
     """global: the share is that of both matrices together; matrix: of each; 2:4: two of each four neighbours."""
     centre: bool = False
@@ -63,6 +66,13 @@ class PruneWeights(FromCompact):
     damping: Annotated[float, Field(gt=0)] = 0.1
     """surgeon: what is added to the mean squared gradient on the diagonal, as a part of it over all weights."""
 
+    steps: Annotated[int, Field(ge=5)] = 1000
+    """movement: steps of the training, each with `batch` calibration rows."""
+    batch: Annotated[int, Field(ge=1)] = 32
+    """movement: calibration rows of a step."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """movement: the highest learning rate, of AdamW; it rises over the first steps, and falls to zero as a cosine."""
+
     @property
     def needs_calibration(self) -> bool:
         """See `Step.needs_calibration`."""
@@ -76,6 +86,11 @@ class PruneWeights(FromCompact):
         if self.centre and self.scope == "2:4":
             raise BadInput("prune_weights.centre: not with scope 2:4, which is for zeros")
         config = read_export(source.folder).config
+        if self.method == "movement" and config.mlm_head == "none":
+            raise BadInput(
+                "prune_weights.method: movement trains on masked words, and this model has no masked-language-model "
+                "head; use surgeon"
+            )
         if self.method == "wanda" and (config.sharing != "veps" or config.altered):
             raise BadInput(
                 "prune_weights.method: wanda takes a model with sharing: veps that has all heads, columns and factors, "
@@ -92,6 +107,8 @@ class PruneWeights(FromCompact):
         if self.sparsity > 0:
             if self.method == "surgeon":
                 weights = self.by_surgeon(export, weights, centres, source, tools)
+            elif self.method == "movement":
+                weights = self.by_movement(export, weights, centres, source, tools)
             else:
                 removed = smallest(self.scores(export, weights, centres, tools), self.sparsity, self.scope)
                 weights = {name: torch.where(removed[name], 0.0, weights[name]) for name in weights}
@@ -111,6 +128,24 @@ class PruneWeights(FromCompact):
         costs = {name: error_costs(name, len(tensor), model, statistics, full) for name, tensor in weights.items()}
         return {name: squares[name] * costs[name] for name in weights}
 
+    def by_movement(
+        self,
+        export: Export,
+        weights: dict[str, Tensor],
+        centres: dict[str, Tensor],
+        source: Source,
+        tools: Tools,
+    ) -> dict[str, Tensor]:
+        """The weights, without the centres, after the training."""
+        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self.batch)
+        movement = Movement(_model(export, _restored(weights, centres)), weights, centres, self.sparsity, self.scope)
+
+        def say(step: int, loss: float) -> None:
+            share = movement.share(step, self.steps)
+            tools.say(f"prune_weights: step {step} of {self.steps}, {share:.1%} removed, loss {loss:.4f}")
+
+        return movement.run(rows, self.steps, self.lr, tools.seed, tools.scratch / MOVEMENT, say)
+
     def by_surgeon(
         self,
         export: Export,
@@ -126,7 +161,8 @@ class PruneWeights(FromCompact):
         rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self._rows_at_once(tools))
         rows = rows[: self.gradients]
         start = _zeros(weights)
-        done, weights = _resume(tools.scratch / PROGRESS, weights)
+        kept = saved_state(tools.scratch / PROGRESS) or {"step": 0, "weights": weights}
+        done, weights = kept["step"], kept["weights"]
         for step in range(done + 1, self.recomputations + 1):
             share = sparsity_after(step, self.recomputations, min(start, self.sparsity), self.sparsity)
             inverses = self.inverse_fisher(_model(export, _restored(weights, centres)), weights, rows, tools.seed)
@@ -143,7 +179,7 @@ class PruneWeights(FromCompact):
                 gone = blocked(removed[name] | (tensor == 0), self.block)
                 moved = without(blocked(tensor, self.block), gone, inverses.pop(name))
                 weights[name] = unblocked(moved, tensor.shape).contiguous()
-            _save(tools.scratch / PROGRESS, step, weights)
+            save_state(tools.scratch / PROGRESS, {"step": step, "weights": weights})
             tools.say(
                 f"prune_weights: {_zeros(weights):.1%} removed after recomputation {step} of {self.recomputations}"
             )
@@ -194,20 +230,3 @@ def _model(export: Export, weights: dict[str, Tensor]) -> ShareBertForMaskedLM:
 
 def _zeros(weights: dict[str, Tensor]) -> float:
     return sum(int((t == 0).sum()) for t in weights.values()) / sum(t.numel() for t in weights.values())
-
-
-def _save(path: Path, step: int, weights: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    save_file(weights, temporary, metadata={"step": str(step)})
-    flush(temporary)
-    temporary.replace(path)
-    flush(path.parent)
-
-
-def _resume(path: Path, weights: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-    """How many recomputations are done, and the weights after them."""
-    if not path.is_file():
-        return 0, weights
-    with safe_open(path, "pt") as file:
-        return int((file.metadata() or {})["step"]), {name: file.get_tensor(name) for name in weights}

@@ -10,10 +10,11 @@ import pytest
 import torch
 from compress_models import tiny_export, tokens_of
 
-from compress.low_rank import pc_lora_step
+from compress import training
 from compress.low_rank.fading import FadingMatrices, base_share
 from compress.low_rank.pc_lora_step import PcLora
 from compress.prune.calibrate import batches, hidden_states, objective
+from compress.saved_state import save_state
 from compress.source import open_source
 from exports.read import load_model, read_export
 from sharebert.shared_linear import LowRank
@@ -99,17 +100,16 @@ def test_it_learns_and_the_result_is_the_trained_products(tmp_path: Path) -> Non
 
 def test_a_killed_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_export(tmp_path / "source", mlm_head="tied")
-    monkeypatch.setattr(pc_lora_step, "SAVE_EVERY", 4)
+    monkeypatch.setattr(training, "SAVE_EVERY", 4)
     whole = trained(tmp_path / "whole", source, steps=10)
-    save = pc_lora_step._save
 
     def dies(path: Path, state: dict[str, Any]) -> None:
-        save(path, state)
+        save_state(path, state)
         if state["step"] == 8:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pc_lora_step, "_save", dies)
+        patch.setattr(training, "save_state", dies)
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "killed", source, steps=10)
     again = trained(tmp_path / "killed", source, steps=10)

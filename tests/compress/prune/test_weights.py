@@ -13,11 +13,14 @@ import torch
 from compress_models import tiny_export, tokens_of
 from safetensors.numpy import load_file
 
+from compress import training
 from compress.prune import weights_step
 from compress.prune.calibrate import batches, hidden_states, objective
 from compress.prune.masks import smallest, sparsity_after
+from compress.prune.movement import Movement
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.prune.weights_step import PruneWeights
+from compress.saved_state import save_state
 from compress.source import open_source
 from compress.trim import Trim
 from exports.compact import Compact
@@ -103,11 +106,11 @@ def test_scopes() -> None:
     assert sparsity_after(1, 2, 0.0, 0.8) == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "surgeon"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "surgeon", "movement"])
 @pytest.mark.parametrize("scope", ["global", "matrix", "2:4"])
 def test_the_file_holds_only_what_is_not_zero(tmp_path: Path, method: str, scope: str) -> None:
     source = tiny_export(tmp_path / "source", mlm_head="tied")
-    out, _ = pruned(tmp_path, source, method=method, scope=scope, gradients=12, block=4)
+    out, _ = pruned(tmp_path, source, method=method, scope=scope, gradients=12, block=4, steps=6)
     model, file = load_model(out), load_file(out / "model.safetensors")
     zeros = total = 0
     for name in (E, ALL):
@@ -158,21 +161,85 @@ def test_a_killed_step_goes_on_after_the_last_recomputation(tmp_path: Path, monk
     source = tiny_export(tmp_path / "source")
     keys: dict[str, Any] = {"method": "surgeon", "gradients": 8, "recomputations": 3}
     whole, _ = pruned(tmp_path / "whole", source, **keys)
-    save, count = weights_step._save, []
+    count = []
 
-    def dies(path: Path, step: int, weights: Any) -> None:
-        save(path, step, weights)
-        count.append(step)
+    def dies(path: Path, state: dict[str, Any]) -> None:
+        save_state(path, state)
+        count.append(state["step"])
         if len(count) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights_step, "_save", dies)
+        patch.setattr(weights_step, "save_state", dies)
         with pytest.raises(KeyboardInterrupt):
             pruned(tmp_path / "killed", source, **keys)
     assert count == [1, 2]
     out, _ = pruned(tmp_path / "killed", source, **keys)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_movement_scores_are_the_sums_of_gradient_times_weight(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    rows = batches(tools(tmp_path).calibration(), source / "tokenizer.json", 0)
+    model, by_hand = load_model(source), load_model(source)
+    weights = {name: model.get_parameter(name).detach().clone() for name in (E, ALL)}
+    centres = {E: torch.full((8,), 0.25), ALL: torch.zeros(8)}
+    less = {name: tensor - centres[name] for name, tensor in weights.items()}
+    movement = Movement(model, less, centres, 0.5, "global")
+    gone = {name: torch.rand(tensor.shape) < 0.3 for name, tensor in weights.items()}
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            by_hand.get_parameter(name).copy_(torch.where(gone[name], centres[name].expand_as(tensor), tensor))
+    expected = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    for batch in rows[:2]:
+        movement.put(gone)
+        objective(model, batch, hidden_states(model, batch), torch.Generator()).backward()
+        movement.take_gradients()
+        loss = objective(by_hand, batch, hidden_states(by_hand, batch), torch.Generator())
+        gradients = torch.autograd.grad(loss, [by_hand.get_parameter(name) for name in expected])
+        for name, gradient in zip(expected, gradients, strict=True):
+            expected[name] -= gradient * less[name]
+    for name, scores in expected.items():
+        torch.testing.assert_close(movement.scores[name].detach(), scores, rtol=1e-4, atol=1e-5)
+        assert (scores[gone[name]] != 0).any()  # gradients reach what is removed
+    shares = [movement.share(step, 100) for step in range(1, 101)]
+    assert shares[:10] == [0] * 10
+    assert shares[44] == pytest.approx(0.5 - 0.5 * 0.5**3)
+    assert shares[79:] == [0.5] * 21
+    assert shares == sorted(shares)
+
+
+def test_a_killed_movement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    monkeypatch.setattr(training, "SAVE_EVERY", 10)
+    keys: dict[str, Any] = {"method": "movement", "steps": 25, "batch": 8, "lr": 1e-2, "centre": True}
+    whole, _ = pruned(tmp_path / "whole", source, **keys)
+
+    def dies(path: Path, state: dict[str, Any]) -> None:
+        save_state(path, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_state", dies)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                pruned(tmp_path / "killed", source, **keys)
+    out, _ = pruned(tmp_path / "killed", source, **keys)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_movement_learns(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    rows = batches(tools(tmp_path).calibration(), source / "tokenizer.json", 0)
+
+    def loss(folder: Path) -> float:
+        model = load_model(folder)
+        with torch.no_grad():
+            return sum(objective(model, b, hidden_states(model, b), torch.Generator()).item() for b in rows) / 48
+
+    by_size, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.8)
+    out, _ = pruned(tmp_path, source, name="moved", method="movement", sparsity=0.8, steps=40, batch=8, lr=1e-2)
+    assert loss(out) < loss(by_size) - 0.1
 
 
 def test_transformers_loads_it_trimmed_or_not(tmp_path: Path) -> None:
@@ -245,6 +312,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     [
         ({"scope": "2:4", "sparsity": 0.7}, {}, "scope 2:4 removes half"),
         ({"method": "wanda"}, {"sharing": "eps"}, "wanda takes a model with sharing: veps"),
+        ({"method": "movement"}, {"mlm_head": "none"}, "no masked-language-model head; use surgeon"),
         ({"method": "wanda"}, {"intermediate_size": 20, "ffn_pairs": 2}, "and one feed-forward pair; use surgeon"),
     ],
 )

@@ -1,0 +1,167 @@
+"""The step `prune_to_latency`: heads, columns and layers go until the time is a given share of what it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from compress.prune.calibrate import batches
+from compress.prune.gate_training import GateTraining
+from compress.prune.latency_table import LatencyTable, table_in
+from compress.prune.structure import fisher
+from compress.prune.structure_search import TRIED_ROWS, Structure, by_gradients, check_target, search
+from compress.prune.structure_step import sliced, with_parts, without_layers
+from compress.shape_times import Call, batch_shape, shape_times
+from compress.step import FromCompact, Source, Tools
+from compress.training import with_biases
+from exports.export import Export
+from exports.forms import write_export
+from exports.read import load_model, read_export
+from exports.weight_source import whole
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
+
+TABLE = "latency_table.json"
+"""The measured times, in the scratch folder."""
+
+GATES = "gates"
+"""What the training of gates saves, a folder in the scratch folder."""
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class PruneToLatency(FromCompact):
+    """Remove heads, feed-forward columns and layers until the predicted time is a share of what it was."""
+
+    NAME = "prune_to_latency"
+
+    latency: Annotated[float, Field(gt=0, le=1)]
+    """The time of the result as a share of the source's, on the CPU of this machine."""
+    timed: Annotated[str, AfterValidator(batch_shape)] | None = None
+    """The batch that is timed, as rows x tokens; none: one row as long as calibration rows."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of a timed call."""
+    method: Literal["fisher", "hard_concrete"] = "fisher"
+    """How parts are chosen. fisher: by squared gradients on calibration rows, without training; hard_concrete: gates on
+    the parts are trained, with biases and norms."""
+    steps: Annotated[int, Field(ge=5)] = 1000
+    """hard_concrete: steps of the training, each with `batch` calibration rows."""
+    batch: Annotated[int, Field(ge=1)] = 32
+    """hard_concrete: calibration rows of a step."""
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    """hard_concrete: the highest learning rate of biases and norms; it rises over the first steps, and falls to zero as
+    a cosine."""
+    gate_lr: Annotated[float, Field(gt=0)] = 0.1
+    """hard_concrete: the learning rate of the gates."""
+    task_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """hard_concrete: weight of the masked-language-model loss; the rest is of the squared error of the last hidden
+    states, with the source as teacher."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Step.needs_calibration`."""
+        return True
+
+    def check(self, source: Source) -> None:
+        """See `Step.check`."""
+        self.result_form(source.form)
+        config = read_export(source.folder).config
+        if not config.generates:
+            raise BadInput(
+                f"prune_to_latency: takes models with sharing: veps or eps, this one has {config.sharing}; "
+                "use prune_structure with layers"
+            )
+        if config.ffn_pairs > 1:
+            raise BadInput(
+                f"prune_to_latency: takes models with one feed-forward pair, this one has ffn_pairs: {config.ffn_pairs}"
+            )
+        if self.timed is not None and self.call(0).tokens > config.max_position_embeddings:
+            raise BadInput(
+                f"prune_to_latency.timed: {self.timed} has more tokens than the model's "
+                f"{config.max_position_embeddings} positions"
+            )
+        if self.method == "hard_concrete" and config.mlm_head == "none" and self.task_weight > 0:
+            raise BadInput("prune_to_latency.task_weight: this model has no masked-language-model head; set it to 0")
+
+    def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
+        """See `Step.apply`."""
+        export = read_export(source.folder)
+        call = self.call(min(tools.calibration().shape[1], export.config.max_position_embeddings))
+        tools.say(f"prune_to_latency: timing shapes with {call.rows}x{call.tokens} words")
+        table = table_in(tools.scratch / TABLE, export.config, call)
+        check_target(table, self.latency, "prune_to_latency.latency")
+        notes: dict[str, Any] = {}
+        if self.method == "fisher":
+            structure, loss = self.by_fisher(table, source, tools)
+            result = cut(export, structure)
+            notes["loss on calibration rows"] = round(loss, 4)
+        else:
+            structure, result = self.by_gates(export, table, source, tools)
+        write_export(result, out)
+        before, after = shape_times([export.config, result.config], call)
+        return notes | {
+            "heads": structure.heads,
+            "columns": len(structure.columns),
+            "layers": structure.layers,
+            "predicted share of the time": round(table.of(structure.shape), 4),
+            "measured share of the time": round(after / before, 4),
+            "table": _short(table),
+        }
+
+    def call(self, tokens: int) -> Call:
+        """What is timed; `tokens` is the length of a row unless the recipe says it."""
+        rows, length = (1, tokens) if self.timed is None else map(int, self.timed.split("x"))
+        return Call(rows, length, self.threads)
+
+    def by_fisher(self, table: LatencyTable, source: Source, tools: Tools) -> tuple[Structure, float]:
+        """What stays, and the loss of that on calibration rows."""
+        model = load_model(source.folder)
+        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
+        rankings = by_gradients(fisher(model, rows, tools.seed))
+        return search(model, rankings, table, self.latency, rows[: max(1, TRIED_ROWS // len(rows[0].tokens))])
+
+    def by_gates(self, export: Export, table: LatencyTable, source: Source, tools: Tools) -> tuple[Structure, Export]:
+        """What stays, and the model with its biases and norms after the training."""
+        model, teacher = load_model(source.folder), load_model(source.folder)
+        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self.batch)
+        training = GateTraining(model, teacher, table, self.latency, self.task_weight, tools.seed)
+
+        def say(step: int, loss: float, share: float) -> None:
+            tools.say(f"prune_to_latency: step {step} of {self.steps}, loss {loss:.4f}, predicted share {share:.3f}")
+
+        kept = training.run(rows, self.steps, self.lr, self.gate_lr, tools.scratch / GATES, say)
+        return kept.structure, cut(with_biases(export, model), kept.structure, kept.heads[0], kept.columns[0])
+
+
+def cut(export: Export, structure: Structure, heads: Tensor | None = None, columns: Tensor | None = None) -> Export:
+    """The export with the parts of a structure only; with factors on its heads [heads] and columns [columns]."""
+    tensors = {name: whole(export.weights, name).float() for name in export.weights.specs}
+    config = export.config
+    removed = sorted(set(range(config.num_hidden_layers)) - set(structure.layers))
+    if removed:
+        tensors = without_layers(tensors, removed, None)
+        config = dataclasses.replace(config, num_hidden_layers=len(structure.layers))
+    factors = [None if heads is None else heads.repeat_interleave(config.head_size), columns]
+    kept = [
+        None if factor is None and len(own) == there else own
+        for own, there, factor in zip(structure, (config.heads, config.inner_size), factors, strict=False)
+    ]
+    if kept != [None, None]:
+        config, tensors = sliced(config, tensors, kept[0], kept[1], None)
+    for name, factor in zip(("kept_attention_scale", "kept_inner_scale"), factors, strict=True):
+        if factor is not None:
+            tensors[f"sharebert.{name}"] = tensors[f"sharebert.{name}"] * factor[factor != 0]
+    return with_parts(export, config, tensors)
+
+
+def _short(table: LatencyTable) -> dict[str, Any]:
+    """What the report says about the table: milliseconds, rounded."""
+    parts = {
+        name: {number: round(ms, 3) for number, ms in getattr(table, name).items()}
+        for name in ("heads", "columns", "layers")
+    }
+    return {**table.call._asdict(), "ms": round(table.ms, 3), **parts}

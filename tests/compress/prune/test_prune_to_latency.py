@@ -1,0 +1,180 @@
+"""The step `prune_to_latency`; times are made up, so that they do not depend on the machine."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from compress_models import tiny_export
+
+from compress import training
+from compress.prune import latency_step, latency_table
+from compress.prune.calibrate import batches, hidden_states, objective
+from compress.prune.latency_step import cut
+from compress.prune.latency_table import LatencyTable, Shape
+from compress.prune.structure import Fisher
+from compress.prune.structure_search import Structure, by_gradients, by_probability, candidates, masked_loss
+from compress.saved_state import save_state
+from compress.shape_times import Call
+from compress.source import open_source
+from compress.steps import step_of
+from exports.forms import write_export
+from exports.read import load_model, read_export
+from sharebert import ShareBertConfig
+from sharebert_common.errors import BadInput
+
+GATES = {"method": "hard_concrete", "steps": 40, "batch": 8}
+
+
+def made_up(config: ShareBertConfig) -> float:
+    """A time with a rest of 0.5 ms, and layers of 0.2 ms, 0.5 ms a head and 0.05 ms a column."""
+    return 0.5 + config.num_hidden_layers * (0.2 + 0.5 * config.heads + 0.05 * config.inner_size)
+
+
+@pytest.fixture(autouse=True)
+def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (latency_table, latency_step):
+        monkeypatch.setattr(module, "shape_times", lambda configs, call: [made_up(config) for config in configs])
+
+
+def tools(scratch: Path) -> Any:
+    tokens = torch.randint(5, 250, (40, 12), generator=torch.Generator().manual_seed(2))
+    (scratch / "scratch").mkdir(parents=True, exist_ok=True)
+    return SimpleNamespace(calibration=lambda: tokens, seed=0, scratch=scratch / "scratch", say=lambda line: None)
+
+
+def pruned(folder: Path, source: Path, **keys: Any) -> tuple[Path, dict[str, Any]]:
+    _, step = step_of({"prune_to_latency": keys}, "steps.0")
+    out = folder / "out"
+    step.check(open_source(source))
+    return out, step.apply(open_source(source), tools(folder), out)
+
+
+TABLE = LatencyTable(
+    Shape(3, 5, 2), Call(1, 8, 1), 10.0, {1: 7.0, 2: 9.0, 3: 10.0}, {1: 6.0, 5: 10.0}, {1: 6.0, 2: 10.0}
+)
+
+
+def least_of_all(costs: list[torch.Tensor], target: float) -> float:
+    """The least sum of the costs of parts that go, over all structures within the target."""
+    best = float("inf")
+    subsets = [
+        [set(s) for n in range(1, count + 1) for s in itertools.combinations(range(count), n)] for count in TABLE.whole
+    ]
+    for parts in itertools.product(*subsets):
+        if TABLE.of(Shape(*map(len, parts))) <= target:
+            lost = (float(v) for own, p in zip(costs, parts, strict=True) for n, v in enumerate(own) if n not in p)
+            best = min(best, sum(lost))
+    return best
+
+
+@pytest.mark.parametrize("target", [0.4, 0.5, 0.8])
+def test_the_best_candidate_is_that_of_all_structures(target: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    squares = [torch.rand(count, generator=generator, dtype=torch.float64) for count in (3, 5, 2)]
+    found = candidates(by_gradients(Fisher(*map(torch.diag, squares))), TABLE, target)
+    assert found[0].cost == pytest.approx(least_of_all([own / 2 for own in squares], target))
+    assert all(TABLE.of(candidate.shape) <= target + 1e-9 for candidate in found)
+    likely = [own / 2 + 0.5 for own in squares]  # -log of (1 - p) / p: what a part that goes costs
+    found = candidates(by_probability(likely), TABLE, target)
+    assert found[0].cost == pytest.approx(least_of_all([torch.log(p / (1 - p)) for p in likely], target))
+
+
+def test_the_cost_of_a_set_counts_what_its_parts_do_together() -> None:
+    matrix = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.1, 0.0], [0.0, 0.0, 2.5]], dtype=torch.float64)
+    ranking, *_ = by_gradients(Fisher(matrix, matrix, matrix))
+    assert ranking.order == [0, 2]
+    assert ranking.costs.tolist() == [0, 0.5, 1.75]
+
+
+@pytest.mark.parametrize("head", ["tied", "none"])
+def test_by_fisher_the_result_is_the_masked_model_within_the_target(tmp_path: Path, head: str) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head=head)
+    out, notes = pruned(tmp_path, source, latency=0.5)
+    config = read_export(out).config
+    share = made_up(config) / made_up(read_export(source).config)
+    assert notes["predicted share of the time"] == pytest.approx(share, abs=1e-4)
+    assert notes["measured share of the time"] == pytest.approx(share, abs=1e-4)
+    assert 0.45 < share <= 0.5
+    assert (config.heads, config.inner_size) == (len(notes["heads"]), notes["columns"])
+    assert notes["table"]["tokens"] == 12
+    if head == "tied":
+        model = load_model(out)
+        rows = batches(tools(tmp_path).calibration(), source / "tokenizer.json", 0)
+        total = sum(objective(model, b, hidden_states(model, b), torch.Generator()).item() for b in rows)
+        assert total / 40 == pytest.approx(notes["loss on calibration rows"], abs=1e-3)
+
+
+def test_what_is_cut_is_what_factors_of_0_leave(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    structure = Structure([0, 2], [1, 4, 5, 33], [1])
+    heads, columns, layers = structure.factors(Shape(3, 40, 2))
+    heads, columns = heads * torch.tensor([0.3, 1.0, 0.9]), columns * torch.rand(1, 40)
+    model, (batch, *_) = load_model(source), batches(tools(tmp_path).calibration(), source / "tokenizer.json", 0)
+    expected = hidden_states(model, batch, heads, columns, layers)
+    write_export(cut(read_export(source), structure, heads[0], columns[0]), tmp_path / "cut")
+    small = load_model(tmp_path / "cut")
+    assert small.config.num_hidden_layers == 1
+    torch.testing.assert_close(hidden_states(small, batch), expected, rtol=1e-4, atol=1e-5)
+    whole = Structure([0, 1, 2], list(range(40)), [0, 1])
+    assert cut(read_export(source), whole).config == model.config
+    assert masked_loss(model, [batch], whole, Shape(3, 40, 2)) == pytest.approx(
+        objective(model, batch, hidden_states(model, batch), torch.Generator()).item() / len(batch.tokens)
+    )
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_gates_end_within_the_target(tmp_path: Path, weight: float) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    out, notes = pruned(tmp_path, source, latency=0.6, task_weight=weight, **GATES)
+    assert 0.4 < notes["predicted share of the time"] <= 0.6
+    model = load_model(out)
+    assert model.config.heads == len(notes["heads"])
+    assert model.sharebert.kept_inner_scale is not None
+    before = load_model(source).sharebert.final_norm.weight
+    assert not model.sharebert.final_norm.weight.equal(before)
+
+
+def test_a_killed_training_of_gates_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    monkeypatch.setattr(training, "SAVE_EVERY", 10)
+    whole, notes = pruned(tmp_path / "whole", source, latency=0.6, **GATES)
+    for last in (20, 40):  # in the middle of the gates, and after the structure is fixed
+
+        def dies(path: Path, state: dict[str, Any], last: int = last) -> None:
+            save_state(path, state)
+            if state["step"] == last:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "save_state", dies)
+            with pytest.raises(KeyboardInterrupt):
+                pruned(tmp_path / "killed", source, latency=0.6, **GATES)
+    with monkeypatch.context() as patch:
+        patch.setattr(latency_table, "shape_times", None)  # the table is there
+        again, same = pruned(tmp_path / "killed", source, latency=0.6, **GATES)
+    assert same == notes
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("keys", "changes", "message"),
+    [
+        ({"latency": 0.0}, {}, r"prune_to_latency: latency: Input should be"),
+        ({"latency": 1.5}, {}, r"prune_to_latency: latency: Input should be"),
+        ({"latency": 0.5, "timed": "128"}, {}, "'128' is no shape"),
+        ({"latency": 0.5, "timed": "1x128"}, {}, "1x128 has more tokens than the model's 16 positions"),
+        ({"latency": 0.1}, {}, r"latency: 0\.1 of the time is out of reach; 1 layer, 1 head and 5 columns take 0\.184"),
+        ({"latency": 0.5}, {"sharing": "layers"}, "sharing: veps or eps, this one has layers; use prune_structure"),
+        ({"latency": 0.5}, {"intermediate_size": 20, "ffn_pairs": 2}, "one feed-forward pair"),
+        ({"latency": 0.5, **GATES}, {"mlm_head": "none"}, "prune_to_latency.task_weight: .* set it to 0"),
+    ],
+)
+def test_wrong_keys_are_one_line(tmp_path: Path, keys: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message) as error:
+        pruned(tmp_path, tiny_export(tmp_path / "source", **changes), **keys)
+    assert "\n" not in str(error.value)
