@@ -13,6 +13,7 @@ from compress.distil import Distil
 from compress.low_rank.factor_step import LowerFactor
 from compress.low_rank.pc_lora_step import PcLora
 from compress.low_rank.step import LowRankStep
+from compress.prune.hidden_step import PruneHidden
 from compress.prune.structure_step import PruneStructure
 from compress.prune.weights_step import PruneWeights
 from compress.quantise.step import Quantise
@@ -29,6 +30,7 @@ STEPS: dict[str, type[Any]] = {
     "pc_lora": PcLora,
     "prune_structure": PruneStructure,
     "prune_weights": PruneWeights,
+    "prune_hidden": PruneHidden,
     "quantise": Quantise,
     "dense": ToDense,
     "awq": Awq,
