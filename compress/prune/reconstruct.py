@@ -151,5 +151,5 @@ def fit(linear: nn.Linear, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     damping = DAMPING * covariance.diagonal().mean().clamp(min=1e-30)
     system = covariance + damping * torch.eye(inputs, dtype=torch.float64)
     change = torch.linalg.solve(system, mixed / count - torch.outer(first, missing))
-    linear.weight += change.t().to(linear.weight.dtype)
-    linear.bias += (missing - first @ change).to(linear.bias.dtype)
+    linear.weight.add_(change.t().to(linear.weight.dtype))
+    linear.bias.add_((missing - first @ change).to(linear.bias.dtype))
