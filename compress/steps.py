@@ -13,6 +13,7 @@ from compress.distil import Distil
 from compress.low_rank.factor_step import LowerFactor
 from compress.low_rank.pc_lora_step import PcLora
 from compress.low_rank.step import LowRankStep
+from compress.prune.hidden_step import PruneHidden
 from compress.prune.latency_step import PruneToLatency
 from compress.prune.structure_step import PruneStructure
 from compress.prune.weights_step import PruneWeights
@@ -31,6 +32,7 @@ STEPS: dict[str, type[Any]] = {
     "prune_structure": PruneStructure,
     "prune_to_latency": PruneToLatency,
     "prune_weights": PruneWeights,
+    "prune_hidden": PruneHidden,
     "quantise": Quantise,
     "dense": ToDense,
     "awq": Awq,

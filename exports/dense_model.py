@@ -77,20 +77,29 @@ class DenseBert(Parts):
         self, tokens: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> DenseOutput:
         """Encode [B, T] ids; `attention_mask` [B, T] is 0 at padding."""
-        embeddings, encoder = self.bert.embeddings, self.bert.encoder
+        hidden = self.encode(tokens, attention_mask, token_type_ids)
+        pooled = torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
+        return DenseOutput(hidden, pooled, None if self.cls is None else self.cls.predictions(hidden))
+
+    def encode(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """The hidden states alone, [B, T, H]."""
+        x, mask = self.embed(tokens, token_type_ids), visible(attention_mask, None)
+        for layer in self.bert.encoder.layer:
+            x = layer(x, mask)
+        return self.bert.encoder.ln(x)  # type: ignore[no-any-return]
+
+    def embed(self, tokens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """The residual stream before the first layer, [B, T, H]."""
+        embeddings = self.bert.embeddings
         longest = embeddings.position_embeddings.num_embeddings
         if tokens.shape[1] > longest:
             raise BadInput(f"rows of {tokens.shape[1]} tokens, but the model has {longest} positions")
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         types = torch.zeros_like(tokens) if token_type_ids is None else token_type_ids
         x = embeddings.word_embeddings(tokens) + embeddings.token_type_embeddings(types)
-        x = x + embeddings.position_embeddings(positions)
-        mask = visible(attention_mask, None)
-        for layer in encoder.layer:
-            x = layer(x, mask)
-        hidden = encoder.ln(x)
-        pooled = torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
-        return DenseOutput(hidden, pooled, None if self.cls is None else self.cls.predictions(hidden))
+        return x + embeddings.position_embeddings(positions)  # type: ignore[no-any-return]
 
 
 class DenseLayer(Parts):
@@ -110,14 +119,21 @@ class DenseLayer(Parts):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, H] → [B, T, H]; `mask` as in `kernels.attention`."""
+        x = x + self.attention.output.dense(self.attended(x, mask))
+        return x + self.output.dense(self.inner(x))  # type: ignore[no-any-return]
+
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """What the output matrix of attention reads, the heads side by side, [B, T, heads · d]."""
         normed, products = self.attention.ln(x), self.attention.self
         query, key, value = (
             product(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for product in (products.query, products.key, products.value)
         )
-        attended = F.scaled_dot_product_attention(query, key, value, mask)
-        x = x + self.attention.output.dense(attended.transpose(1, 2).flatten(2))
-        return x + self.output.dense(F.gelu(self.intermediate.dense(self.ln(x))))  # type: ignore[no-any-return]
+        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the output matrix of the feed-forward block reads, [B, T, I]; x is the stream after attention."""
+        return F.gelu(self.intermediate.dense(self.ln(x)))
 
 
 class DenseHead(Parts):
@@ -134,8 +150,11 @@ class DenseHead(Parts):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] → [..., V]."""
-        x = self.transform.LayerNorm(F.gelu(self.transform.dense(hidden)))
-        return self.decoder(x)  # type: ignore[no-any-return]
+        return self.decoder(self.transformed(hidden))  # type: ignore[no-any-return]
+
+    def transformed(self, hidden: Tensor) -> Tensor:
+        """What the decoder reads, [..., H]."""
+        return self.transform.LayerNorm(F.gelu(self.transform.dense(hidden)))  # type: ignore[no-any-return]
 
 
 def _dense(inputs: int, outputs: int) -> Parts:

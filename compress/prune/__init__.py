@@ -11,5 +11,10 @@ weights_step     `prune_weights`: weights of E and W_all become zero, and its ke
 masks            which weights go, by their scores
 surgeon          Optimal BERT Surgeon: scores from gradients, and how other weights make up
 movement         movement pruning: scores from where a training moves weights
+hidden_step      `prune_hidden`: a smaller hidden size of a dense model, and its keys
+directions       which directions of the residual stream stay: principal ones (SP3), or channels
+dense_parts      which heads, columns and channels of a dense model matter
+dense_slices     a dense model → a smaller one
+reconstruct      its matrices anew, by least squares
 calibrate        the forward pass on calibration rows, with masks on parts
 """

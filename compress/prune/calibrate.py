@@ -123,13 +123,24 @@ def objective(model: ShareBertForMaskedLM, batch: Batch, hidden: Tensor, generat
     Gauss-Newton matrix of the squared error of the hidden states.
     """
     if model.mlm_head is None:
-        directions = torch.randn(hidden.shape, generator=generator)
-        return (hidden * directions * batch.visible[:, :, None]).sum() / hidden.shape[1]
+        return random_product(hidden, batch, generator)
     embedding = embedding_matrix(model.sharebert.word_embeddings, model.config.vocab_size)
     chosen = batch.labels >= 0
     logits = model.mlm_head(
         hidden[chosen], embedding if model.mlm_head.tied else None, expansion=model.sharebert.factor_expansion
     )
     assert isinstance(logits, Tensor)
+    return losses_of(logits, batch)
+
+
+def random_product(hidden: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The sum over rows of the products of hidden states [B, T, H] with random numbers; see `objective`."""
+    directions = torch.randn(hidden.shape, generator=generator)
+    return (hidden * directions * batch.visible[:, :, None]).sum() / hidden.shape[1]
+
+
+def losses_of(logits: Tensor, batch: Batch) -> Tensor:
+    """The sum over rows of the loss, by logits [chosen words, V] at the chosen words; see `objective`."""
+    chosen = batch.labels >= 0
     losses = F.cross_entropy(logits, batch.labels[chosen], reduction="none")
     return (losses / chosen.sum(1).repeat_interleave(chosen.sum(1))).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 import compress.distil
+import compress.prune.hidden_step
 import pretrain.sweep.runner
 from compress.distil import Distil
 from compress.recipe import CompressRecipe
@@ -66,6 +68,27 @@ def test_pc_lora_on_a_pruned_model(dataset: Path, tmp_path: Path) -> None:
     assert [row.name for row in rows] == ["source", "1 prune_structure", "2 pc_lora"]
     assert rows[2].notes["tokens"] == 3 * 8 * 32
     assert rows[2].parameters < rows[0].parameters  # type: ignore[operator]
+
+
+def test_half_of_everything(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the last step, it goes on, and the result is that of an undisturbed run, byte by byte."""
+    source = export_of(tmp_path / "source", dataset)
+    recipe = shrunk("compress/half", dataset, None)
+    run(source, recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(compress.prune.hidden_step, "reconstruct", lambda *given: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run(source, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run(source, recipe, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [config[key] for key in ("hidden_size", "num_attention_heads", "intermediate_size")] == [12, 2, 20]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
+    _, _, rows = read_report(tmp_path / "out")
+    assert [row.name for row in rows] == ["source", "1 dense", "2 prune_hidden"]
+    assert rows[2].notes["hidden"] == 12
+    assert rows[2].loss is not None
 
 
 @pytest.mark.slow

@@ -1,0 +1,135 @@
+"""What calibration rows say about a dense model: its stream, and which heads, columns and channels matter.
+
+Importance of heads and columns is that of `structure`, but of each layer alone: layers of a dense model have their own
+matrices. Channels between the two matrices of the head matter by what they add to logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.prune.calibrate import Batch, losses_of, random_product
+from compress.prune.structure import least_important
+from exports.dense_model import DenseBert, DenseLayer
+
+
+class Gradients(NamedTuple):
+    """Gradients by factors of 1 on parts, for each calibration row."""
+
+    heads: Tensor
+    """[rows, L, heads]"""
+    columns: Tensor
+    """[rows, L, I]"""
+
+    def kept(self, heads: int, columns: int) -> list[Kept]:
+        """What stays of each layer: `heads` heads and `columns` columns."""
+        pairs = zip(self.heads.unbind(1), self.columns.unbind(1), strict=True)
+        return [Kept(_kept(of_heads, heads), _kept(of_columns, columns)) for of_heads, of_columns in pairs]
+
+
+class Kept(NamedTuple):
+    """What stays of a layer."""
+
+    heads: Tensor
+    """Numbers of heads, ascending."""
+    columns: Tensor
+    """Numbers of columns inside the feed-forward block, ascending."""
+
+
+def gradients(model: DenseBert, rows: Sequence[Batch], seed: int) -> Gradients:
+    """The gradients of the loss of each calibration row, or of what `calibrate.objective` takes without a head."""
+    layers: list[DenseLayer] = list(model.bert.encoder.layer)
+    generator = torch.Generator().manual_seed(seed)
+    heads, columns = layers[0].heads, layers[0].output.dense.in_features
+    found: list[list[Tensor]] = []
+    for batch in rows:
+        factors = [torch.ones(len(batch.tokens), len(layers), size, requires_grad=True) for size in (heads, columns)]
+        hooks = []
+        for number, layer in enumerate(layers):
+            for module, factor in ((layer.attention.output.dense, factors[0]), (layer.output.dense, factors[1])):
+                hooks.append(module.register_forward_pre_hook(_Times(factor[:, number])))
+        hidden = model.encode(batch.tokens, batch.visible)
+        if model.cls is None:
+            total = random_product(hidden, batch, generator)
+        else:
+            total = losses_of(model.cls.predictions(hidden[batch.labels >= 0]), batch)
+        found.append(list(torch.autograd.grad(total, factors)))
+        for hook in hooks:
+            hook.remove()
+    return Gradients(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+class _Times:
+    """Multiplies the input [B, T, width] of a module by factors [B, parts], one for each part of the width."""
+
+    def __init__(self, factors: Tensor) -> None:
+        self.factors = factors
+
+    def __call__(self, _: nn.Module, given: tuple[Tensor]) -> Tensor:
+        (x,) = given
+        wide = self.factors.repeat_interleave(x.shape[-1] // self.factors.shape[1], 1)
+        return x * wide[:, None]
+
+
+def _kept(by_rows: Tensor, count: int) -> Tensor:
+    """Numbers of the parts that stay, by gradients [rows, parts]."""
+    parts = by_rows.shape[1]
+    gone = least_important(by_rows.double().t() @ by_rows.double(), parts - count) if count < parts else []
+    return torch.tensor(sorted(set(range(parts)) - set(gone)))
+
+
+class Survey(NamedTuple):
+    """Sums over calibration rows."""
+
+    moments: Tensor
+    """norm(x)ᵀ·norm(x) of the stream x at all LayerNorms together, [H, H] float64."""
+    head_channels: Tensor | None
+    """What each channel between the two matrices of the head adds to logits: its standard deviation times the norm of
+    its column of the decoder, [H]. None without a head."""
+
+
+@torch.no_grad()
+def survey(model: DenseBert, rows: Sequence[Batch]) -> Survey:
+    """Run all rows through the model once."""
+    encoder = model.bert.encoder
+    norms = [encoder.ln, *(norm for layer in encoder.layer for norm in (layer.attention.ln, layer.ln))]
+    width = encoder.ln.normalized_shape[0]
+    moments, seen = torch.zeros(width, width, dtype=torch.float64), torch.zeros(0)
+
+    def add(norm: nn.LayerNorm, given: tuple[Tensor]) -> None:
+        flat = F.layer_norm(given[0][seen], norm.normalized_shape, eps=norm.eps).double()
+        moments.addmm_(flat.t(), flat)
+
+    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+    transformed = []
+    for batch in rows:
+        seen = batch.visible.bool()
+        hidden = model.encode(batch.tokens, batch.visible)
+        if model.cls is not None:
+            transformed.append(model.cls.predictions.transformed(hidden[batch.labels >= 0]))
+    for hook in hooks:
+        hook.remove()
+    if model.cls is None:
+        return Survey(moments, None)
+    return Survey(moments, torch.cat(transformed).std(0) * model.cls.predictions.decoder.weight.norm(dim=0))
+
+
+@torch.no_grad()
+def channel_magnitudes(model: DenseBert) -> Tensor:
+    """The magnitude of each channel of the stream, [H] float64: the squared numbers of each matrix that writes or reads
+    it, over their mean, so that every matrix counts the same."""
+    sides = [(part.weight, 0) for part in model.bert.embeddings.children()]  # the side that is summed over
+    for layer in model.bert.encoder.layer:
+        products, gains = layer.attention.self, layer.attention.ln.weight
+        sides += [(part.weight * gains, 0) for part in (products.query, products.key, products.value)]
+        sides += [(layer.intermediate.dense.weight * layer.ln.weight, 0)]
+        sides += [(layer.attention.output.dense.weight, 1), (layer.output.dense.weight, 1)]
+    if model.cls is not None:
+        sides.append((model.cls.predictions.transform.dense.weight * model.bert.encoder.ln.weight, 0))
+    squares = [weight.double().square().sum(side) for weight, side in sides]
+    return torch.stack([square / square.mean() for square in squares]).sum(0)

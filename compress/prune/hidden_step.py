@@ -1,0 +1,179 @@
+"""The step `prune_hidden`: a smaller hidden size of a dense model, with fewer heads and feed-forward columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from compress.prune.calibrate import batches
+from compress.prune.dense_parts import channel_magnitudes, gradients, survey
+from compress.prune.dense_slices import sliced, strongest
+from compress.prune.directions import largest, principal
+from compress.prune.reconstruct import reconstruct
+from compress.source import WEIGHTS, config_of, copy_model, is_masked_lm
+from compress.step import FormName, NeedsNoRows, Source, Tools
+from exports.dense import read_dense
+from exports.dense_model import DenseBert
+from exports.export import BERT_KEYS
+from exports.files import CARD, CONFIG, write_json
+from exports.weight_files import read_metadata, write_weights
+from exports.weight_source import TensorWeights
+from sharebert.config import ShareBertConfig, ShareBertError
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import STRICT
+
+Amount = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+
+CARD_SECTION = """
+
+## Pruned
+
+The hidden size is {hidden}, with {heads} attention heads and {columns} columns in the feed-forward blocks. Sizes and
+differences above are those of the model before. The masked-language-model head and the pooler take the hidden states
+as they are; these are those of the model before in other directions, without the factors of its last LayerNorm.
+"""
+
+
+class Sizes(NamedTuple):
+    """What stays."""
+
+    hidden: int
+    heads: int
+    columns: int
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class PruneHidden(NeedsNoRows):
+    """Make the hidden size of a dense export smaller, and heads and feed-forward columns fewer.
+
+    The result is a dense export that stock transformers loads. Layers keep heads and columns of their own.
+    """
+
+    hidden: Amount | None = None
+    """The new hidden size: a number, or a share below 1; none: heads · head size. It must be a multiple of the head
+    size, because stock megatron_bert needs heads · head size = hidden size."""
+    heads: Amount | None = None
+    """Attention heads that stay in each layer: a number, or a share below 1; none: as many as the hidden size needs."""
+    columns: Amount | None = None
+    """Columns of the feed-forward block that stay in each layer: a number, or a share below 1; none: all."""
+    method: Literal["sp3", "magnitude"] = "sp3"
+    """What stays of the residual stream. sp3: its principal directions on calibration rows; magnitude: the channels
+    with the largest weights."""
+    least_squares: bool = True
+    """Make all matrices of the layers and of the head anew, one after the other, so that outputs on calibration rows
+    stay near."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Step.needs_calibration`."""
+        return True
+
+    def check(self, source: Source) -> None:
+        """See `Step.check`."""
+        if source.form == "hub":
+            raise BadInput(
+                "prune_hidden: takes a dense export (megatron_bert), whose LayerNorms stand before the blocks; "
+                f"{source.folder} is of the model type {config_of(source.folder).get('model_type')}"
+            )
+        self.result_form(source.form)
+        self.sizes(sizes_of(source.folder))
+
+    def result_form(self, source: FormName) -> FormName:
+        """See `Step.result_form`."""
+        if source == "compact":
+            raise BadInput("prune_hidden: takes a dense export, this one is compact; put the step dense before it")
+        if source != "dense":
+            raise BadInput(f"prune_hidden: takes a dense export, this one is {source}")
+        return source
+
+    def sizes(self, config: ShareBertConfig) -> Sizes:
+        """What stays of a model. Raises BadInput: more than there is, or heads that do not fill the hidden size."""
+        if (self.hidden, self.heads, self.columns) == (None, None, None):
+            raise BadInput("prune_hidden: nothing to remove; give hidden, heads or columns")
+        size = config.head_size
+        columns = _amount("columns", self.columns, config.intermediate_size)
+        heads = None if self.heads is None else _amount("heads", self.heads, config.num_attention_heads)
+        hidden = _amount("hidden", self.hidden, config.hidden_size)
+        if self.hidden is None and heads is not None:
+            hidden = heads * size
+        if hidden % size:
+            raise BadInput(f"prune_hidden.hidden: {hidden} is no multiple of the head size, {size}")
+        if heads is not None and heads * size != hidden:
+            raise BadInput(
+                f"prune_hidden.heads: {heads} heads of size {size} make {heads * size}, and hidden is {hidden}; "
+                "megatron_bert needs heads · head size = hidden size"
+            )
+        if hidden < 2:
+            raise BadInput("prune_hidden.hidden: must be 2 or more")
+        return Sizes(hidden, hidden // size, columns)
+
+    def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
+        """See `Step.apply`."""
+        config = sizes_of(source.folder)
+        sizes = self.sizes(config)
+        model = read_dense(source.folder, config).requires_grad_(False)
+        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
+        small, notes = self.pruned(model, config, sizes, rows, tools)
+        copy_model(source.folder, out, *WEIGHTS)
+        write_weights(out, TensorWeights(dict(small.named_parameters())), read_metadata(source.folder))
+        changed = {"hidden_size": sizes.hidden, "num_attention_heads": sizes.heads, "intermediate_size": sizes.columns}
+        write_json(out / CONFIG, config_of(source.folder) | changed)
+        if (out / CARD).is_file():
+            text = (out / CARD).read_text(encoding="utf-8")
+            (out / CARD).write_text(text.rstrip() + CARD_SECTION.format(**sizes._asdict()), "utf-8")
+        return sizes._asdict() | notes
+
+    def pruned(
+        self, model: DenseBert, config: ShareBertConfig, sizes: Sizes, rows: list[Any], tools: Tools
+    ) -> tuple[DenseBert, dict[str, Any]]:
+        """The smaller model, and what the report says about it."""
+        found = survey(model, rows)
+        if self.method == "sp3":
+            directions = principal(found.moments, sizes.hidden)
+        else:
+            directions = largest(channel_magnitudes(model), sizes.hidden)
+        kept = gradients(model, rows, tools.seed).kept(sizes.heads, sizes.columns)
+        head_rows = None if found.head_channels is None else strongest(found.head_channels, sizes.hidden)
+        small = sliced(model, config, directions, kept, head_rows)
+        if self.least_squares:
+            reconstruct(model, small, directions, kept, head_rows, rows, tools.say)
+        held = torch.trace(directions.up @ found.moments @ directions.down) / torch.trace(found.moments)
+        return small, {"part of the stream": round(held.item(), 4)}
+
+
+def sizes_of(folder: Path) -> ShareBertConfig:
+    """The sizes of the dense model in `folder`, as the config of a model that has matrices for every layer.
+
+    Raises BadInput: it is quantised, has another head or activation, or a key is missing or wrong.
+    """
+    found = config_of(folder)
+    if "quantization_config" in found:
+        raise BadInput(f"prune_hidden: {folder} is quantised; prune it before")
+    if found.get("hidden_act", "gelu") != "gelu":
+        raise BadInput(f"prune_hidden: takes models with hidden_act: gelu, {folder} has {found['hidden_act']}")
+    named = found.get("architectures") or []
+    if named not in (["MegatronBertModel"], ["MegatronBertForMaskedLM"]):
+        raise BadInput(
+            f"prune_hidden: takes a MegatronBertModel or a MegatronBertForMaskedLM, {folder} is {', '.join(named)}"
+        )
+    head = "untied" if is_masked_lm(folder) else "none"
+    fixed = {"sharing": "none", "vocab_pad_multiple": 1, "attention_scale": "standard", "mlm_head": head}
+    try:
+        return ShareBertConfig.from_dict({key: found[key] for key in ("vocab_size", *BERT_KEYS)} | fixed)
+    except KeyError as error:
+        raise BadInput(f"{folder}: config.json has no {error.args[0]}") from error
+    except ShareBertError as error:
+        raise BadInput(f"{folder}: config.json: {error}") from error
+
+
+def _amount(key: str, given: float | None, there: int) -> int:
+    if given is None:
+        return there
+    found = given if isinstance(given, int) else max(1, round(given * there))
+    if found > there:
+        raise BadInput(f"prune_hidden.{key}: {found} are to stay, but the model has {there}")
+    return found
