@@ -88,7 +88,7 @@ def _probe(encoder: Encoder, rows: Rows, recipe: EvaluateRecipe, device: torch.d
 
 
 def _scores(name: str, rows: Rows, train: Tensor, dev: Tensor) -> dict[str, tuple[float, float]]:
-    """Layer → accuracy and macro F1 on the dev words that have a label."""
+    """Layer → accuracy and macro F1 on the dev words that have a label, without labels that none of them has."""
     from sklearn.metrics import accuracy_score, f1_score
 
     classes = len(PROPERTIES[name])
@@ -102,7 +102,7 @@ def _scores(name: str, rows: Rows, train: Tensor, dev: Tensor) -> dict[str, tupl
     return {
         which: (
             float(accuracy_score(theirs, guess)),
-            float(f1_score(theirs, guess, labels=range(classes), average="macro", zero_division=0)),
+            float(f1_score(theirs, guess, labels=theirs.unique(), average="macro", zero_division=0)),
         )
         for which, guess in guesses.items()
     }

@@ -147,6 +147,21 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.strip() == (tmp_path / "probe" / "results.md").read_text().strip()
 
 
+def test_before_and_after_a_compression_step(tmp_path: Path) -> None:
+    """The step `trim` loses nothing, so that its row has the scores of the source."""
+    export, text = tiny_export(tmp_path / "export"), text_file(tmp_path / "text.txt")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"steps: [{{trim: {{}}}}]\ntask: {{task: probe, data: {text}, probe: {{words: 12}}}}\nreport: {{latency: []}}\n"
+    )
+    assert main(["compress", str(export), str(recipe), str(tmp_path / "out")]) == 0
+    source, trimmed = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert set(source["scores"]) == {"dev case F1", "dev punctuation F1"}
+    for name, values in source["scores"].items():
+        assert values[0] > 0.95
+        assert trimmed["scores"][name] == pytest.approx(values, abs=0.02)
+
+
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export, text = tiny_export(tmp_path / "export"), text_file(tmp_path / "text.txt", texts=20)
     small = tmp_path / "small.txt"
