@@ -489,7 +489,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="an export, the folder of any Hugging Face encoder, random:FOLDER (the same architecture with new "
         "weights), majority, tfidf; and keys that win over the recipe",
     )
-    sub.add_argument("--task", help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, blimp, or your own name")
+    sub.add_argument("--task", help="a task of GLUE (cola, sst2, …, wnli), blimp, probe, or your own name")
     sub.add_argument("--data", help="folder with {train,dev,test}.{tsv,csv,parquet,jsonl} (default: the hub)")
     sub.add_argument("--recipe", help="path or shipped name of a recipe")
     sub.add_argument("--save", type=_path, metavar="OUT", help="save the best fine-tuned classifier as an export")

@@ -24,6 +24,8 @@ class Classifier:
     model: nn.Module
     device: torch.device
     regression: bool
+    trained: int | None = None
+    """The number of parameters that LoRA trained; None: all were trained."""
 
     @property
     def parameters(self) -> int:

@@ -77,6 +77,8 @@ class Encoder(ABC):
     """Rows of its word embedding."""
     inputs: Inputs
     """What the model takes."""
+    sharing: str | None = None
+    """How a ShareBERT shares matrices; None for another model."""
     unused_settings: frozenset[str] = frozenset()
     """Settings that have no effect on this kind of encoder; a result does not name them."""
 
@@ -86,6 +88,10 @@ class Encoder(ABC):
 
         What is not loaded (the classifier layer; everything for a `random:` spec) depends on the seed alone.
         """
+
+    @abstractmethod
+    def new_parameters(self, model: nn.Module) -> list[str]:
+        """Names of the parameters of a model from `build` that the folder does not hold: the classifier's."""
 
     @abstractmethod
     def save(self, model: nn.Module, task: Task, scores: str, out: Path) -> None:
@@ -104,11 +110,19 @@ class Encoder(ABC):
                     f"{where}: example {row} has {len(ids)} tokens, and {self.folder} has {self.positions} positions; "
                     f"finetune.max_length={self.positions} cuts longer texts"
                 )
-            if max(ids) >= self.words:
-                raise BadInput(
-                    f"{self.folder}: the tokenizer gives the id {max(ids)}, but the model has {self.words} words: "
-                    "this is another model's tokenizer"
-                )
+        return self.usable(encoded)
+
+    def usable(self, encoded: Any) -> Encoded:
+        """The columns of a tokenizer's output that the model takes.
+
+        Raises BadInput: an id or a token type that the model does not have.
+        """
+        largest = max((max(ids, default=0) for ids in encoded["input_ids"]), default=0)
+        if largest >= self.words:
+            raise BadInput(
+                f"{self.folder}: the tokenizer gives the id {largest}, but the model has {self.words} words: "
+                "this is another model's tokenizer"
+            )
         columns = {name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded}
         return Encoded(self.inputs.usable(columns, str(self.folder)))
 
@@ -150,7 +164,7 @@ class ShareBertExport(Encoder):
             config = dataclasses.replace(
                 config, hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout
             )
-        self.config = config
+        self.config, self.sharing = config, config.sharing
         self.positions, self.words = config.max_position_embeddings, config.vocab_size
         arguments = frozenset({"input_ids", "attention_mask", "token_type_ids"})
         self.inputs = Inputs(self.positions, config.type_vocab_size, arguments)
@@ -190,14 +204,18 @@ class ShareBertExport(Encoder):
         model.load_state_dict({**weights, **{n: t for n, t in model.state_dict().items() if "classifier." in n}})
         return model
 
-    def save(self, model: nn.Module, task: Task, scores: str, out: Path) -> None:
+    def new_parameters(self, model: nn.Module) -> list[str]:
+        """See `Encoder.new_parameters`."""
+        return [name for name, _ in model.named_parameters() if name.startswith("classifier.")]
+
+    def save(self, model: Any, task: Task, scores: str, out: Path) -> None:
         """Write an export with a classifier, which `AutoModelForSequenceClassification` loads."""
         sections = {
             f"Fine-tuned on {task.name}": f"{scores}\n\nLoad it with `AutoModelForSequenceClassification`, or with "
             '`pipeline("text-classification", model=folder, trust_remote_code=True)`.'
         }
         export = Export(
-            dataclasses.replace(self.config, mlm_head="none"),
+            dataclasses.replace(model.config.plain(), mlm_head="none"),  # LoRA may have changed how it shares
             self._kind(task),
             TensorWeights(model.state_dict()),
             tokenizer=self.folder / TOKENIZER,
@@ -222,6 +240,8 @@ class HuggingFaceEncoder(Encoder):
     """Any encoder that `AutoModelForSequenceClassification` loads from a folder without remote code."""
 
     unused_settings = frozenset({"pooling", "quantise"})
+    _missing: frozenset[str] = frozenset()
+    """Parameters that the folder does not hold."""
 
     def __init__(self, spec: str, settings: FineTuneRecipe) -> None:
         super().__init__(spec, settings)
@@ -262,13 +282,21 @@ class HuggingFaceEncoder(Encoder):
         with self._naming_folder():
             if self.fresh:
                 return AutoModelForSequenceClassification.from_config(config)
-            return AutoModelForSequenceClassification.from_pretrained(
+            model, found = AutoModelForSequenceClassification.from_pretrained(
                 self.folder,
                 config=config,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # the folder may hold a classifier for another task
+                output_loading_info=True,
                 **_LOCAL,
             )
+        self._missing = frozenset(found["missing_keys"])
+        return model
+
+    def new_parameters(self, model: Any) -> list[str]:
+        """See `Encoder.new_parameters`; for some folders they are those of the pooler as well."""
+        encoder = f"{model.base_model_prefix}."
+        return [name for name, _ in model.named_parameters() if not name.startswith(encoder) or name in self._missing]
 
     def save(self, model: Any, task: Task, scores: str, out: Path) -> None:
         """Write it with `save_pretrained`, whole or not at all."""

@@ -8,6 +8,7 @@ and falls by a polynomial.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from math import ceil
@@ -22,6 +23,7 @@ from scoring.data import TaskData, Texts
 from scoring.distill.lesson import Lesson
 from scoring.distill.teacher import TaskTeacher
 from scoring.encoders import Encoded, Encoder
+from scoring.lora import adapt
 from scoring.recipe import FineTuneRecipe
 from sharebert_common.errors import BadInput
 from sharebert_common.progress import progress
@@ -68,8 +70,11 @@ def fine_tune(
     """
     from transformers import get_polynomial_decay_schedule_with_warmup
 
-    model = encoder.build(data.task, seed).to(device)
-    classifier = Classifier(encoder, model, device, data.task.regression)
+    model = encoder.build(data.task, seed)
+    adapted = None if settings.lora.rank is None else adapt(encoder, model, settings)
+    model = model.to(device)
+    trained_numbers = None if adapted is None else adapted.trained
+    classifier = Classifier(encoder, model, device, data.task.regression, trained_numbers)
     lesson = None if teacher is None else Lesson(teacher, encoder, model).to(device)
     trained = nn.ModuleList([model] if lesson is None else [model, lesson])
     arguments = {} if lesson is None else lesson.arguments
@@ -102,8 +107,10 @@ def fine_tune(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+        if adapted is not None and epoch == settings.epochs:
+            classifier = dataclasses.replace(classifier, model=adapted.merged())
         at_epoch(epoch, step, classifier)
-    model.eval()
+    classifier.model.eval()
     return classifier
 
 

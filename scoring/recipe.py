@@ -14,6 +14,12 @@ from sharebert_common.recipe import STRICT
 BLIMP = "blimp"
 """The task that is scored without fine-tuning."""
 
+PROBE = "probe"
+"""The task that reads the layers of a frozen model."""
+
+FACTORS, GENERATED = "factors", "generated"
+"""What `finetune.lora.targets` may name in a ShareBERT."""
+
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
@@ -63,7 +69,8 @@ class TaskDataRecipe:
     """Where the rows of a task come from, and which columns are used. GLUE's tasks know their columns."""
 
     path: str | None = None
-    """A folder with {train,dev,test}.{tsv,csv,parquet,jsonl} (blimp: its .jsonl files), or one file; none: the hub."""
+    """A folder with {train,dev,test}.{tsv,csv,parquet,jsonl} (blimp: its .jsonl files), or one file (probe: of text);
+    none: the hub."""
     text: Annotated[list[Word], BeforeValidator(_as_list), Field(max_length=2)] = field(default_factory=list)
     """The column of the text, or the two columns of a pair of texts."""
     label: Annotated[str | None, BeforeValidator(_optional_word)] = None
@@ -116,6 +123,30 @@ class TaskDistillRecipe:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class LoraRecipe:
+    """Training an update of a low rank for each target, and the classifier; all else is fixed. The result holds the
+    merged matrices."""
+
+    rank: PositiveInt | None = None
+    """The rank of each update, at most the smaller side of its matrix; none: all weights are trained."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """An update is multiplied by alpha / rank; none: by 1."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the inputs of the updates; for Hugging Face encoders alone."""
+    targets: Annotated[list[Word], BeforeValidator(_as_list)] = field(default_factory=list)
+    """What gets updates. A ShareBERT: `factors` (E and W_all; the default) or `generated` (the matrices made from
+    them). Other encoders: names of linear layers and embeddings, or their last parts; none: all linear layers."""
+    kind: Literal["lora", "dora"] = "lora"
+    """lora: the sum of matrix and update; dora: its columns have learned lengths as well."""
+
+    @property
+    def scale(self) -> float:
+        """The factor on each update."""
+        assert self.rank is not None
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(config=STRICT, kw_only=True)
 class FineTuneRecipe:
     """How an encoder is fine-tuned. The defaults are the settings of ShareBERT's authors."""
 
@@ -146,6 +177,8 @@ class FineTuneRecipe:
     quantise: QuantiseRecipe = field(default_factory=QuantiseRecipe)
     """Quantisation-aware fine-tuning of a ShareBERT: training and scores use the matrices as the compression step
     `quantise` with these keys and `rounding: nearest` will store them."""
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    """Training updates of a low rank in place of all weights."""
     distill: TaskDistillRecipe = field(default_factory=TaskDistillRecipe)
     """Learning from a teacher as well."""
 
@@ -159,19 +192,31 @@ class BlimpRecipe:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class ProbeRecipe:
+    """How much text the layers of a model are probed with."""
+
+    rows: Annotated[int, Field(ge=2)] = 2000
+    """Rows of text, with those of dev. Memory holds words · (layers + 1) · hidden size numbers."""
+    words: Annotated[int, Field(ge=2)] = 20
+    """Words of a row."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class EvaluateRecipe:
-    """Fine-tune on a task and score, or score a masked language model on BLiMP as it is."""
+    """Fine-tune on a task and score; or take models as they are: score them on BLiMP, or probe their layers."""
 
     SHORTHAND: ClassVar[dict[str, str]] = {"data": "path"}
 
     task: Word
-    """A task of GLUE, a name for a task of your own, or blimp."""
+    """A task of GLUE, a name for a task of your own, blimp or probe."""
     data: TaskDataRecipe = field(default_factory=TaskDataRecipe)
     """The rows of the task; a plain value means data.path."""
     finetune: FineTuneRecipe = field(default_factory=FineTuneRecipe)
     """How encoders are fine-tuned."""
     blimp: BlimpRecipe = field(default_factory=BlimpRecipe)
     """How BLiMP is scored."""
+    probe: ProbeRecipe = field(default_factory=ProbeRecipe)
+    """How layers are probed."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), Field(min_length=1)] = field(
         default_factory=lambda: [1, 2, 3, 4, 5]
     )

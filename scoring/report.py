@@ -38,6 +38,8 @@ class Result:
     """For BLiMP: `field`, `linguistics_term` or `UID` → its name → accuracy."""
     parameters: int
     """Learned numbers, with the head that is used: a classifier, or for BLiMP the masked-language-model head."""
+    trained_parameters: int | None = None
+    """Those that were trained; null where all were."""
     bytes: int
     """The size of the parameters in memory; for TF-IDF, the size of its pickle."""
     latency_ms: float
@@ -124,13 +126,16 @@ def versions() -> dict[str, str]:
 def table(results: Sequence[Result]) -> str:
     """Results of one task as a Markdown table; scores times 100, as mean ± standard deviation (lowest to highest)."""
     columns = list(dict.fromkeys((split, metric) for r in results for split in r.scores for metric in r.scores[split]))
-    head = ["model", "parameters", "MB", "ms a text", "train rows", "epochs", "lr", "seeds"]
+    some_fixed = any(result.trained_parameters is not None for result in results)
+    head = ["model", "parameters", *(["trained"] if some_fixed else []), "MB", "ms a text"]
+    head += ["train rows", "epochs", "lr", "seeds"]
     rows = [[*head, *(f"{split} {metric}" for split, metric in columns)]]
     for result in results:
         rows.append(
             [
                 result.model.replace("|", "\\|"),
                 f"{result.parameters:,}",
+                *([_trained(result)] if some_fixed else []),
                 f"{result.bytes / 1e6:,.1f}",
                 f"{result.latency_ms:.2f}",
                 f"{result.train_rows:,}",
@@ -187,6 +192,10 @@ class Board:
     def close(self) -> None:
         """Write all points, and close the file."""
         self._writer.close()
+
+
+def _trained(result: Result) -> str:
+    return f"{result.parameters if result.trained_parameters is None else result.trained_parameters:,}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -17,8 +17,10 @@ from scoring.distill.augment import augmented
 from scoring.distill.teacher import TaskTeacher, label_order, uses_teacher
 from scoring.encoders import RANDOM, open_encoder
 from scoring.finetune import latency_ms
+from scoring.lora import adapt
 from scoring.metrics import measure
-from scoring.recipe import BLIMP, EvaluateRecipe
+from scoring.probe.run import evaluate_probe
+from scoring.recipe import BLIMP, PROBE, EvaluateRecipe
 from scoring.report import Result, by_metric, file_name, read_results, table, versions, write_result
 from scoring.trial import Trial, encode
 from sharebert_common.errors import BadInput
@@ -47,8 +49,11 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
         raise BadInput("no model was given: an export, the folder of an encoder, random:FOLDER, majority or tfidf")
     device = _device(recipe.device)
     if recipe.task == BLIMP:
-        _check_blimp(models, save)
+        _check_unchanged(models, save, BLIMP)
         return evaluate_blimp(recipe, models, device)
+    if recipe.task == PROBE:
+        _check_unchanged(models, save, PROBE)
+        return evaluate_probe(recipe, models, device)
     with_teacher = uses_teacher(recipe.finetune.distill)
     data = load_task(recipe.task, recipe.data)
     if with_teacher:
@@ -63,7 +68,9 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
         print(note, file=sys.stderr)
     rows = {spec: encode(encoder, data) for spec, encoder in encoders.items()}
     for encoder in encoders.values():
-        encoder.build(data.task, 0)  # finds a damaged model before an hour is spent on another one
+        model = encoder.build(data.task, 0)  # finds a damaged model before an hour is spent on another one
+        if recipe.finetune.lora.rank is not None:
+            adapt(encoder, model, recipe.finetune)
     teacher = None
     if with_teacher and encoders:
         teacher = TaskTeacher(recipe.finetune, data, device)
@@ -108,11 +115,13 @@ def score_baseline(name: str, data: TaskData) -> Result:
     )
 
 
-def _check_blimp(models: Sequence[str], save: Path | None) -> None:
+def _check_unchanged(models: Sequence[str], save: Path | None, task: str) -> None:
     if save is not None:
-        raise BadInput("--save: blimp fine-tunes nothing that could be kept")
+        raise BadInput(f"--save: {task} fine-tunes nothing that could be kept")
     for spec in models:
-        if spec in BASELINES or spec.startswith(RANDOM):
+        if task == PROBE and spec in BASELINES:
+            raise BadInput(f"{spec}: probe takes encoders; the majority is in every table")
+        if task == BLIMP and (spec in BASELINES or spec.startswith(RANDOM)):
             raise BadInput(
                 f"{spec}: blimp scores masked language models as they are: give exports or folders of models"
             )

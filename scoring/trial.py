@@ -72,6 +72,7 @@ class Trial:
             model=self.encoder.spec,
             scores=by_metric(scores),
             parameters=best.parameters,
+            trained_parameters=best.trained,
             bytes=best.nbytes,
             latency_ms=latency_ms(best.predict, self.data.held_out[self.data.dev[0]].texts),
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
@@ -128,6 +129,7 @@ class Trial:
     def settings(self) -> dict[str, Any]:
         """The keys of `finetune` that have an effect."""
         unused = self.encoder.unused_settings | (set() if self.teacher else {"distill"})
+        unused |= {"lora"} if self.recipe.finetune.lora.rank is None else set()
         return {key: value for key, value in plain(self.recipe.finetune).items() if key not in unused}
 
     def score(self, classifier: Classifier) -> Scores:
