@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from compress.prune.amount import Amount, amount
 from compress.prune.calibrate import batches
 from compress.prune.structure import Inputs, fisher, least_important, rescaled
 from compress.step import FromCompact, Source, Tools
@@ -22,8 +22,6 @@ from sharebert.config import ShareBertConfig
 from sharebert.slices import slices_of
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
-
-Amount = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
 LAYERS = "sharebert.layers."
 
@@ -74,9 +72,9 @@ class PruneStructure(FromCompact):
     def amounts(self, config: ShareBertConfig) -> tuple[int, int, int]:
         """How many heads, columns and layers stay. Raises BadInput: more than there are."""
         return (
-            _amount("heads", self.heads, config.heads),
-            _amount("columns", self.columns, config.inner_size),
-            _amount("layers", self.layers, config.num_hidden_layers),
+            amount("prune_structure.heads", self.heads, config.heads),
+            amount("prune_structure.columns", self.columns, config.inner_size),
+            amount("prune_structure.layers", self.layers, config.num_hidden_layers),
         )
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
@@ -195,12 +193,3 @@ def _kept(importance: Tensor, remove: int) -> list[int] | None:
     if not remove:
         return None
     return sorted(set(range(len(importance))) - set(least_important(importance, remove)))
-
-
-def _amount(key: str, given: float | None, there: int) -> int:
-    if given is None:
-        return there
-    found = given if isinstance(given, int) else max(1, round(given * there))
-    if found > there:
-        raise BadInput(f"prune_structure.{key}: {found} are to stay, but the model has {there}")
-    return found
