@@ -14,7 +14,7 @@ from compress.prune.amount import Amount, amount
 from compress.prune.calibrate import batches
 from compress.prune.structure import Inputs, fisher, least_important, rescaled
 from compress.step import FromCompact, Source, Tools
-from exports.export import Export, model_of, tensor_shapes
+from exports.export import Export, model_of
 from exports.forms import write_export
 from exports.read import read_export
 from exports.weight_source import TensorWeights, whole
@@ -86,14 +86,14 @@ class PruneStructure(FromCompact):
         notes: dict[str, Any] = {}
         config = export.config
         if layers < config.num_hidden_layers:
-            model = _model(config, tensors)
+            model = model_of(config, tensors)
             removed = sorted(least_important(fisher(model, rows, tools.seed).layers, config.num_hidden_layers - layers))
             inputs = Inputs(model, rows) if self.rescale else None
             tensors = without_layers(tensors, removed, inputs, config.branch_gain)
             config = dataclasses.replace(config, num_hidden_layers=layers)
             notes["layers removed"] = removed
         if heads < config.heads or columns < config.inner_size:
-            model = _model(config, tensors)
+            model = model_of(config, tensors)
             importance = fisher(model, rows, tools.seed)
             kept_heads = _kept(importance.heads, config.heads - heads)
             kept_columns = _kept(importance.columns, config.inner_size - columns)
@@ -147,7 +147,7 @@ def sliced(
     With `inputs`, factors and biases are those of least squares; otherwise the factors are those of the model, or 1.
     """
     size, found = config.head_size, dict(tensors)
-    model = _model(config, tensors)
+    model = model_of(config, tensors)
     with torch.no_grad():
         weights = model.sharebert.layer_weights(pooler=False).of_layer(0)
     parts = (
@@ -183,10 +183,6 @@ def sliced(
     pruned = dataclasses.replace(config, **changes)
     assert slices_of(pruned) is not None
     return pruned, found
-
-
-def _model(config: ShareBertConfig, tensors: dict[str, Tensor]) -> Any:
-    return model_of(config, {name: tensors[name] for name in tensor_shapes(config)})
 
 
 def _kept(importance: Tensor, remove: int) -> list[int] | None:
