@@ -20,7 +20,7 @@ from exports.dense import read_dense
 from exports.dense_model import DenseBert
 from exports.export import BERT_KEYS
 from exports.files import CARD, CONFIG, write_json
-from exports.weight_files import read_metadata, write_weights
+from exports.weight_files import read_metadata, read_weights, write_weights
 from exports.weight_source import TensorWeights
 from sharebert.config import ShareBertConfig, ShareBertError
 from sharebert_common.errors import BadInput
@@ -117,7 +117,9 @@ class PruneHidden(NeedsNoRows):
         rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
         small, notes = self.pruned(model, config, sizes, rows, tools)
         copy_model(source.folder, out, *WEIGHTS)
-        write_weights(out, TensorWeights(dict(small.named_parameters())), read_metadata(source.folder))
+        before = read_weights(source.folder)
+        tensors = {name: tensor.to(before[name].dtype) for name, tensor in small.named_parameters()}
+        write_weights(out, TensorWeights(tensors), read_metadata(source.folder))
         changed = {"hidden_size": sizes.hidden, "num_attention_heads": sizes.heads, "intermediate_size": sizes.columns}
         write_json(out / CONFIG, config_of(source.folder) | changed)
         if (out / CARD).is_file():
@@ -156,7 +158,8 @@ def sizes_of(folder: Path) -> ShareBertConfig:
     named = found.get("architectures") or []
     if named not in (["MegatronBertModel"], ["MegatronBertForMaskedLM"]):
         raise BadInput(
-            f"prune_hidden: takes a MegatronBertModel or a MegatronBertForMaskedLM, {folder} is {', '.join(named)}"
+            f"prune_hidden: takes a MegatronBertModel or a MegatronBertForMaskedLM, {folder} is "
+            f"{', '.join(named) or 'neither'}"
         )
     head = "untied" if is_masked_lm(folder) else "none"
     fixed = {"sharing": "none", "vocab_pad_multiple": 1, "attention_scale": "standard", "mlm_head": head}
