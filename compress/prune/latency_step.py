@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,9 +11,9 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.prune.calibrate import batches
+from compress.prune.calibrate import batches, check_length
 from compress.prune.gate_training import GateTraining
-from compress.prune.latency_table import LatencyTable, table_in
+from compress.prune.latency_table import LatencyTable, keep_table, kept_table, measure_table
 from compress.prune.structure import fisher
 from compress.prune.structure_search import TRIED_ROWS, Structure, by_gradients, check_target, search
 from compress.prune.structure_step import sliced, with_parts, without_layers
@@ -23,6 +24,7 @@ from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
 from exports.weight_source import whole
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -90,9 +92,8 @@ class PruneToLatency(FromCompact):
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
         export = read_export(source.folder)
-        call = self.call(min(tools.calibration().shape[1], export.config.max_position_embeddings))
-        tools.say(f"prune_to_latency: timing shapes with {call.rows}x{call.tokens} words")
-        table = table_in(tools.scratch / TABLE, export.config, call)
+        check_length(tools.calibration(), export.config)
+        table = self.table(export.config, self.call(tools.calibration().shape[1]), tools)
         check_target(table, self.latency, "prune_to_latency.latency")
         notes: dict[str, Any] = {}
         if self.method == "fisher":
@@ -102,15 +103,27 @@ class PruneToLatency(FromCompact):
         else:
             structure, result = self.by_gates(export, table, source, tools)
         write_export(result, out)
-        before, after = shape_times([export.config, result.config], call)
+        before, after = shape_times([export.config, result.config], table.call)
+        heads = result.config.kept_heads or range(result.config.heads)
         return notes | {
-            "heads": structure.heads,
+            "heads": list(heads),
             "columns": len(structure.columns),
             "layers": structure.layers,
             "predicted share of the time": round(table.of(structure.shape), 4),
             "measured share of the time": round(after / before, 4),
             "table": _short(table),
         }
+
+    def table(self, config: ShareBertConfig, call: Call, tools: Tools) -> LatencyTable:
+        """The table in the scratch folder; where this machine has measured none, a new one."""
+        path = tools.scratch / TABLE
+        if (kept := kept_table(path, config, call)) is not None:
+            return kept
+        shutil.rmtree(tools.scratch / GATES, ignore_errors=True)  # their structure may be for another machine's times
+        tools.say(f"prune_to_latency: timing shapes with {call.rows}x{call.tokens} words")
+        table = measure_table(config, call)
+        keep_table(path, table)
+        return table
 
     def call(self, tokens: int) -> Call:
         """What is timed; `tokens` is the length of a row unless the recipe says it."""
@@ -138,7 +151,10 @@ class PruneToLatency(FromCompact):
 
 
 def cut(export: Export, structure: Structure, heads: Tensor | None = None, columns: Tensor | None = None) -> Export:
-    """The export with the parts of a structure only; with factors on its heads [heads] and columns [columns]."""
+    """The export with the parts of a structure only; with factors on its heads [heads] and columns [columns].
+
+    Tensors keep their dtypes, but for the new factors, which are float32.
+    """
     tensors = {name: whole(export.weights, name).float() for name in export.weights.specs}
     config = export.config
     removed = sorted(set(range(config.num_hidden_layers)) - set(structure.layers))
@@ -155,6 +171,8 @@ def cut(export: Export, structure: Structure, heads: Tensor | None = None, colum
     for name, factor in zip(("kept_attention_scale", "kept_inner_scale"), factors, strict=True):
         if factor is not None:
             tensors[f"sharebert.{name}"] = tensors[f"sharebert.{name}"] * factor[factor != 0]
+    specs = export.weights.specs
+    tensors = {name: tensor.to(specs[name].dtype) if name in specs else tensor for name, tensor in tensors.items()}
     return with_parts(export, config, tensors)
 
 
