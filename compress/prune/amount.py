@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sharebert_common.errors import BadInput
 
-Amount = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+
+def _no_share_of_1(value: Any) -> Any:
+    """1.0 would be taken for the number 1, and 2.0 for 2."""
+    if isinstance(value, float) and value >= 1:
+        raise ValueError(f"{value} is no share below 1; write a number of parts without a point, or none for all")
+    return value
+
+
+Amount = Annotated[
+    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
+    BeforeValidator(_no_share_of_1),
+]
 """A number of parts, or a share below 1 of those that there are."""
 
 
