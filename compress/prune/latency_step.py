@@ -99,7 +99,8 @@ class PruneToLatency(FromCompact):
         if self.method == "fisher":
             structure, loss = self.by_fisher(table, source, tools)
             result = cut(export, structure)
-            notes["loss on calibration rows"] = round(loss, 4)
+            what = "loss" if export.config.mlm_head != "none" else "error of hidden states"  # as `masked_loss` says
+            notes[f"{what} on calibration rows"] = round(loss, 4)
         else:
             structure, result = self.by_gates(export, table, source, tools)
         write_export(result, out)
