@@ -18,12 +18,12 @@ from compress.prune.structure import fisher
 from compress.prune.structure_search import TRIED_ROWS, Structure, by_gradients, check_target, search
 from compress.prune.structure_step import sliced, with_parts, without_layers
 from compress.shape_times import Call, batch_shape, shape_times
-from compress.step import FromCompact, Source, Tools
+from compress.step import FromCompact, Source, Tools, check_one_pair, check_task_weight
 from compress.training import with_biases
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
-from exports.weight_source import whole
+from exports.weight_source import all_tensors
 from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
@@ -77,17 +77,14 @@ class PruneToLatency(FromCompact):
                 f"prune_to_latency: takes models with sharing: veps or eps, this one has {config.sharing}; "
                 "use prune_structure with layers"
             )
-        if config.ffn_pairs > 1:
-            raise BadInput(
-                f"prune_to_latency: takes models with one feed-forward pair, this one has ffn_pairs: {config.ffn_pairs}"
-            )
+        check_one_pair("prune_to_latency", config)
         if self.timed is not None and self.call(0).tokens > config.max_position_embeddings:
             raise BadInput(
                 f"prune_to_latency.timed: {self.timed} has more tokens than the model's "
                 f"{config.max_position_embeddings} positions"
             )
-        if self.method == "hard_concrete" and config.mlm_head == "none" and self.task_weight > 0:
-            raise BadInput("prune_to_latency.task_weight: this model has no masked-language-model head; set it to 0")
+        if self.method == "hard_concrete":
+            check_task_weight("prune_to_latency", self.task_weight, config)
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
@@ -156,7 +153,7 @@ def cut(export: Export, structure: Structure, heads: Tensor | None = None, colum
 
     Tensors keep their dtypes, but for the new factors, which are float32.
     """
-    tensors = {name: whole(export.weights, name).float() for name in export.weights.specs}
+    tensors = {name: tensor.float() for name, tensor in all_tensors(export.weights).items()}
     config = export.config
     removed = sorted(set(range(config.num_hidden_layers)) - set(structure.layers))
     if removed:

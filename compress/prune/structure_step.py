@@ -13,11 +13,11 @@ from torch import Tensor
 from compress.prune.amount import Amount, amount
 from compress.prune.calibrate import batches
 from compress.prune.structure import Inputs, fisher, least_important, rescaled
-from compress.step import FromCompact, Source, Tools
+from compress.step import FromCompact, Source, Tools, check_one_pair
 from exports.export import Export, model_of
 from exports.forms import write_export
 from exports.read import read_export
-from exports.weight_source import TensorWeights, whole
+from exports.weight_source import TensorWeights, all_tensors
 from sharebert.config import ShareBertConfig
 from sharebert.slices import slices_of
 from sharebert_common.errors import BadInput
@@ -63,10 +63,7 @@ class PruneStructure(FromCompact):
             raise BadInput(
                 "prune_structure: takes models whose layers share their matrices, this one has sharing: none"
             )
-        if config.ffn_pairs > 1:
-            raise BadInput(
-                f"prune_structure: takes models with one feed-forward pair, this one has ffn_pairs: {config.ffn_pairs}"
-            )
+        check_one_pair("prune_structure", config)
         self.amounts(config)
 
     def amounts(self, config: ShareBertConfig) -> tuple[int, int, int]:
@@ -80,7 +77,7 @@ class PruneStructure(FromCompact):
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
         export = read_export(source.folder)
-        tensors = {name: whole(export.weights, name).float() for name in export.weights.specs}
+        tensors = {name: tensor.float() for name, tensor in all_tensors(export.weights).items()}
         heads, columns, layers = self.amounts(export.config)
         rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
         notes: dict[str, Any] = {}
