@@ -27,6 +27,7 @@ from exports.read import read_export
 from exports.weight_files import read_weights
 from exports.weight_source import whole
 from scoring.encoders import RANDOM
+from scoring.recipe import PROBE
 from scoring.report import read_results
 from scoring.score import BASELINES, evaluate
 from sharebert_common.errors import BadInput
@@ -86,7 +87,7 @@ def measure(name: str, folder: Path, recipe: CompressRecipe, results: Path, note
     if recipe.validation.dataset is not None:
         row.loss = masked_lm_loss(folder, recipe.validation)
     if recipe.task is not None:
-        if is_classifier(folder):
+        if is_classifier(folder) and recipe.task.task != PROBE:
             row.scores = score_as_is(folder, source.form, recipe.task)
         elif source.form == "onnx":
             row.notes["no score"] = "an ONNX file cannot be fine-tuned; compress a fine-tuned classifier to score it"

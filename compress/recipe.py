@@ -65,7 +65,7 @@ class CompressRecipe:
     """A task that every model is fine-tuned and scored on: the keys of `sharebert evaluate`; none: no task."""
     report: ReportRecipe = field(default_factory=ReportRecipe)
     """What the report measures."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides every random choice of the steps."""
     keep_steps: bool = False
     """Keep the result of every step in OUT.steps; otherwise it is removed once OUT is whole."""

@@ -19,6 +19,7 @@ from compress.step_folders import StepFolder, checksums, digest
 from compress.steps import step_of
 from compress.tools import RecipeTools, open_rows
 from data_prep.shards.reader import open_dataset
+from scoring.recipe import BLIMP, PROBE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, whole_or_absent_folder, write_atomically
 from sharebert_common.recipe import plain
@@ -90,6 +91,8 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
     for reference in recipe.report.references:
         if needs_task(reference) and recipe.task is None:
             raise BadInput(f"report.references: {reference} needs a task to be scored on")
+        if needs_task(reference) and recipe.task is not None and recipe.task.task in (BLIMP, PROBE):
+            raise BadInput(f"report.references: {reference} needs a task with labels, {recipe.task.task} has none")
         if not is_baseline(reference):
             open_source(Path(reference.partition(":")[2] if reference.startswith(OF_A_FOLDER) else reference))
     parent = steps_of(out)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 
 FormName = Literal["compact", "dense", "onnx", "hub"]
@@ -91,6 +92,18 @@ class FromCompact(NeedsNoRows):
         if source != "compact":
             raise BadInput(f"{self.NAME}: takes a compact export, this one is {source}")
         return source
+
+
+def check_one_pair(step: str, config: ShareBertConfig) -> None:
+    """Raise BadInput, naming the step, for a model with several feed-forward pairs."""
+    if config.ffn_pairs > 1:
+        raise BadInput(f"{step}: takes a model with one feed-forward pair, this one has ffn_pairs: {config.ffn_pairs}")
+
+
+def check_task_weight(step: str, weight: float, config: ShareBertConfig) -> None:
+    """Raise BadInput, naming the step, for a weight of a masked-language-model loss that the model does not have."""
+    if config.mlm_head == "none" and weight > 0:
+        raise BadInput(f"{step}.task_weight: this model has no masked-language-model head; set it to 0")
 
 
 class Step(Protocol):

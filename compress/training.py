@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from compress.prune.calibrate import Batch
 from compress.saved_state import save_state, saved_state
 from exports.export import Export
-from exports.weight_source import TensorWeights, whole
+from exports.weight_source import TensorWeights, all_tensors
 from pretrain.engine.optimizer import ScheduleRecipe, learning_rate
 from sharebert.heads import ShareBertForMaskedLM
+from sharebert_common.errors import BadInput
 
 SAVE_EVERY = 100
 """Steps between two saves."""
@@ -46,6 +47,8 @@ def train(
         path: of the saved state. If it is there, parameters and optimizer are those of the save, and steps go on.
         say: is given the step and the loss when the state was saved.
         with_gradients: is called in each step after the gradients are computed, before parameters change.
+
+    Raises BadInput: the loss is not finite.
     """
     optimizer = torch.optim.AdamW([dict(group) for group in groups], weight_decay=0.0)
     highest = [group["lr"] for group in groups]
@@ -64,6 +67,8 @@ def train(
             group["lr"] = rate if group.get("constant") else learning_rate(step, steps, rate, schedule)
         optimizer.zero_grad()
         loss = loss_of(step, rows[number])
+        if not torch.isfinite(loss):
+            raise BadInput(f"the loss is {loss.item()} at step {step} of {steps}; lower the learning rate of this step")
         loss.backward()  # type: ignore[no-untyped-call]
         if with_gradients is not None:
             with_gradients()
@@ -93,7 +98,7 @@ def biases_and_norms(model: ShareBertForMaskedLM) -> dict[str, nn.Parameter]:
 
 def with_biases(export: Export, model: ShareBertForMaskedLM) -> Export:
     """The export with the `biases_and_norms` of a model that started from it, where it may have been trimmed."""
-    tensors = {name: whole(export.weights, name) for name in export.weights.specs}
+    tensors = all_tensors(export.weights)
     tensors |= {name: parameter.detach() for name, parameter in biases_and_norms(model).items()}
     keys = {key: value for key, value in export.other_keys.items() if not key.startswith("trimmed")}
     return dataclasses.replace(export, weights=TensorWeights(tensors), other_keys=keys)

@@ -28,7 +28,7 @@ from exports.export import Export
 from exports.forms import write_export
 from exports.kinds import MaskedLM
 from exports.read import load_model, read_export
-from exports.weight_source import TensorWeights, whole
+from exports.weight_source import TensorWeights, all_tensors
 from sharebert_common.recipe import STRICT
 
 
@@ -50,7 +50,7 @@ class Trim(FromCompact):
         """See `Step.apply`."""
         export = read_export(source.folder)
         pooler = not isinstance(export.kind, MaskedLM) if self.keep_pooler is None else self.keep_pooler
-        tensors = {name: whole(export.weights, name) for name in export.weights.specs}
+        tensors = all_tensors(export.weights)
         tensors |= folded(source.folder, tensors)
         before = sum(tensor.numel() for tensor in tensors.values())
         keys = {**export.other_keys, "trimmed": True, "trimmed_pooler": pooler}

@@ -23,7 +23,7 @@ from exports.export import Export
 from exports.files import CARD, CONFIG, write_json
 from exports.tokenizer import write_tokenizer
 from exports.weight_files import write_weights
-from exports.weight_source import TensorWeights, WeightSource, whole
+from exports.weight_source import TensorWeights, WeightSource, all_tensors, whole
 from sharebert.config import MODEL_TYPE
 from sharebert.sparse import sparse_parts
 from sharebert.stored import stored_tensors
@@ -45,7 +45,7 @@ def stored_weights(export: Export) -> WeightSource:
     """What the file holds: all tensors, or, of a trimmed model, those that are not zero by construction."""
     if not export.other_keys.get("trimmed"):
         return export.weights
-    tensors = {name: whole(export.weights, name) for name in export.weights.specs}
+    tensors = all_tensors(export.weights)
     pooler = bool(export.other_keys.get("trimmed_pooler", True))
     return TensorWeights(stored_tensors(tensors, used_rows(export.config, pooler=pooler), pooler=pooler))
 

@@ -91,10 +91,13 @@ class Export:
 
 
 def model_of(config: ShareBertConfig, tensors: Mapping[str, Tensor]) -> ShareBertForMaskedLM:
-    """The model with these tensors in fp32, in evaluation mode. Those that are fp32 already are not copied."""
+    """The encoder and MLM head with their tensors in fp32, in evaluation mode; what is fp32 already is not copied.
+
+    Other tensors, as a classifier's, are left out.
+    """
     with without_weights():
         model = ShareBertForMaskedLM(config)
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict({name: tensors[name].float() for name, _ in model.named_parameters()}, assign=True)
     return model.eval()
 
 

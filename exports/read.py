@@ -102,7 +102,7 @@ def load_model(folder: Path) -> ShareBertForMaskedLM:
     for name, tensor in export.weights.tensors.items():
         if not tensor.is_floating_point():
             raise BadInput(f"{folder}: tensor '{name}' is {tensor.dtype}, not of a floating dtype")
-    return model_of(export.config, {name: export.weights.tensors[name] for name in tensor_shapes(export.config)})
+    return model_of(export.config, export.weights.tensors)
 
 
 def read_config(folder: Path) -> ShareBertConfig:

@@ -50,6 +50,11 @@ def whole(source: WeightSource, name: str) -> Tensor:
     return source.read(name, 0, math.prod(shape)).view(shape)
 
 
+def all_tensors(source: WeightSource) -> dict[str, Tensor]:
+    """Every tensor whole, by its name."""
+    return {name: whole(source, name) for name in source.specs}
+
+
 class TensorWeights:
     """Weights that are in memory, or mapped into it."""
 

@@ -196,7 +196,7 @@ class ProbeRecipe:
     """How much text the layers of a model are probed with."""
 
     rows: Annotated[int, Field(ge=2)] = 2000
-    """Rows of text, with those of dev. Memory holds words · (layers + 1) · hidden size numbers."""
+    """Rows of text, with those of dev. Memory holds up to four copies of words · (layers + 1) · hidden size numbers."""
     words: Annotated[int, Field(ge=2)] = 20
     """Words of a row."""
 

@@ -35,9 +35,11 @@ class Result:
     scores: dict[str, dict[str, list[float]]]
     """Split → metric → one value a seed."""
     details: dict[str, dict[str, float]] = field(default_factory=dict)
-    """For BLiMP: `field`, `linguistics_term` or `UID` → its name → accuracy."""
+    """For BLiMP: `field`, `linguistics_term` or `UID` → its name → accuracy. For a probe: "property, accuracy" or
+    "property, F1" → layer → value."""
     parameters: int
-    """Learned numbers, with the head that is used: a classifier, or for BLiMP the masked-language-model head."""
+    """Learned numbers, with the head that is used: a classifier, or for BLiMP the masked-language-model head; for a
+    probe without any."""
     trained_parameters: int | None = None
     """Those that were trained; null where all were."""
     bytes: int
@@ -57,7 +59,7 @@ class Result:
     sweep: dict[str, float | None] = field(default_factory=dict)
     """Learning rate → mean of the dev metrics with the first seed, if several were tried; null if the loss diverged."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The keys of the recipe's `finetune` that had an effect on this model."""
+    """The keys of the recipe's `finetune` that had an effect on this model; BLiMP and probes: what was scored."""
     versions: dict[str, str] = field(default_factory=dict)
     """Package → version."""
     skipped_rows: dict[str, int] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from compress.quantise.hessians import collect, of_embedding
 from compress.step import FromCompact, Source, Tools
 from exports.forms import write_export
 from exports.read import load_model, read_export
-from exports.weight_source import TensorWeights, whole
+from exports.weight_source import TensorWeights, all_tensors
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -56,7 +56,7 @@ class LowerFactor(FromCompact):
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
         export = read_export(source.folder)
-        tensors = {name: whole(export.weights, name).float() for name in export.weights.specs}
+        tensors = {name: tensor.float() for name, tensor in all_tensors(export.weights).items()}
         embedding, projection = tensors[EMBEDDING], tensors[PROJECTION].double()
         weights, metric = None, None
         if self.gauge == "hessians":

@@ -15,13 +15,12 @@ from compress.low_rank.fading import FadingMatrices, Schedule, base_share
 from compress.low_rank.step import check_source, products, with_products
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.structure import Inputs
-from compress.step import FromCompact, Source, Tools
+from compress.step import FromCompact, Source, Tools, check_task_weight
 from compress.training import batch_order, biases_and_norms, train, with_biases
 from exports.forms import write_export
 from exports.read import load_model, read_export
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.shared_linear import LowRank
-from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
 PROGRESS = "pc_lora.pt"
@@ -62,8 +61,7 @@ class PcLora(FromCompact):
         self.result_form(source.form)
         config = read_export(source.folder).config
         check_source("pc_lora", config, self.rank)
-        if config.mlm_head == "none" and self.task_weight > 0:
-            raise BadInput("pc_lora.task_weight: this model has no masked-language-model head; set it to 0")
+        check_task_weight("pc_lora", self.task_weight, config)
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""

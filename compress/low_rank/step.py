@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.low_rank.svd import truncated
 from compress.prune.calibrate import batches
 from compress.prune.structure import Inputs
-from compress.step import FromCompact, Source, Tools
+from compress.step import FromCompact, Source, Tools, check_one_pair
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
@@ -70,8 +70,7 @@ def check_source(step: str, config: ShareBertConfig, rank: int) -> None:
         raise BadInput(f"{step}: takes a model whose layers share their matrices, this one has {config.sharing}")
     if config.kept_heads is not None or config.kept_columns is not None:
         raise BadInput(f"{step}: takes a model with all heads and columns")
-    if config.ffn_pairs > 1:
-        raise BadInput(f"{step}: takes a model with one feed-forward pair, this one has ffn_pairs: {config.ffn_pairs}")
+    check_one_pair(step, config)
     if config.sharing == "eps":
         raise BadInput(f"{step}: takes sharing: veps or layers; with eps, E is the matrices")
     if rank >= config.hidden_size:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compress.step import MASK_RATE
 from exports.tokenizer import load_tokenizer
-from sharebert.encoder import Layer
+from sharebert.config import ShareBertConfig
+from sharebert.encoder import Layer, visible
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.kernels import attention, linear_gelu
 from sharebert.plain_modules import embedding_matrix
@@ -62,6 +63,15 @@ def batches(tokens: Tensor, tokenizer: Path, seed: int, rows_at_once: int = 32) 
     return found
 
 
+def check_length(tokens: Tensor, config: ShareBertConfig) -> None:
+    """Raise BadInput where calibration rows have more tokens than the model has positions."""
+    if tokens.shape[1] > config.max_position_embeddings:
+        raise BadInput(
+            f"calibration.dataset: its rows have {tokens.shape[1]} tokens, but the model has "
+            f"{config.max_position_embeddings} positions"
+        )
+
+
 Watch = Callable[[int, str, Tensor], None]
 """Is given the number of a layer, the name of a matrix, and what it is multiplied by [B, T, width] (`query` stands for
 key and value too); or `branches`, and what the layer adds to the stream [B, T, H]."""
@@ -84,11 +94,14 @@ def hidden_states(
         columns: [B or 1, inner], a factor on each column inside the feed-forward block, likewise.
         layers: [B or 1, L], a factor on what each layer adds to the stream.
         watch: see `Watch`.
+
+    Raises BadInput: rows with more tokens than the model has positions.
     """
+    check_length(batch.tokens, model.config)
     encoder = model.sharebert
     weights = encoder.layer_weights(pooler=False)
     stream = encoder._embed(encoder.word_embeddings(batch.tokens), None, None)
-    mask = batch.visible[:, None, None, :].bool()
+    mask = visible(batch.visible, None)
     for index, layer in enumerate(encoder.layers):
         assert isinstance(layer, Layer)
         matrices = weights.of_layer(index)
@@ -113,6 +126,12 @@ def hidden_states(
             watch(index, "branches", branch + second)
         stream = middle + second * factor
     return encoder.final_norm(stream, None)[1]
+
+
+def hidden_error(hidden: Tensor, expected: Tensor, batch: Batch) -> Tensor:
+    """The squared error of hidden states [B, T, H] as a part of their mean square; padding does not count."""
+    seen = batch.visible.bool()
+    return F.mse_loss(hidden[seen], expected[seen]) / expected[seen].square().mean()
 
 
 def objective(model: ShareBertForMaskedLM, batch: Batch, hidden: Tensor, generator: torch.Generator) -> Tensor:

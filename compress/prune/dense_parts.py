@@ -90,7 +90,7 @@ class Survey(NamedTuple):
     """norm(x)ᵀ·norm(x) of the stream x at all LayerNorms together, [H, H] float64."""
     head_channels: Tensor | None
     """What each channel between the two matrices of the head adds to logits: its standard deviation times the norm of
-    its column of the decoder, [H]. None without a head."""
+    its column of the decoder, [H] float64. None without a head."""
 
 
 @torch.no_grad()
@@ -106,23 +106,27 @@ def survey(model: DenseBert, rows: Sequence[Batch]) -> Survey:
         moments.addmm_(flat.t(), flat)
 
     hooks = [norm.register_forward_pre_hook(add) for norm in norms]
-    transformed = []
+    count, first, second = 0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     for batch in rows:
         seen = batch.visible.bool()
         hidden = model.encode(batch.tokens, batch.visible)
         if model.cls is not None:
-            transformed.append(model.cls.predictions.transformed(hidden[batch.labels >= 0]))
+            transformed = model.cls.predictions.transformed(hidden[batch.labels >= 0]).double()
+            count += len(transformed)
+            first += transformed.sum(0)
+            second += transformed.square().sum(0)
     for hook in hooks:
         hook.remove()
     if model.cls is None:
         return Survey(moments, None)
-    return Survey(moments, torch.cat(transformed).std(0) * model.cls.predictions.decoder.weight.norm(dim=0))
+    variance = (second / max(1, count) - (first / max(1, count)).square()).clamp(min=0)
+    return Survey(moments, variance.sqrt() * model.cls.predictions.decoder.weight.norm(dim=0))
 
 
 @torch.no_grad()
 def channel_magnitudes(model: DenseBert) -> Tensor:
     """The magnitude of each channel of the stream, [H] float64: the squared numbers of each matrix that writes or reads
-    it, over their mean, so that every matrix counts the same."""
+    it, over their mean, so that every matrix counts the same; one of zeros alone counts nothing."""
     sides = [(part.weight, 0) for part in model.bert.embeddings.children()]  # the side that is summed over
     for layer in model.bert.encoder.layer:
         products, gains = layer.attention.self, layer.attention.ln.weight
@@ -132,4 +136,4 @@ def channel_magnitudes(model: DenseBert) -> Tensor:
     if model.cls is not None:
         sides.append((model.cls.predictions.transform.dense.weight * model.bert.encoder.ln.weight, 0))
     squares = [weight.double().square().sum(side) for weight, side in sides]
-    return torch.stack([square / square.mean() for square in squares]).sum(0)
+    return torch.stack([square / square.mean().clamp(min=1e-300) for square in squares]).sum(0)

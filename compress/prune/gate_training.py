@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch, hidden_states, objective
+from compress.prune.calibrate import Batch, hidden_error, hidden_states, objective
 from compress.prune.hard_concrete import open_probability, sampled, settled
 from compress.prune.latency_table import LatencyTable
 from compress.prune.structure_search import TRIED_ROWS, Structure, by_probability, search
@@ -139,7 +138,7 @@ class GateTraining:
 
     def gates(self, rows: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random gates of heads, columns and layers for each of `rows` rows; `step` and the seed decide them."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        generator = torch.Generator().manual_seed(((self.seed << 32) + step) % 2**63)
         found = []
         for alpha in self.alphas:
             uniform = torch.rand(rows, len(alpha), generator=generator).clamp(1e-6, 1 - 1e-6)
@@ -153,7 +152,7 @@ class GateTraining:
         if self.task_weight < 1:
             with torch.no_grad():
                 expected = hidden_states(self.whole_model, batch)
-            total = (1 - self.task_weight) * F.mse_loss(hidden, expected) / expected.square().mean()
+            total = (1 - self.task_weight) * hidden_error(hidden, expected, batch)
         if self.task_weight > 0:
             task = objective(self.model, batch, hidden, torch.Generator()) / len(batch.tokens)
             total = total + self.task_weight * task

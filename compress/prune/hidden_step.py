@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from compress.prune.amount import Amount, amount
 from compress.prune.calibrate import batches
 from compress.prune.dense_parts import channel_magnitudes, gradients, survey
 from compress.prune.dense_slices import sliced, strongest
@@ -20,13 +20,11 @@ from exports.dense import read_dense
 from exports.dense_model import DenseBert
 from exports.export import BERT_KEYS
 from exports.files import CARD, CONFIG, write_json
-from exports.weight_files import read_metadata, write_weights
+from exports.weight_files import read_metadata, read_weights, write_weights
 from exports.weight_source import TensorWeights
 from sharebert.config import ShareBertConfig, ShareBertError
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
-
-Amount = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
 CARD_SECTION = """
 
@@ -95,9 +93,9 @@ class PruneHidden(NeedsNoRows):
         if (self.hidden, self.heads, self.columns) == (None, None, None):
             raise BadInput("prune_hidden: nothing to remove; give hidden, heads or columns")
         size = config.head_size
-        columns = _amount("columns", self.columns, config.intermediate_size)
-        heads = None if self.heads is None else _amount("heads", self.heads, config.num_attention_heads)
-        hidden = _amount("hidden", self.hidden, config.hidden_size)
+        columns = amount("prune_hidden.columns", self.columns, config.intermediate_size)
+        heads = None if self.heads is None else amount("prune_hidden.heads", self.heads, config.num_attention_heads)
+        hidden = amount("prune_hidden.hidden", self.hidden, config.hidden_size)
         if self.hidden is None and heads is not None:
             hidden = heads * size
         if hidden % size:
@@ -119,7 +117,9 @@ class PruneHidden(NeedsNoRows):
         rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
         small, notes = self.pruned(model, config, sizes, rows, tools)
         copy_model(source.folder, out, *WEIGHTS)
-        write_weights(out, TensorWeights(dict(small.named_parameters())), read_metadata(source.folder))
+        before = read_weights(source.folder)
+        tensors = {name: tensor.to(before[name].dtype) for name, tensor in small.named_parameters()}
+        write_weights(out, TensorWeights(tensors), read_metadata(source.folder))
         changed = {"hidden_size": sizes.hidden, "num_attention_heads": sizes.heads, "intermediate_size": sizes.columns}
         write_json(out / CONFIG, config_of(source.folder) | changed)
         if (out / CARD).is_file():
@@ -158,7 +158,8 @@ def sizes_of(folder: Path) -> ShareBertConfig:
     named = found.get("architectures") or []
     if named not in (["MegatronBertModel"], ["MegatronBertForMaskedLM"]):
         raise BadInput(
-            f"prune_hidden: takes a MegatronBertModel or a MegatronBertForMaskedLM, {folder} is {', '.join(named)}"
+            f"prune_hidden: takes a MegatronBertModel or a MegatronBertForMaskedLM, {folder} is "
+            f"{', '.join(named) or 'neither'}"
         )
     head = "untied" if is_masked_lm(folder) else "none"
     fixed = {"sharing": "none", "vocab_pad_multiple": 1, "attention_scale": "standard", "mlm_head": head}
@@ -168,12 +169,3 @@ def sizes_of(folder: Path) -> ShareBertConfig:
         raise BadInput(f"{folder}: config.json has no {error.args[0]}") from error
     except ShareBertError as error:
         raise BadInput(f"{folder}: config.json: {error}") from error
-
-
-def _amount(key: str, given: float | None, there: int) -> int:
-    if given is None:
-        return there
-    found = given if isinstance(given, int) else max(1, round(given * there))
-    if found > there:
-        raise BadInput(f"prune_hidden.{key}: {found} are to stay, but the model has {there}")
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,19 +11,20 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.prune.calibrate import batches
+from compress.prune.calibrate import batches, check_length
 from compress.prune.gate_training import GateTraining
-from compress.prune.latency_table import LatencyTable, table_in
+from compress.prune.latency_table import LatencyTable, keep_table, kept_table, measure_table
 from compress.prune.structure import fisher
 from compress.prune.structure_search import TRIED_ROWS, Structure, by_gradients, check_target, search
 from compress.prune.structure_step import sliced, with_parts, without_layers
 from compress.shape_times import Call, batch_shape, shape_times
-from compress.step import FromCompact, Source, Tools
+from compress.step import FromCompact, Source, Tools, check_one_pair, check_task_weight
 from compress.training import with_biases
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
-from exports.weight_source import whole
+from exports.weight_source import all_tensors
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -75,42 +77,51 @@ class PruneToLatency(FromCompact):
                 f"prune_to_latency: takes models with sharing: veps or eps, this one has {config.sharing}; "
                 "use prune_structure with layers"
             )
-        if config.ffn_pairs > 1:
-            raise BadInput(
-                f"prune_to_latency: takes models with one feed-forward pair, this one has ffn_pairs: {config.ffn_pairs}"
-            )
+        check_one_pair("prune_to_latency", config)
         if self.timed is not None and self.call(0).tokens > config.max_position_embeddings:
             raise BadInput(
                 f"prune_to_latency.timed: {self.timed} has more tokens than the model's "
                 f"{config.max_position_embeddings} positions"
             )
-        if self.method == "hard_concrete" and config.mlm_head == "none" and self.task_weight > 0:
-            raise BadInput("prune_to_latency.task_weight: this model has no masked-language-model head; set it to 0")
+        if self.method == "hard_concrete":
+            check_task_weight("prune_to_latency", self.task_weight, config)
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
         export = read_export(source.folder)
-        call = self.call(min(tools.calibration().shape[1], export.config.max_position_embeddings))
-        tools.say(f"prune_to_latency: timing shapes with {call.rows}x{call.tokens} words")
-        table = table_in(tools.scratch / TABLE, export.config, call)
+        check_length(tools.calibration(), export.config)
+        table = self.table(export.config, self.call(tools.calibration().shape[1]), tools)
         check_target(table, self.latency, "prune_to_latency.latency")
         notes: dict[str, Any] = {}
         if self.method == "fisher":
             structure, loss = self.by_fisher(table, source, tools)
             result = cut(export, structure)
-            notes["loss on calibration rows"] = round(loss, 4)
+            what = "loss" if export.config.mlm_head != "none" else "error of hidden states"  # as `masked_loss` says
+            notes[f"{what} on calibration rows"] = round(loss, 4)
         else:
             structure, result = self.by_gates(export, table, source, tools)
         write_export(result, out)
-        before, after = shape_times([export.config, result.config], call)
+        before, after = shape_times([export.config, result.config], table.call)
+        heads = result.config.kept_heads or range(result.config.heads)
         return notes | {
-            "heads": structure.heads,
+            "heads": list(heads),
             "columns": len(structure.columns),
             "layers": structure.layers,
             "predicted share of the time": round(table.of(structure.shape), 4),
             "measured share of the time": round(after / before, 4),
             "table": _short(table),
         }
+
+    def table(self, config: ShareBertConfig, call: Call, tools: Tools) -> LatencyTable:
+        """The table in the scratch folder; where this machine has measured none, a new one."""
+        path = tools.scratch / TABLE
+        if (kept := kept_table(path, config, call)) is not None:
+            return kept
+        shutil.rmtree(tools.scratch / GATES, ignore_errors=True)  # their structure may be for another machine's times
+        tools.say(f"prune_to_latency: timing shapes with {call.rows}x{call.tokens} words")
+        table = measure_table(config, call)
+        keep_table(path, table)
+        return table
 
     def call(self, tokens: int) -> Call:
         """What is timed; `tokens` is the length of a row unless the recipe says it."""
@@ -138,8 +149,11 @@ class PruneToLatency(FromCompact):
 
 
 def cut(export: Export, structure: Structure, heads: Tensor | None = None, columns: Tensor | None = None) -> Export:
-    """The export with the parts of a structure only; with factors on its heads [heads] and columns [columns]."""
-    tensors = {name: whole(export.weights, name).float() for name in export.weights.specs}
+    """The export with the parts of a structure only; with factors on its heads [heads] and columns [columns].
+
+    Tensors keep their dtypes, but for the new factors, which are float32.
+    """
+    tensors = {name: tensor.float() for name, tensor in all_tensors(export.weights).items()}
     config = export.config
     removed = sorted(set(range(config.num_hidden_layers)) - set(structure.layers))
     if removed:
@@ -155,6 +169,8 @@ def cut(export: Export, structure: Structure, heads: Tensor | None = None, colum
     for name, factor in zip(("kept_attention_scale", "kept_inner_scale"), factors, strict=True):
         if factor is not None:
             tensors[f"sharebert.{name}"] = tensors[f"sharebert.{name}"] * factor[factor != 0]
+    specs = export.weights.specs
+    tensors = {name: tensor.to(specs[name].dtype) if name in specs else tensor for name, tensor in tensors.items()}
     return with_parts(export, config, tensors)
 
 

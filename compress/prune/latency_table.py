@@ -12,12 +12,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compress.shape_times import Call, shape_times
+from pretrain.run.environment import cpu_name
 from sharebert.config import ShareBertConfig
 from sharebert_common.files import write_atomically
 
@@ -84,7 +85,7 @@ class LatencyTable:
 
 def measure_table(config: ShareBertConfig, call: Call) -> LatencyTable:
     """Time the shapes of a table; the model must generate its matrices."""
-    whole = Shape(config.heads, config.inner_size, config.num_hidden_layers)
+    whole = shape_of(config)
     heads = sorted({1, whole.heads, *(max(1, round(part * whole.heads)) for part in SHARES)})
     columns = sorted({whole.columns, *(max(1, round(part * whole.columns)) for part in SHARES)})
     layers = sorted({max(1, whole.layers // 2), whole.layers})
@@ -104,20 +105,27 @@ def measure_table(config: ShareBertConfig, call: Call) -> LatencyTable:
     )
 
 
-def table_in(path: Path, config: ShareBertConfig, call: Call) -> LatencyTable:
-    """The table that is kept in the JSON file `path`, or a new one, which is written there."""
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        kept |= {key: {int(n): ms for n, ms in kept[key].items()} for key in ("heads", "columns", "layers")}
-        return LatencyTable(**{**kept, "whole": Shape(**kept["whole"]), "call": Call(**kept["call"])})
-    table = measure_table(config, call)
-    write_atomically(path, json.dumps(to_json(table), indent=1) + "\n")
-    return table
+def kept_table(path: Path, config: ShareBertConfig, call: Call) -> LatencyTable | None:
+    """The table in the JSON file `path`. None: there is none, or it is of another processor, model or call."""
+    if not path.is_file():
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept.pop("cpu", None) != cpu_name():
+        return None
+    kept |= {key: {int(n): ms for n, ms in kept[key].items()} for key in ("heads", "columns", "layers")}
+    table = LatencyTable(**{**kept, "whole": Shape(**kept["whole"]), "call": Call(**kept["call"])})
+    return table if (table.whole, table.call) == (shape_of(config), call) else None
 
 
-def to_json(table: LatencyTable) -> dict[str, Any]:
-    """The table as plain values."""
-    return {**dataclasses.asdict(table), "whole": table.whole._asdict(), "call": table.call._asdict()}
+def keep_table(path: Path, table: LatencyTable) -> None:
+    """Write the table, and the name of this machine's processor, to the JSON file `path`."""
+    plain = {**dataclasses.asdict(table), "whole": table.whole._asdict(), "call": table.call._asdict()}
+    write_atomically(path, json.dumps({"cpu": cpu_name(), **plain}, indent=1) + "\n")
+
+
+def shape_of(config: ShareBertConfig) -> Shape:
+    """How many parts a model of `config` has."""
+    return Shape(config.heads, config.inner_size, config.num_hidden_layers)
 
 
 def config_of(config: ShareBertConfig, shape: Shape) -> ShareBertConfig:

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from compress.prune.calibrate import Batch, hidden_states, objective
+from compress.prune.calibrate import Batch, hidden_error, hidden_states, objective
 from compress.prune.latency_table import LatencyTable, Shape
 from compress.prune.structure import Fisher, least_important
 from sharebert.heads import ShareBertForMaskedLM
@@ -151,7 +150,7 @@ def masked_loss(model: ShareBertForMaskedLM, rows: Sequence[Batch], structure: S
             hidden = hidden_states(model, batch, heads, columns, layers)
             if model.mlm_head is None:
                 expected = hidden_states(model, batch)
-                total += len(batch.tokens) * float(F.mse_loss(hidden, expected) / expected.square().mean())
+                total += len(batch.tokens) * float(hidden_error(hidden, expected, batch))
             else:
                 total += float(objective(model, batch, hidden, torch.Generator()))
             count += len(batch.tokens)

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from compress.prune.amount import Amount, amount
 from compress.prune.calibrate import batches
 from compress.prune.structure import Inputs, fisher, least_important, rescaled
-from compress.step import FromCompact, Source, Tools
-from exports.export import Export, model_of, tensor_shapes
+from compress.step import FromCompact, Source, Tools, check_one_pair
+from exports.export import Export, model_of
 from exports.forms import write_export
 from exports.read import read_export
-from exports.weight_source import TensorWeights, whole
+from exports.weight_source import TensorWeights, all_tensors
 from sharebert.config import ShareBertConfig
 from sharebert.slices import slices_of
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
-
-Amount = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
 LAYERS = "sharebert.layers."
 
@@ -65,37 +63,34 @@ class PruneStructure(FromCompact):
             raise BadInput(
                 "prune_structure: takes models whose layers share their matrices, this one has sharing: none"
             )
-        if config.ffn_pairs > 1:
-            raise BadInput(
-                f"prune_structure: takes models with one feed-forward pair, this one has ffn_pairs: {config.ffn_pairs}"
-            )
+        check_one_pair("prune_structure", config)
         self.amounts(config)
 
     def amounts(self, config: ShareBertConfig) -> tuple[int, int, int]:
         """How many heads, columns and layers stay. Raises BadInput: more than there are."""
         return (
-            _amount("heads", self.heads, config.heads),
-            _amount("columns", self.columns, config.inner_size),
-            _amount("layers", self.layers, config.num_hidden_layers),
+            amount("prune_structure.heads", self.heads, config.heads),
+            amount("prune_structure.columns", self.columns, config.inner_size),
+            amount("prune_structure.layers", self.layers, config.num_hidden_layers),
         )
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
         export = read_export(source.folder)
-        tensors = {name: whole(export.weights, name).float() for name in export.weights.specs}
+        tensors = {name: tensor.float() for name, tensor in all_tensors(export.weights).items()}
         heads, columns, layers = self.amounts(export.config)
         rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
         notes: dict[str, Any] = {}
         config = export.config
         if layers < config.num_hidden_layers:
-            model = _model(config, tensors)
+            model = model_of(config, tensors)
             removed = sorted(least_important(fisher(model, rows, tools.seed).layers, config.num_hidden_layers - layers))
             inputs = Inputs(model, rows) if self.rescale else None
             tensors = without_layers(tensors, removed, inputs, config.branch_gain)
             config = dataclasses.replace(config, num_hidden_layers=layers)
             notes["layers removed"] = removed
         if heads < config.heads or columns < config.inner_size:
-            model = _model(config, tensors)
+            model = model_of(config, tensors)
             importance = fisher(model, rows, tools.seed)
             kept_heads = _kept(importance.heads, config.heads - heads)
             kept_columns = _kept(importance.columns, config.inner_size - columns)
@@ -149,7 +144,7 @@ def sliced(
     With `inputs`, factors and biases are those of least squares; otherwise the factors are those of the model, or 1.
     """
     size, found = config.head_size, dict(tensors)
-    model = _model(config, tensors)
+    model = model_of(config, tensors)
     with torch.no_grad():
         weights = model.sharebert.layer_weights(pooler=False).of_layer(0)
     parts = (
@@ -187,20 +182,7 @@ def sliced(
     return pruned, found
 
 
-def _model(config: ShareBertConfig, tensors: dict[str, Tensor]) -> Any:
-    return model_of(config, {name: tensors[name] for name in tensor_shapes(config)})
-
-
 def _kept(importance: Tensor, remove: int) -> list[int] | None:
     if not remove:
         return None
     return sorted(set(range(len(importance))) - set(least_important(importance, remove)))
-
-
-def _amount(key: str, given: float | None, there: int) -> int:
-    if given is None:
-        return there
-    found = given if isinstance(given, int) else max(1, round(given * there))
-    if found > there:
-        raise BadInput(f"prune_structure.{key}: {found} are to stay, but the model has {there}")
-    return found

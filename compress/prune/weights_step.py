@@ -21,7 +21,7 @@ from compress.quantise.step import EMBEDDING, error_costs, with_tensors
 from compress.saved_state import save_state, saved_state
 from compress.step import FromCompact, Source, Tools
 from exports.compact import stored_weights
-from exports.export import Export, model_of, tensor_shapes
+from exports.export import Export, model_of
 from exports.forms import write_export
 from exports.packed import PRUNED
 from exports.read import read_export
@@ -225,7 +225,7 @@ def _restored(weights: dict[str, Tensor], centres: dict[str, Tensor]) -> dict[st
 def _model(export: Export, weights: dict[str, Tensor]) -> ShareBertForMaskedLM:
     changed = with_tensors(export, weights)
     assert isinstance(changed.weights, TensorWeights)
-    return model_of(export.config, {name: changed.weights.tensors[name] for name in tensor_shapes(export.config)})
+    return model_of(export.config, changed.weights.tensors)
 
 
 def _zeros(weights: dict[str, Tensor]) -> float:

@@ -21,7 +21,7 @@ from exports.forms import write_export
 from exports.packed import Packed, bits_of, is_matrix
 from exports.read import load_model, read_export
 from exports.rounding import Rounded, to_nearest
-from exports.weight_source import TensorWeights, whole
+from exports.weight_source import TensorWeights, all_tensors, whole
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.packed import ROTATED, ROTATION, Packing, stored, unpack
 from sharebert.stored import full_tensors
@@ -236,6 +236,6 @@ def random_rotation(size: int, seed: int) -> Tensor:
 
 def with_tensors(export: Export, tensors: dict[str, Tensor]) -> Export:
     """The export with some tensors in place of its own, given as a trimmed export stores them."""
-    own = {name: whole(export.weights, name) for name in export.weights.specs}
+    own = all_tensors(export.weights)
     full = full_tensors({name: tensor.shape for name, tensor in own.items() if name in tensors}, tensors)
     return dataclasses.replace(export, weights=TensorWeights(own | full))

@@ -30,7 +30,7 @@ def environment(device: torch.device, hosts: list[str]) -> dict[str, Any]:
         "system": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "count": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "threads": torch.get_num_threads(),
@@ -54,7 +54,8 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The name of this machine's processor; where the system does not say it, that of its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

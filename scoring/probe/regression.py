@@ -24,7 +24,7 @@ def predict(train: Tensor, labels: Tensor, classes: int, held_out: Tensor) -> Te
         held_out: [layers, m, H].
     """
     mean, spread = train.mean(1, keepdim=True), train.std(1, keepdim=True).clamp(min=1e-6)
-    train, held_out = (train - mean) / spread, (held_out - mean) / spread
+    train, held_out = (train - mean).div_(spread), (held_out - mean).div_(spread)
     mix = torch.zeros(len(train), requires_grad=len(train) > 1)
     weight = torch.zeros(train.shape[2], classes, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)

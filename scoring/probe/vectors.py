@@ -60,10 +60,10 @@ def word_vectors(encoder: Encoder, model: nn.Module, rows: Sequence[Row], device
                     targets.append(firsts[row] + word)
         if total is None:
             total = torch.zeros(len(states), firsts[-1], states.shape[3])
-        total.index_add_(1, torch.tensor(targets), states.flatten(1, 2)[:, places])
-        counts.index_add_(0, torch.tensor(targets), torch.ones(len(targets)))
+        total.index_add_(1, torch.tensor(targets, dtype=torch.int64), states.flatten(1, 2)[:, places])
+        counts.index_add_(0, torch.tensor(targets, dtype=torch.int64), torch.ones(len(targets)))
     assert total is not None
-    return total / counts.clamp(min=1)[:, None]
+    return total.div_(counts.clamp(min=1)[:, None])
 
 
 def _words_of_tokens(row: Row, spans: Sequence[tuple[int, int]]) -> list[int | None]:

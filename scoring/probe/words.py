@@ -65,7 +65,8 @@ def label_text(text: str, words: int) -> list[Row]:
 def read_rows(data: TaskDataRecipe, recipe: ProbeRecipe) -> Rows:
     """Rows of the text file `data.path`, of texts in random order.
 
-    Raises BadInput, naming the file: not readable, or too little text, or a property with one label alone.
+    Raises BadInput, naming the file: not readable, or too little text, a property with one label alone, or one
+    that no held-out word has.
     """
     if data.path is None:
         raise BadInput("data.path: probe needs a file of text: a .txt with a text a line, or a table with a column")
@@ -87,6 +88,8 @@ def read_rows(data: TaskDataRecipe, recipe: ProbeRecipe) -> Rows:
     for name, labels in PROPERTIES.items():
         if len({label for row in rows.train for label in row.labels[name]} - {NO_LABEL}) < 2:
             raise BadInput(f"{path}: its words do not differ in {name} ({' or '.join(labels)}), so there is no probe")
+        if not {label for row in rows.dev for label in row.labels[name]} - {NO_LABEL}:
+            raise BadInput(f"{path}: no word of the texts that are held out has a {name}; give more lines")
     return rows
 
 

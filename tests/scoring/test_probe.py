@@ -13,11 +13,14 @@ import torch
 from hub_folders import hub_folder
 from made_tasks import tiny_export
 
+from compress.measure import measure
+from compress.recipe import CompressRecipe, ReportRecipe
+from compress.run import compress
 from scoring.encoders import open_encoder
 from scoring.probe.regression import predict
 from scoring.probe.vectors import word_vectors
-from scoring.probe.words import Row, label_text, read_rows
-from scoring.recipe import FineTuneRecipe, ProbeRecipe, TaskDataRecipe
+from scoring.probe.words import SHUFFLE_SEED, Row, label_text, read_rows
+from scoring.recipe import EvaluateRecipe, FineTuneRecipe, ProbeRecipe, TaskDataRecipe
 from scoring.tasks import Task
 from sharebert_cli import main
 from sharebert_common.errors import BadInput
@@ -160,6 +163,35 @@ def test_before_and_after_a_compression_step(tmp_path: Path) -> None:
     for name, values in source["scores"].items():
         assert values[0] > 0.95
         assert trimmed["scores"][name] == pytest.approx(values, abs=0.02)
+
+
+def test_a_fine_tuned_classifier_is_probed_in_a_report(tmp_path: Path) -> None:
+    export, text = tiny_export(tmp_path / "export"), text_file(tmp_path / "text.txt")
+    task = Task("mine", text=(("text",),), labels=("no", "yes"))
+    encoder = open_encoder(str(export), FineTuneRecipe())
+    encoder.save(encoder.build(task, 0), task, "", tmp_path / "classifier")
+    recipe = EvaluateRecipe(task="probe", data=TaskDataRecipe(path=str(text)), probe=ProbeRecipe(words=12))
+    asked = CompressRecipe(steps=["trim"], task=recipe, report=ReportRecipe(latency=[]))
+    row = measure("source", tmp_path / "classifier", asked, tmp_path / "scores", {})
+    assert set(row.scores) == {"dev case F1", "dev punctuation F1"}
+
+
+@pytest.mark.parametrize("reference", ["majority", "tfidf", "static:x"])
+def test_references_of_a_report_that_need_labels_are_refused_first(tmp_path: Path, reference: str) -> None:
+    task = EvaluateRecipe(task="probe", data=TaskDataRecipe(path=str(text_file(tmp_path / "text.txt"))))
+    recipe = CompressRecipe(steps=["trim"], task=task, report=ReportRecipe(references=[reference]))
+    with pytest.raises(BadInput, match=f"report.references: {reference} needs a task with labels, probe has none"):
+        compress(tiny_export(tmp_path / "export"), recipe, tmp_path / "out")
+    assert not (tmp_path / "out.steps").exists()
+
+
+def test_a_property_that_no_held_out_word_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    lines = np.array(["Word w1. w2, w3"] * 20, dtype=object)
+    lines[np.random.default_rng(SHUFFLE_SEED).permutation(20)[:3]] = "1 2. 3, 4"  # those that come first
+    path.write_text("\n".join(lines))
+    with pytest.raises(BadInput, match="no word of the texts that are held out has a case; give more lines"):
+        read_rows(TaskDataRecipe(path=str(path)), ProbeRecipe())
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from hub_folders import hub_folder
 from torch import Tensor, nn
 
 from compress.prune.calibrate import Batch, batches
-from compress.prune.dense_parts import Kept, gradients, survey
+from compress.prune.dense_parts import Kept, channel_magnitudes, gradients, survey
 from compress.prune.dense_slices import head_channels, sliced
 from compress.prune.directions import largest, principal
 from compress.prune.hidden_step import PruneHidden, sizes_of
@@ -26,6 +26,7 @@ from exports.dense import Dense, read_dense
 from exports.dense_model import DenseBert
 from exports.forms import write_export
 from exports.read import load_model, read_export
+from exports.weight_files import read_weights
 from sharebert_common.errors import BadInput
 
 TIGHT = {"rtol": 0.0, "atol": 1e-10}
@@ -147,6 +148,27 @@ def test_magnitude_takes_channels_out(tmp_path: Path) -> None:
         assert own.output.dense.weight.equal(layer.output.dense.weight[channels])
 
 
+def test_a_matrix_of_zeros_counts_nothing(tmp_path: Path) -> None:
+    model = read_dense(folder := dense_folder(tmp_path / "dense"), sizes_of(folder)).requires_grad_(False)
+    types = model.bert.embeddings.token_type_embeddings.weight
+    whole, share = channel_magnitudes(model), types.double().square().sum(0) / types.double().square().sum(0).mean()
+    types.zero_()
+    torch.testing.assert_close(channel_magnitudes(model), whole - share)
+
+
+def test_channels_of_the_head_by_numpy(tmp_path: Path) -> None:
+    folder = dense_folder(tmp_path / "dense")
+    model = lively(folder)
+    assert model.cls is not None
+    head, rows = model.cls.predictions, rows_of(folder)
+    read = np.concatenate([head.transformed(model.encode(b.tokens, b.visible)[b.labels >= 0]).numpy() for b in rows])
+    expected = read.std(0) * np.linalg.norm(head.decoder.weight.numpy(), axis=0)
+    np.testing.assert_allclose(survey(model, rows).head_channels.numpy(), expected, rtol=1e-9)  # type: ignore[union-attr]
+    one = [batch._replace(labels=torch.full_like(batch.labels, -100)) for batch in rows]
+    one[0].labels[0, 1] = 7
+    assert survey(model, one).head_channels.abs().max() < 1e-6  # type: ignore[union-attr]
+
+
 def test_directions_are_principal_components_of_what_is_centred() -> None:
     """By numpy's SVD: what they hold of norm(x) is all that 7 directions can hold, and the new stream has mean zero."""
     generator = torch.Generator().manual_seed(0)
@@ -203,6 +225,13 @@ def test_least_squares_bring_outputs_nearer(tmp_path: Path) -> None:
         errors[least_squares] = (found - expected)[batch.labels >= 0].square().mean().item()
     assert errors[True] < 0.7 * errors[False], errors
     assert all(tensor.equal(before[name]) for name, tensor in model.named_parameters())
+
+
+def test_tensors_keep_their_dtype(tmp_path: Path) -> None:
+    compact, folder = tiny_export(tmp_path / "compact"), tmp_path / "dense"
+    write_export(read_export(compact), folder, Dense(torch.bfloat16))
+    PruneHidden(hidden=16).apply(open_source(folder), tools(), tmp_path / "out")
+    assert {tensor.dtype for tensor in read_weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("head", ["tied", "none"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_model
 
 from compress.prune import latency_table
-from compress.prune.latency_table import LatencyTable, Shape, config_of, measure_table, table_in
+from compress.prune.latency_table import LatencyTable, Shape, config_of, keep_table, kept_table, measure_table
 from compress.shape_times import Call, shape_times
 from sharebert import ShareBertConfig
 from sharebert_common.errors import BadInput
@@ -58,18 +57,17 @@ def test_a_disturbed_measurement_is_not_above_that_of_more_parts(monkeypatch: py
     assert table.columns[10] == table.columns[20] < table.columns[40]
 
 
-def test_a_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def times(configs: list[ShareBertConfig], call: Call) -> list[float]:
-        calls.append(call)
-        return [made_up(config) for config in configs]
-
-    monkeypatch.setattr(latency_table, "shape_times", times)
-    config = tiny_model().config
-    first, again = (table_in(tmp_path / "table.json", config, CALL) for _ in range(2))
-    assert calls == [CALL]
-    assert first == again
+def test_a_kept_table_is_for_its_processor_model_and_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_table, "shape_times", lambda configs, call: [made_up(c) for c in configs])
+    config, path = tiny_model().config, tmp_path / "table.json"
+    assert kept_table(path, config, CALL) is None
+    table = measure_table(config, CALL)
+    keep_table(path, table)
+    assert kept_table(path, config, CALL) == table
+    assert kept_table(path, config, CALL._replace(threads=2)) is None
+    assert kept_table(path, tiny_model(num_hidden_layers=3).config, CALL) is None
+    monkeypatch.setattr(latency_table, "cpu_name", lambda: "another")
+    assert kept_table(path, config, CALL) is None
 
 
 def test_shapes_are_timed_in_a_process_of_their_own() -> None:

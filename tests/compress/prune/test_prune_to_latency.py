@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,8 @@ from compress_models import tiny_export
 
 from compress import training
 from compress.prune import latency_step, latency_table
-from compress.prune.calibrate import batches, hidden_states, objective
+from compress.prune.calibrate import Batch, batches, hidden_error, hidden_states, objective
+from compress.prune.gate_training import GateTraining
 from compress.prune.latency_step import cut
 from compress.prune.latency_table import LatencyTable, Shape
 from compress.prune.structure import Fisher
@@ -22,8 +25,10 @@ from compress.saved_state import save_state
 from compress.shape_times import Call
 from compress.source import open_source
 from compress.steps import step_of
+from exports.compact import Compact
 from exports.forms import write_export
 from exports.read import load_model, read_export
+from exports.weight_files import read_weights
 from sharebert import ShareBertConfig
 from sharebert_common.errors import BadInput
 
@@ -107,6 +112,9 @@ def test_by_fisher_the_result_is_the_masked_model_within_the_target(tmp_path: Pa
         rows = batches(tools(tmp_path).calibration(), source / "tokenizer.json", 0)
         total = sum(objective(model, b, hidden_states(model, b), torch.Generator()).item() for b in rows)
         assert total / 40 == pytest.approx(notes["loss on calibration rows"], abs=1e-3)
+    else:
+        assert 0 <= notes["error of hidden states on calibration rows"] < 1
+        assert "loss on calibration rows" not in notes
 
 
 def test_what_is_cut_is_what_factors_of_0_leave(tmp_path: Path) -> None:
@@ -159,6 +167,62 @@ def test_a_killed_training_of_gates_goes_on(tmp_path: Path, monkeypatch: pytest.
         again, same = pruned(tmp_path / "killed", source, latency=0.6, **GATES)
     assert same == notes
     assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_on_another_processor_times_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    monkeypatch.setattr(latency_table, "cpu_name", lambda: "first")
+    pruned(tmp_path / "moved", source, latency=0.6, **GATES)
+    monkeypatch.setattr(latency_table, "cpu_name", lambda: "second")
+    for module in (latency_table, latency_step):  # where columns cost nothing
+        monkeypatch.setattr(module, "shape_times", lambda configs, call: [1 + c.num_hidden_layers for c in configs])
+    _, expected = pruned(tmp_path / "fresh", source, latency=0.7, **GATES)
+    _, notes = pruned(tmp_path / "moved", source, latency=0.7, **GATES)
+    assert notes == expected
+    assert notes["layers"] in ([0], [1])
+
+
+def test_the_report_names_heads_as_the_config_does(tmp_path: Path) -> None:
+    source, _ = pruned(tmp_path / "first", tiny_export(tmp_path / "source"), latency=0.8)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"kept_heads": [1, 2][: len(config["kept_heads"])]}))
+    out, notes = pruned(tmp_path / "second", source, latency=0.6)
+    assert notes["heads"] == list(read_export(out).config.kept_heads or ())
+    assert set(notes["heads"]) <= {1, 2}
+
+
+def test_what_stands_at_padding_is_no_error() -> None:
+    hidden, expected = torch.ones(2, 3, 4), torch.full((2, 3, 4), 2.0)
+    visible = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    hidden[0, 2], expected[1, 1:] = 1e6, -1e6
+    assert hidden_error(hidden, expected, Batch(visible, visible, visible)).item() == pytest.approx(1 / 4)
+
+
+def test_tensors_keep_their_dtype(tmp_path: Path) -> None:
+    write_export(read_export(tiny_export(tmp_path / "source")), tmp_path / "half", Compact(torch.bfloat16))
+    out, _ = pruned(tmp_path, tmp_path / "half", latency=0.6)
+    wide = [name for name, tensor in read_weights(out).items() if tensor.dtype != torch.bfloat16]
+    assert all("kept_" in name for name in wide)
+
+
+def test_a_large_seed_is_taken(tmp_path: Path) -> None:
+    model = load_model(tiny_export(tmp_path / "source"))
+    training = GateTraining(model, model, dataclasses.replace(TABLE, whole=Shape(3, 40, 2)), 0.5, 1.0, 2**63 - 1)
+    assert not training.gates(2, 1)[0].equal(training.gates(2, 2)[0])
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"^the loss is nan at step \d+ of 40; lower the learning rate of this step$"):
+        pruned(tmp_path, tiny_export(tmp_path / "source"), latency=0.6, **GATES, lr=1e30)
+
+
+@pytest.mark.parametrize("keys", [{}, GATES])
+def test_rows_longer_than_the_positions_are_one_line(tmp_path: Path, keys: dict[str, Any]) -> None:
+    source = tiny_export(tmp_path / "source", max_position_embeddings=8)
+    with pytest.raises(
+        BadInput, match=r"^calibration.dataset: its rows have 12 tokens, but the model has 8 positions$"
+    ):
+        pruned(tmp_path, source, latency=0.6, **keys)
 
 
 @pytest.mark.parametrize(
