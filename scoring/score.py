@@ -20,7 +20,7 @@ from scoring.finetune import latency_ms
 from scoring.lora import adapt
 from scoring.metrics import measure
 from scoring.probe.run import evaluate_probe
-from scoring.recipe import BLIMP, PROBE, EvaluateRecipe
+from scoring.recipe import BLIMP, PROBE, EvaluateRecipe, LoraRecipe
 from scoring.report import Result, by_metric, file_name, read_results, table, versions, write_result
 from scoring.trial import Trial, encode
 from sharebert_common.errors import BadInput
@@ -47,6 +47,8 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
     _refuse_missing_packages()
     if not models:
         raise BadInput("no model was given: an export, the folder of an encoder, random:FOLDER, majority or tfidf")
+    if recipe.finetune.lora.rank is None and recipe.finetune.lora != LoraRecipe():
+        raise BadInput("finetune.lora.rank: is missing; without it all weights are trained, and other keys do nothing")
     device = _device(recipe.device)
     if recipe.task == BLIMP:
         _check_unchanged(models, save, BLIMP)

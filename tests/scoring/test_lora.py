@@ -234,6 +234,7 @@ def test_a_bad_target_is_found_before_the_first_fit(tmp_path: Path, capsys: pyte
         (["finetune.lora.rank=99"], "finetune.lora.rank: 99 is above 8"),
         (["finetune.lora.rank=2", "finetune.quantise.bits=4"], "finetune.lora: goes without finetune.quantise"),
         (["finetune.lora.kind=loftq"], "finetune.lora.kind: "),
+        (["finetune.lora.alpha=4"], "finetune.lora.rank: is missing"),
     ):
         assert main([*words, *keys]) == 2
         assert message in capsys.readouterr().err
