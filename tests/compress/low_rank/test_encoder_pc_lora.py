@@ -18,6 +18,7 @@ from compress.dense.runtime import OnnxModel
 from compress.low_rank.encoder_loss import encoder_loss, outputs, rows_of
 from compress.low_rank.fading_linears import fade, linears_of, put, ranks_of, second_moments
 from compress.low_rank.pc_lora_step import PcLora
+from compress.prune.calibrate import Batch
 from compress.recipe import CompressRecipe
 from compress.report import read_report
 from compress.run import compress as run
@@ -90,6 +91,24 @@ def test_at_share_1_it_is_the_model_and_at_0_nothing_of_the_matrices_is_left(tmp
     put(model, {name: module.pair() for name, module in fading.items()})
     torch.testing.assert_close(hidden_states(model), found[1], rtol=1e-4, atol=1e-5)
     assert not found[0].equal(found[1])
+
+
+@pytest.mark.parametrize(("kind", "matrices"), [("Bert", 12), ("DistilBert", 12), ("Electra", 12), ("Albert", 6)])
+def test_it_finds_the_matrices_of_the_layers_alone(kind: str, matrices: int) -> None:
+    """No pooler and no projection of embeddings; a matrix that layers share comes once."""
+    import transformers
+
+    sizes = {"vocab_size": 50, "embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    names = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50}
+    given = names if kind == "DistilBert" else {**sizes, "intermediate_size": 32}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**given)).requires_grad_(False)
+    found = linears_of(model)
+    assert len(found) == matrices
+    assert not [name for name in found if "pooler" in name or "embedding" in name]
+    words = torch.randint(5, 50, (2, 6))
+    batch = Batch(words, torch.ones_like(words), torch.full_like(words, -100))
+    fade(model, dict.fromkeys(found, 3), second_moments(model, found, [batch], outputs), from_zero=False)
+    assert encoder_loss(model, model, batch, "", 0.0) == 0
 
 
 def test_second_moments_are_those_of_the_real_tokens(tmp_path: Path) -> None:
