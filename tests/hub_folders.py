@@ -17,7 +17,8 @@ def hub_folder(folder: Path, head: str, seed: int = 0, **changes: Any) -> Path:
     place = folder.parent / f"{folder.name}-tokenizer"
     place.mkdir(parents=True, exist_ok=True)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = BertConfig(vocab_size=304, max_position_embeddings=32, **{**sizes, **changes})
+    words = {"vocab_size": 304, "max_position_embeddings": 32}
+    config = BertConfig(**{**words, **sizes, **changes})
     config.id2label = {0: "bad", 1: "good"}
     torch.manual_seed(seed)
     classes = {"": BertModel, "MaskedLM": BertForMaskedLM, "SequenceClassification": BertForSequenceClassification}

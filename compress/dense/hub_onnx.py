@@ -15,16 +15,40 @@ from sharebert_common.errors import BadInput
 
 
 def write_hub_onnx(folder: Path, out: Path, opset: int) -> None:
-    """Write the model in `folder` to the ONNX file `out`, with dynamic batch and length.
+    """Write the model in `folder` to the ONNX file `out`; see `write_model_onnx`.
+
+    Raises BadInput, naming the folder: not loaded by transformers, or of an architecture that torch cannot export.
+    """
+    write_model_onnx(open_for_onnx(folder), folder, out, opset)
+
+
+def head_of(folder: Path) -> str:
+    """The head of the model in `folder`, as `open_hub_model` takes it; empty without a classifier or a
+    masked-language-model head."""
+    return "SequenceClassification" if is_classifier(folder) else "MaskedLM" if is_masked_lm(folder) else ""
+
+
+def open_for_onnx(folder: Path) -> Any:
+    """The model in `folder` with its head. Raises BadInput, naming the folder, where transformers cannot load it."""
+    return open_hub_model(folder, head_of(folder), attn_implementation="eager")  # torch's exporter knows its operators
+
+
+def write_model_onnx(model: Any, folder: Path, out: Path, opset: int) -> None:
+    """Write a model to the ONNX file `out`, with dynamic batch and length. Changes the model.
 
     Inputs, int64 [batch, length]: input_ids, attention_mask and, where the model has an embedding of them,
     token_type_ids, which may be left away (0 then). Outputs: `logits` alone for a classifier; last_hidden_state and
     `logits` for a masked language model; else last_hidden_state and, where there is a pooler, pooler_output.
 
-    Raises BadInput, naming the folder: not loaded by transformers, or of an architecture that torch cannot export.
+    Args:
+        model: as `open_for_onnx` returns it; other modules may stand in the place of its layers.
+        folder: where it came from.
+        out: the file.
+        opset: the version of ONNX's operators.
+
+    Raises BadInput, naming the folder, where torch cannot export it.
     """
-    head = "SequenceClassification" if is_classifier(folder) else "MaskedLM" if is_masked_lm(folder) else ""
-    model = open_hub_model(folder, head, attn_implementation="eager")  # torch's exporter knows its operators
+    head = head_of(folder)
     inputs = Inputs.of(model, model.config)
     names = ["input_ids", "attention_mask"]
     if inputs.token_types is not None and "token_type_ids" in inputs.arguments:

@@ -1,7 +1,9 @@
-"""The step `pc_lora`: the shared matrices fade out while low-rank products learn, with the model itself as teacher."""
+"""The step `pc_lora`: matrices fade out while low-rank products learn, with the model itself as teacher."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,31 +13,42 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from compress.dense.hub_onnx import head_of, open_for_onnx, write_model_onnx
+from compress.low_rank.encoder_loss import encoder_loss, outputs, rows_of
 from compress.low_rank.fading import FadingMatrices, Schedule, base_share
+from compress.low_rank.fading_linears import fade, linears_of, put, ranks_of, second_moments, trained_of
 from compress.low_rank.step import check_source, products, with_products
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.structure import Inputs
-from compress.step import FromCompact, Source, Tools, check_task_weight
+from compress.source import WEIGHTS, config_of, copy_model
+from compress.step import FormName, NeedsNoRows, Source, Tools, check_task_weight
 from compress.training import batch_order, biases_and_norms, train, with_biases
 from exports.forms import write_export
+from exports.onnx import FILE, OPSET, check_onnx
 from exports.read import load_model, read_export
+from scoring.architecture import Inputs as ModelInputs
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.shared_linear import LowRank
+from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
 PROGRESS = "pc_lora.pt"
 """The state of the training, in the scratch folder."""
 
+MOMENT_BATCHES = 64
+"""Batches that the products at the start are nearest on."""
+
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class PcLora(FromCompact):
-    """Train a low-rank product for each shared matrix while the matrix fades out (PC-LoRA); the result is as that of
-    `low_rank`."""
-
-    NAME = "pc_lora"
+class PcLora(NeedsNoRows):
+    """Train a low-rank product for each matrix while the matrix fades out (PC-LoRA). Of a compact export the result is
+    as that of `low_rank`; of a dense export, or an encoder of Hugging Face, it is an ONNX file with the products."""
 
     rank: Annotated[int, Field(ge=1)]
     """Rank of each product, below the hidden size."""
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
+    """Other ranks for some matrices of a dense export or an encoder of Hugging Face, by a pattern of their names, as
+    {"*.intermediate.dense": 96}; the first pattern that fits counts."""
     steps: Annotated[int, Field(ge=1)] = 2000
     """Steps of the training, each with `batch` calibration rows."""
     fade: Annotated[float, Field(gt=0, le=1)] = 0.8
@@ -45,7 +58,8 @@ class PcLora(FromCompact):
     start: Literal["svd", "zero"] = "svd"
     """svd: products start as in `low_rank`, and what they lack fades out; zero: they start at zero, as in the paper."""
     task_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Weight of the masked-language-model loss; the rest is of the squared error of the states of each layer."""
+    """Weight of the masked-language-model loss, or of a classifier's distance from its own answers before; the rest is
+    of the squared error of the states of each layer. An encoder without a head takes 0."""
     batch: Annotated[int, Field(ge=1)] = 32
     """Calibration rows of a step."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -59,12 +73,40 @@ class PcLora(FromCompact):
     def check(self, source: Source) -> None:
         """See `Step.check`."""
         self.result_form(source.form)
+        if source.form != "compact":
+            self.check_encoder(source.folder)
+            return
         config = read_export(source.folder).config
         check_source("pc_lora", config, self.rank)
+        if self.ranks:
+            raise BadInput("pc_lora.ranks: a compact export has one rank for all matrices; use rank alone")
         check_task_weight("pc_lora", self.task_weight, config)
+
+    def check_encoder(self, folder: Path) -> None:
+        """Raise BadInput where the model in `folder`, which is no compact export, cannot be taken."""
+        check_onnx(OPSET)
+        if "quantization_config" in config_of(folder):
+            raise BadInput(f"pc_lora: {folder} is quantised; take the model before")
+        head = head_of(folder)
+        if not head and self.task_weight > 0:
+            raise BadInput(f"pc_lora.task_weight: {folder} has no head; set it to 0")
+        ranks_of(linears_of(open_for_onnx(folder)), self.rank, self.ranks, folder)
+
+    def result_form(self, source: FormName) -> FormName:
+        """See `Step.result_form`. Stock classes have no pairs of matrices, so that an encoder becomes an ONNX file."""
+        if source == "onnx":
+            raise BadInput(
+                "pc_lora: takes a compact export, a dense one or an encoder of Hugging Face, not an ONNX file"
+            )
+        return "compact" if source == "compact" else "onnx"
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
+        if source.form != "compact":
+            model, notes = self.low_rank_encoder(source.folder, tools)
+            copy_model(source.folder, out, *WEIGHTS)
+            write_model_onnx(model, source.folder, out / FILE, OPSET)
+            return notes
         export, teacher, student = (
             read_export(source.folder),
             load_model(source.folder).requires_grad_(False),
@@ -76,40 +118,78 @@ class PcLora(FromCompact):
         trained = [*fading.parameters(), *biases_and_norms(student).values()]
         for parameter in trained:
             parameter.requires_grad_()
-        self.train(student, teacher, fading, trained, rows, tools)
+
+        def loss_of(share: float, batch: Batch) -> Tensor:
+            fading.share = share
+            return self.loss(student, teacher, batch)
+
+        self.train(loss_of, trained, rows, tools)
+        fading.share = 0.0
         write_export(with_products(with_biases(export, student), self.rank, fading.products()), out)
-        order = batch_order(len(rows), self.steps, tools.seed)
-        return {"rank": self.rank, "steps": self.steps, "tokens": sum(rows[n].tokens.numel() for n in order)}
+        return {"rank": self.rank, "steps": self.steps, "tokens": self.tokens(rows, tools.seed)}
+
+    def low_rank_encoder(self, folder: Path, tools: Tools) -> tuple[Any, dict[str, Any]]:
+        """A model whose layers have matrices of their own, with trained products in their place, as pairs of
+        `nn.Linear`; and what the report says about it.
+
+        Raises BadInput: calibration rows are longer than the model's positions.
+        """
+        teacher, student = (open_for_onnx(folder).requires_grad_(False) for _ in range(2))
+        head, tokens = head_of(folder), tools.calibration()
+        longest = ModelInputs.of(teacher, teacher.config).positions
+        if longest is not None and tokens.shape[1] > longest:
+            raise BadInput(
+                f"calibration.dataset: rows of {tokens.shape[1]} tokens, but {folder} has {longest} positions"
+            )
+        rows = rows_of(tokens, folder, head, tools.seed, self.batch)
+        linears = linears_of(student)
+        ranks = ranks_of(linears, self.rank, self.ranks, folder)
+        moments = second_moments(student, linears, rows[:MOMENT_BATCHES], outputs)
+        fading = fade(student, ranks, moments, from_zero=self.start == "zero")
+        trained = trained_of(student)
+        for parameter in trained:
+            parameter.requires_grad_()
+
+        def loss_of(share: float, batch: Batch) -> Tensor:
+            for module in fading.values():
+                module.share = share
+            return encoder_loss(student, teacher, batch, head, self.task_weight)
+
+        self.train(loss_of, trained, rows, tools)
+        put(student, {name: module.pair() for name, module in fading.items()})
+        used = {"rank": self.rank} | ({"ranks": dict(self.ranks)} if self.ranks else {})
+        notes = used | {"matrices": len(fading), "steps": self.steps, "tokens": self.tokens(rows, tools.seed)}
+        return student.requires_grad_(False), notes
+
+    def tokens(self, rows: list[Batch], seed: int) -> int:
+        """Tokens of all steps of the training."""
+        return sum(rows[number].tokens.numel() for number in batch_order(len(rows), self.steps, seed))
 
     def fading(self, model: ShareBertForMaskedLM, rows: list[Batch]) -> FadingMatrices:
         """The matrices of the model, and the products at the start."""
         with torch.no_grad():
             made = model.sharebert.layer_weights()
         matrices: dict[str, Any] = {**made.of_layer(0)._asdict(), "pooler": made.pooler}
-        found: dict[str, LowRank] = products(model, self.rank, Inputs(model, rows[:64]).second_moments)
+        found: dict[str, LowRank] = products(model, self.rank, Inputs(model, rows[:MOMENT_BATCHES]).second_moments)
         return FadingMatrices(matrices, found, from_zero=self.start == "zero")
 
     def train(
-        self,
-        student: ShareBertForMaskedLM,
-        teacher: ShareBertForMaskedLM,
-        fading: FadingMatrices,
-        trained: list[nn.Parameter],
-        rows: list[Batch],
-        tools: Tools,
+        self, loss_of: Callable[[float, Batch], Tensor], trained: list[nn.Parameter], rows: list[Batch], tools: Tools
     ) -> None:
-        """Train until nothing of the matrices is left. It goes on after the last save in the scratch folder."""
+        """Train until nothing of the matrices is left. It goes on after the last save in the scratch folder.
 
-        def loss_of(step: int, batch: Batch) -> Tensor:
-            fading.share = base_share(self.schedule, step / max(1, round(self.fade * self.steps)))
-            return self.loss(student, teacher, batch)
+        `loss_of` is given λ and a batch.
+        """
+
+        def share(step: int) -> float:
+            return base_share(self.schedule, step / max(1, round(self.fade * self.steps)))
 
         def say(step: int, loss: float) -> None:
-            tools.say(f"pc_lora: step {step} of {self.steps}, λ {fading.share:.3f}, loss {loss:.4f}")
+            tools.say(f"pc_lora: step {step} of {self.steps}, λ {share(step):.3f}, loss {loss:.4f}")
 
         groups = [{"params": trained, "lr": self.lr}]
-        train(groups, loss_of, rows, self.steps, tools.seed, tools.scratch / PROGRESS, say)
-        fading.share = 0.0
+        path = tools.scratch / PROGRESS
+        train(groups, lambda step, batch: loss_of(share(step), batch), rows, self.steps, tools.seed, path, say)
 
     def loss(self, student: ShareBertForMaskedLM, teacher: ShareBertForMaskedLM, batch: Batch) -> Tensor:
         """The weighted sum of both losses, a mean over rows."""

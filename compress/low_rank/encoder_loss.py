@@ -1,0 +1,58 @@
+"""What PC-LoRA trains an encoder of Hugging Face on: the model itself as teacher, and its task where it has a head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.prune.calibrate import Batch, batches, losses_of
+from compress.source import config_of
+
+
+def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: int) -> list[Batch]:
+    """Calibration rows [rows, length] in batches: with words masked for a masked language model, else as they are.
+
+    Raises BadInput: words are to be masked, and the tokenizer lacks a special token.
+    """
+    if head == "MaskedLM":
+        return batches(tokens, folder / "tokenizer.json", seed, rows_at_once)
+    pad = config_of(folder).get("pad_token_id") or 0
+    return [Batch(part, (part != pad).long(), torch.full_like(part, -100)) for part in tokens.split(rows_at_once)]
+
+
+def outputs(model: nn.Module, batch: Batch) -> Any:
+    """What the model returns, with the hidden states of each layer."""
+    return model(input_ids=batch.tokens, attention_mask=batch.visible, output_hidden_states=True)
+
+
+def encoder_loss(student: Any, teacher: Any, batch: Batch, head: str, task_weight: float) -> Tensor:
+    """task_weight · task + (1 - task_weight) · features, a mean over rows.
+
+    features: the squared error of the hidden states after each layer, over their mean square, without padding. task:
+    of a masked language model its loss at the masked words; of a classifier the Kullback-Leibler divergence of its
+    labels from the teacher's, or their squared error where it has one output. Without a head `task_weight` is 0.
+    """
+    ours = outputs(student if task_weight > 0 else student.base_model, batch)
+    with torch.no_grad():
+        theirs = outputs(teacher if head == "SequenceClassification" else teacher.base_model, batch)
+    features = torch.zeros(())
+    if task_weight < 1:
+        seen = batch.visible.bool()
+        pairs = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
+        errors = [F.mse_loss(x[seen], y[seen]) / y[seen].square().mean() for x, y in pairs]
+        features = torch.stack(errors).mean()
+    if task_weight == 0:
+        return features
+    return task_weight * _task(ours.logits, theirs, batch, head) + (1 - task_weight) * features
+
+
+def _task(logits: Tensor, teacher: Any, batch: Batch, head: str) -> Tensor:
+    if head == "MaskedLM":
+        return losses_of(logits[batch.labels >= 0], batch) / len(batch.tokens)
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits, teacher.logits)
+    return F.kl_div(logits.log_softmax(1), teacher.logits.log_softmax(1), reduction="batchmean", log_target=True)
