@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
+from compress.saved_state import save_state
 from exports.export import Export
 from exports.forms import write_export
 from sharebert import ShareBertConfig
@@ -24,3 +29,20 @@ def tiny_export(folder: Path, seed: int = 0, **changes: Any) -> Path:
 def tokens_of(config: ShareBertConfig, rows: int = 3, length: int = 9) -> torch.Tensor:
     """Random ordinary words [rows, length]."""
     return torch.randint(5, 250, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def killed(module: ModuleType, step: int) -> Iterator[list[int]]:
+    """What runs in here dies after `module` saved its progress of this step. Yields the steps that were saved."""
+    saved: list[int] = []
+
+    def dies(path: Path, state: dict[str, Any]) -> None:
+        save_state(path, state)
+        saved.append(state["step"])
+        if saved[-1] == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "save_state", dies)
+        with pytest.raises(KeyboardInterrupt):
+            yield saved

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compress_models import tiny_export
+from compress_models import killed, tiny_export
 from hub_folders import hub_folder
 
 from compress import training
@@ -22,7 +22,6 @@ from compress.prune.calibrate import Batch
 from compress.recipe import CompressRecipe
 from compress.report import read_report
 from compress.run import compress as run
-from compress.saved_state import save_state
 from compress.source import open_source
 from compress.tools import masked_lm
 from data_prep.shards.reader import open_dataset
@@ -181,16 +180,8 @@ def test_a_killed_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = hub_folder(tmp_path / "bert", "")
     monkeypatch.setattr(training, "SAVE_EVERY", 4)
     whole = trained(tmp_path / "whole", source, steps=10, task_weight=0.0)
-
-    def dies(path: Path, state: dict[str, Any]) -> None:
-        save_state(path, state)
-        if state["step"] == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", dies)
-        with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path / "killed", source, steps=10, task_weight=0.0)
+    with killed(training, 8):
+        trained(tmp_path / "killed", source, steps=10, task_weight=0.0)
     again = trained(tmp_path / "killed", source, steps=10, task_weight=0.0)
     for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
         assert ours.equal(theirs)

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from compress_models import tiny_export, tokens_of
+from compress_models import killed, tiny_export, tokens_of
 
 from compress import training
 from compress.low_rank.fading import FadingMatrices, base_share
 from compress.low_rank.pc_lora_step import PcLora
 from compress.prune.calibrate import batches, hidden_states, objective
-from compress.saved_state import save_state
 from compress.source import open_source
 from exports.read import load_model, read_export
 from sharebert.shared_linear import LowRank
@@ -102,16 +101,8 @@ def test_a_killed_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = tiny_export(tmp_path / "source", mlm_head="tied")
     monkeypatch.setattr(training, "SAVE_EVERY", 4)
     whole = trained(tmp_path / "whole", source, steps=10)
-
-    def dies(path: Path, state: dict[str, Any]) -> None:
-        save_state(path, state)
-        if state["step"] == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", dies)
-        with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path / "killed", source, steps=10)
+    with killed(training, 8):
+        trained(tmp_path / "killed", source, steps=10)
     again = trained(tmp_path / "killed", source, steps=10)
     expected, found = load_model(whole).state_dict(), load_model(again).state_dict()
     for name, tensor in expected.items():

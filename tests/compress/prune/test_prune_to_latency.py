@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from compress_models import tiny_export
+from compress_models import killed, tiny_export
 
 from compress import training
 from compress.prune import latency_step, latency_table
@@ -21,7 +21,6 @@ from compress.prune.latency_step import cut
 from compress.prune.latency_table import LatencyTable, Shape
 from compress.prune.structure import Fisher
 from compress.prune.structure_search import Structure, by_gradients, by_probability, candidates, masked_loss
-from compress.saved_state import save_state
 from compress.shape_times import Call
 from compress.source import open_source
 from compress.steps import step_of
@@ -152,16 +151,8 @@ def test_a_killed_training_of_gates_goes_on(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(training, "SAVE_EVERY", 10)
     whole, notes = pruned(tmp_path / "whole", source, latency=0.6, **GATES)
     for last in (20, 40):  # in the middle of the gates, and after the structure is fixed
-
-        def dies(path: Path, state: dict[str, Any], last: int = last) -> None:
-            save_state(path, state)
-            if state["step"] == last:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "save_state", dies)
-            with pytest.raises(KeyboardInterrupt):
-                pruned(tmp_path / "killed", source, latency=0.6, **GATES)
+        with killed(training, last):
+            pruned(tmp_path / "killed", source, latency=0.6, **GATES)
     with monkeypatch.context() as patch:
         patch.setattr(latency_table, "shape_times", None)  # the table is there
         again, same = pruned(tmp_path / "killed", source, latency=0.6, **GATES)

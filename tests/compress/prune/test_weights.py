@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress_models import tiny_export, tokens_of
+from compress_models import killed, tiny_export, tokens_of
 from safetensors.numpy import load_file
 
 from compress import training
@@ -20,7 +20,6 @@ from compress.prune.masks import smallest, sparsity_after
 from compress.prune.movement import Movement
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.prune.weights_step import PruneWeights
-from compress.saved_state import save_state
 from compress.source import open_source
 from compress.trim import Trim
 from exports.compact import Compact
@@ -161,19 +160,10 @@ def test_a_killed_step_goes_on_after_the_last_recomputation(tmp_path: Path, monk
     source = tiny_export(tmp_path / "source")
     keys: dict[str, Any] = {"method": "surgeon", "gradients": 8, "recomputations": 3}
     whole, _ = pruned(tmp_path / "whole", source, **keys)
-    count = []
-
-    def dies(path: Path, state: dict[str, Any]) -> None:
-        save_state(path, state)
-        count.append(state["step"])
-        if len(count) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(weights_step, "save_state", dies)
-        with pytest.raises(KeyboardInterrupt):
+    for step, expected in ((2, [1, 2]), (3, [3])):
+        with killed(weights_step, step) as saved:
             pruned(tmp_path / "killed", source, **keys)
-    assert count == [1, 2]
+        assert saved == expected
     out, _ = pruned(tmp_path / "killed", source, **keys)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -214,16 +204,9 @@ def test_a_killed_movement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(training, "SAVE_EVERY", 10)
     keys: dict[str, Any] = {"method": "movement", "steps": 25, "batch": 8, "lr": 1e-2, "centre": True}
     whole, _ = pruned(tmp_path / "whole", source, **keys)
-
-    def dies(path: Path, state: dict[str, Any]) -> None:
-        save_state(path, state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", dies)
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
-                pruned(tmp_path / "killed", source, **keys)
+    for step in (10, 20):
+        with killed(training, step):
+            pruned(tmp_path / "killed", source, **keys)
     out, _ = pruned(tmp_path / "killed", source, **keys)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
