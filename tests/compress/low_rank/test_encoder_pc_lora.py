@@ -100,7 +100,11 @@ def test_it_finds_the_matrices_of_the_layers_alone(kind: str, matrices: int) -> 
     sizes = {"vocab_size": 50, "embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     names = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50}
     given = names if kind == "DistilBert" else {**sizes, "intermediate_size": 32}
-    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**given)).requires_grad_(False)
+    model = (
+        getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**given))
+        .requires_grad_(False)
+        .eval()
+    )
     found = linears_of(model)
     assert len(found) == matrices
     assert not [name for name in found if "pooler" in name or "embedding" in name]
