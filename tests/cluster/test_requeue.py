@@ -153,6 +153,7 @@ def test_a_signal_makes_the_script_look_for_the_end_again(job: Job) -> None:
     assert job.end(143, "COMPLETING", ended=LATER, srun=srun) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_down_is_asked_again(job: Job) -> None:
     RequeuePermit(job.files).allow(step=10)
     assert job.end(1, down=3) == (0, True)

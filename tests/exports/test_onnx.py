@@ -144,6 +144,7 @@ def test_layers_share_one_copy_also_after_quantisation(tmp_path: Path, mlm_head:
     assert 0 < abs(int8 - full).max() / abs(full).max() < 0.1
 
 
+@pytest.mark.slow
 def test_gains_and_pairs_are_written_out(tmp_path: Path) -> None:
     """Two pairs are two copies; what learned gains multiply is a copy for each layer."""
     onnx = pytest.importorskip("onnx")

@@ -169,6 +169,7 @@ def test_a_model_of_which_not_one_row_fits_is_refused(monkeypatch: pytest.Monkey
         fit.fit_micro_batch(recipe, most=500)
 
 
+@pytest.mark.slow
 def test_a_run_picks_the_same_on_all_ranks_and_its_losses_are_those_of_a_number(dataset: Path, tmp_path: Path) -> None:
     by_number = {"overrides": train_arguments(dataset, tmp_path / "number", steps=6, data__micro_batch=2)}
     auto = train_arguments(dataset, tmp_path / "auto", steps=6, data__micro_batch="auto")

@@ -43,7 +43,7 @@ def made(source: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("head", ["", "MaskedLM", "SequenceClassification"])
+@pytest.mark.parametrize("head", ["", "MaskedLM", pytest.param("SequenceClassification", marks=pytest.mark.slow)])
 def test_the_outputs_are_those_of_transformers(tmp_path: Path, head: str) -> None:
     source = hub_folder(tmp_path / "bert", head)
     out = made(source, tmp_path / "onnx")

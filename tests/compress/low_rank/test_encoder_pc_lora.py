@@ -191,6 +191,7 @@ def test_a_killed_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert ours.equal(theirs)
 
 
+@pytest.mark.slow
 def test_a_dense_export(tmp_path: Path) -> None:
     source = tmp_path / "dense"
     write_export(read_export(tiny_export(tmp_path / "compact", mlm_head="tied")), source, Dense())

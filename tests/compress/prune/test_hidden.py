@@ -234,7 +234,7 @@ def test_tensors_keep_their_dtype(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in read_weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("head", ["tied", "none"])
+@pytest.mark.parametrize("head", ["tied", pytest.param("none", marks=pytest.mark.slow)])
 def test_stock_transformers_and_onnx_load_the_result(tmp_path: Path, head: str) -> None:
     from transformers import MegatronBertForMaskedLM, MegatronBertModel
 

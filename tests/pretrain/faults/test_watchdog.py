@@ -49,7 +49,10 @@ def start(folder: Path, what: str, seconds: float) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("whole_job", [True, False], ids=["the whole job", "the rank alone"])
+@pytest.mark.parametrize(
+    "whole_job",
+    [pytest.param(True, id="the whole job", marks=pytest.mark.slow), pytest.param(False, id="the rank alone")],
+)
 def test_time_in_which_the_process_was_suspended_does_not_count(tmp_path: Path, whole_job: bool) -> None:
     """As `scontrol suspend`, SIGSTOP and a laptop's lid do: for far longer than a rank may hang."""
     rank = start(tmp_path, "works", 8.0)
