@@ -152,6 +152,7 @@ def bytes_kept(folder: Path) -> int:
     return sum(sizes.values())
 
 
+@pytest.mark.slow
 def test_an_epoch_through_a_small_cache_reads_each_byte_once(local: Path, server: FaultyServer, tmp_path: Path) -> None:
     """Four ranks of a node train in step, each with a reader of its own, over a cache of a tenth of the dataset."""
     url, folder = f"{server.url}/dataset", tmp_path / "cache"

@@ -232,7 +232,7 @@ def test_a_classifier(tmp_path: Path, pooling: str) -> None:
     assert json.loads((tmp_path / "onnx/config.json").read_text())["id2label"] == {"0": "a", "1": "b", "2": "c"}
 
 
-@pytest.mark.parametrize("opset", [18, 22])
+@pytest.mark.parametrize("opset", [18, pytest.param(22, marks=pytest.mark.slow)])
 def test_another_opset(tmp_path: Path, opset: int) -> None:
     model = tiny_model(mlm_head="tied", num_hidden_layers=1).eval()
     write_export(Export.of_model(model), tmp_path / "onnx", Onnx(opset))

@@ -82,6 +82,7 @@ def test_a_tied_decoder_is_stored_once_and_quantised(tmp_path: Path) -> None:
     assert counts(tmp_path / "int8")[0] == counts(out)[0]
 
 
+@pytest.mark.slow
 def test_a_dense_export(tmp_path: Path) -> None:
     model = tiny_model(mlm_head="tied").eval()
     source = tmp_path / "dense"
