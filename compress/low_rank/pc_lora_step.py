@@ -18,7 +18,7 @@ from compress.low_rank.encoder_loss import encoder_loss, outputs, rows_of
 from compress.low_rank.fading import FadingMatrices, Schedule, base_share
 from compress.low_rank.fading_linears import fade, linears_of, put, ranks_of, second_moments, trained_of
 from compress.low_rank.step import check_source, products, with_products
-from compress.prune.calibrate import Batch, batches, hidden_states, objective
+from compress.prune.calibrate import Batch, calibration_batches, hidden_states, objective
 from compress.prune.structure import Inputs
 from compress.source import WEIGHTS, config_of, copy_model
 from compress.step import FormName, NeedsNoRows, Source, Tools, check_task_weight
@@ -112,7 +112,7 @@ class PcLora(NeedsNoRows):
             load_model(source.folder).requires_grad_(False),
             load_model(source.folder).requires_grad_(False),
         )
-        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self.batch)
+        rows = calibration_batches(source, tools, self.batch)
         fading = self.fading(student, rows)
         student.sharebert.sharing = fading
         trained = [*fading.parameters(), *biases_and_norms(student).values()]

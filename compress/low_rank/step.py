@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from compress.low_rank.svd import truncated
-from compress.prune.calibrate import batches
+from compress.prune.calibrate import calibration_batches
 from compress.prune.structure import Inputs
 from compress.step import FromCompact, Source, Tools, check_one_pair
 from exports.export import Export
@@ -57,7 +57,7 @@ class LowRankStep(FromCompact):
         export, model = read_export(source.folder), load_model(source.folder)
         moments: dict[str, Tensor] = {}
         if self.calibrated:
-            rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
+            rows = calibration_batches(source, tools)
             moments = Inputs(model, rows).second_moments
         found = products(model, self.rank, moments)
         write_export(with_products(export, self.rank, found), out)

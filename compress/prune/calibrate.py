@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.step import MASK_RATE
+from compress.step import MASK_RATE, Source, Tools
 from exports.tokenizer import load_tokenizer
 from sharebert.config import ShareBertConfig
 from sharebert.encoder import Layer, visible
@@ -61,6 +61,11 @@ def batches(tokens: Tensor, tokenizer: Path, seed: int, rows_at_once: int = 32) 
         masked = torch.where(chosen, ids["[MASK]"], part)
         found.append(Batch(masked, (part != ids["[PAD]"]).long(), labels))
     return found
+
+
+def calibration_batches(source: Source, tools: Tools, rows_at_once: int = 32) -> list[Batch]:
+    """The calibration rows of a step in batches, masked with the tokenizer of `source`; see `batches`."""
+    return batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, rows_at_once)
 
 
 def check_length(tokens: Tensor, config: ShareBertConfig) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.prune.dense_parts import Kept
-from compress.prune.directions import Directions
+from compress.prune.directions import Directions, strongest
 from exports.dense_model import DenseBert
 from exports.meta_device import without_weights
 from sharebert.config import ShareBertConfig
@@ -93,8 +93,3 @@ def smaller(config: ShareBertConfig, hidden: int, heads: int, columns: int) -> S
 def head_channels(heads: Tensor, head_size: int) -> Tensor:
     """Numbers of the channels of some heads."""
     return (heads[:, None] * head_size + torch.arange(head_size)).flatten()
-
-
-def strongest(scores: Tensor, count: int) -> Tensor:
-    """Numbers of the `count` largest scores, ascending."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values

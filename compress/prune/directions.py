@@ -44,9 +44,14 @@ def principal(moments: Tensor, size: int) -> Directions:
 
 def largest(magnitudes: Tensor, size: int) -> Directions:
     """The `size` channels with the largest magnitudes [H]."""
-    kept = magnitudes.argsort(descending=True, stable=True)[:size].sort().values
+    kept = strongest(magnitudes, size)
     chosen = torch.eye(len(magnitudes), dtype=magnitudes.dtype)[:, kept]
     return Directions(chosen, chosen.t())
+
+
+def strongest(scores: Tensor, count: int) -> Tensor:
+    """Numbers of the `count` largest scores, ascending."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def reflection(size: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress.prune.calibrate import Batch, hidden_error, hidden_states, objective
 from compress.prune.hard_concrete import open_probability, sampled, settled
 from compress.prune.latency_table import LatencyTable
-from compress.prune.structure_search import TRIED_ROWS, Structure, by_probability, search
+from compress.prune.structure_search import Structure, by_probability, search
 from compress.training import biases_and_norms, train
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.files import make_folders, write_atomically
@@ -124,8 +124,7 @@ class GateTraining:
         """
         if anew:
             rankings = by_probability([open_probability(alpha.detach()) for alpha in self.alphas])
-            tried = rows[: max(1, TRIED_ROWS // len(rows[0].tokens))]
-            structure, _ = search(self.model, rankings, self.table, self.target, tried)
+            structure, _ = search(self.model, rankings, self.table, self.target, rows)
             make_folders(path.parent)
             write_atomically(path, json.dumps(structure._asdict()) + "\n")
         return Structure(**json.loads(path.read_text(encoding="utf-8")))

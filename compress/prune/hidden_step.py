@@ -9,10 +9,10 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from compress.prune.amount import Amount, amount
-from compress.prune.calibrate import batches
+from compress.prune.calibrate import calibration_batches
 from compress.prune.dense_parts import channel_magnitudes, gradients, survey
-from compress.prune.dense_slices import sliced, strongest
-from compress.prune.directions import largest, principal
+from compress.prune.dense_slices import sliced
+from compress.prune.directions import largest, principal, strongest
 from compress.prune.reconstruct import reconstruct
 from compress.source import WEIGHTS, config_of, copy_model, is_masked_lm
 from compress.step import FormName, NeedsNoRows, Source, Tools
@@ -114,7 +114,7 @@ class PruneHidden(NeedsNoRows):
         config = sizes_of(source.folder)
         sizes = self.sizes(config)
         model = read_dense(source.folder, config).requires_grad_(False)
-        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
+        rows = calibration_batches(source, tools)
         small, notes = self.pruned(model, config, sizes, rows, tools)
         copy_model(source.folder, out, *WEIGHTS)
         before = read_weights(source.folder)

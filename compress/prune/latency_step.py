@@ -11,11 +11,11 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.prune.calibrate import batches, check_length
+from compress.prune.calibrate import calibration_batches, check_length
 from compress.prune.gate_training import GateTraining
 from compress.prune.latency_table import LatencyTable, keep_table, kept_table, measure_table
 from compress.prune.structure import fisher
-from compress.prune.structure_search import TRIED_ROWS, Structure, by_gradients, check_target, search
+from compress.prune.structure_search import Structure, by_gradients, check_target, search
 from compress.prune.structure_step import sliced, with_parts, without_layers
 from compress.shape_times import Call, batch_shape, shape_times
 from compress.step import FromCompact, Source, Tools, check_one_pair, check_task_weight
@@ -131,14 +131,14 @@ class PruneToLatency(FromCompact):
     def by_fisher(self, table: LatencyTable, source: Source, tools: Tools) -> tuple[Structure, float]:
         """What stays, and the loss of that on calibration rows."""
         model = load_model(source.folder)
-        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
+        rows = calibration_batches(source, tools)
         rankings = by_gradients(fisher(model, rows, tools.seed))
-        return search(model, rankings, table, self.latency, rows[: max(1, TRIED_ROWS // len(rows[0].tokens))])
+        return search(model, rankings, table, self.latency, rows)
 
     def by_gates(self, export: Export, table: LatencyTable, source: Source, tools: Tools) -> tuple[Structure, Export]:
         """What stays, and the model with its biases and norms after the training."""
         model, teacher = load_model(source.folder), load_model(source.folder)
-        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self.batch)
+        rows = calibration_batches(source, tools, self.batch)
         training = GateTraining(model, teacher, table, self.latency, self.task_weight, tools.seed)
 
         def say(step: int, loss: float, share: float) -> None:

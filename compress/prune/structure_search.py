@@ -124,16 +124,18 @@ def search(
     target: float,
     rows: Sequence[Batch],
 ) -> tuple[Structure, float]:
-    """The structure that costs least on `rows` of the best candidates, and its loss there (see `masked_loss`).
+    """The structure that costs least on the first TRIED_ROWS rows of the best candidates, and its loss there (see
+    `masked_loss`).
 
     The target must be in reach (`check_target`).
     """
     best: tuple[Structure, float] | None = None
+    tried = rows[: max(1, TRIED_ROWS // len(rows[0].tokens))]
     for _, shape in candidates(rankings, table, target)[:TRIED]:
         parts = zip(rankings, table.whole, shape, strict=True)
         kept = (sorted(set(range(there)) - set(ranking.order[: there - stay])) for ranking, there, stay in parts)
         structure = Structure(*kept)
-        loss = masked_loss(model, rows, structure, table.whole)
+        loss = masked_loss(model, tried, structure, table.whole)
         if best is None or loss < best[1]:
             best = structure, loss
     assert best is not None

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from compress.prune.amount import Amount, amount
-from compress.prune.calibrate import batches
+from compress.prune.calibrate import calibration_batches
 from compress.prune.structure import Inputs, fisher, least_important, rescaled
 from compress.step import FromCompact, Source, Tools, check_one_pair
 from exports.export import Export, model_of
@@ -79,7 +79,7 @@ class PruneStructure(FromCompact):
         export = read_export(source.folder)
         tensors = {name: tensor.float() for name, tensor in all_tensors(export.weights).items()}
         heads, columns, layers = self.amounts(export.config)
-        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed)
+        rows = calibration_batches(source, tools)
         notes: dict[str, Any] = {}
         config = export.config
         if layers < config.num_hidden_layers:

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.prune.calibrate import Batch, batches, hidden_states, objective
+from compress.prune.calibrate import Batch, calibration_batches, hidden_states, objective
 from compress.prune.masks import Scope, smallest, sparsity_after
 from compress.prune.movement import Movement
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
@@ -137,7 +137,7 @@ class PruneWeights(FromCompact):
         tools: Tools,
     ) -> dict[str, Tensor]:
         """The weights, without the centres, after the training."""
-        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self.batch)
+        rows = calibration_batches(source, tools, self.batch)
         movement = Movement(_model(export, _restored(weights, centres)), weights, centres, self.sparsity, self.scope)
 
         def say(step: int, loss: float) -> None:
@@ -158,7 +158,7 @@ class PruneWeights(FromCompact):
 
         What is done is kept in the scratch folder, and not done again.
         """
-        rows = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, self._rows_at_once(tools))
+        rows = calibration_batches(source, tools, self._rows_at_once(tools))
         rows = rows[: self.gradients]
         start = _zeros(weights)
         kept = saved_state(tools.scratch / PROGRESS) or {"step": 0, "weights": weights}
