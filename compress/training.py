@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress.prune.calibrate import Batch
 from compress.saved_state import save_state, saved_state
 from exports.export import Export
-from exports.weight_source import TensorWeights, all_tensors
+from exports.weight_source import all_tensors
 from pretrain.engine.optimizer import ScheduleRecipe, learning_rate
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
@@ -101,4 +101,4 @@ def with_biases(export: Export, model: ShareBertForMaskedLM) -> Export:
     tensors = all_tensors(export.weights)
     tensors |= {name: parameter.detach() for name, parameter in biases_and_norms(model).items()}
     keys = {key: value for key, value in export.other_keys.items() if not key.startswith("trimmed")}
-    return dataclasses.replace(export, weights=TensorWeights(tensors), other_keys=keys)
+    return dataclasses.replace(export.with_model(export.config, tensors), other_keys=keys)

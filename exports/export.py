@@ -77,6 +77,12 @@ class Export:
         weights = SelectedWeights(self.weights, list(tensor_shapes(config)))
         return dataclasses.replace(self, config=config, kind=pretrained_kind(config), weights=weights)
 
+    def with_model(self, config: ShareBertConfig, tensors: Mapping[str, Tensor]) -> Export:
+        """It with another config and other tensors; a tensor of a name that it has already keeps its dtype."""
+        specs = self.weights.specs
+        typed = {name: tensor.to(specs[name].dtype) if name in specs else tensor for name, tensor in tensors.items()}
+        return dataclasses.replace(self, config=config, weights=TensorWeights(typed))
+
     @contextmanager
     def mapped_model(self, near: Path) -> Iterator[ShareBertForMaskedLM]:
         """Its encoder and MLM head in fp32, in evaluation mode, for a model of any size.

@@ -50,12 +50,9 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
     if recipe.finetune.lora.rank is None and recipe.finetune.lora != LoraRecipe():
         raise BadInput("finetune.lora.rank: is missing; without it all weights are trained, and other keys do nothing")
     device = _device(recipe.device)
-    if recipe.task == BLIMP:
-        _check_unchanged(models, save, BLIMP)
-        return evaluate_blimp(recipe, models, device)
-    if recipe.task == PROBE:
-        _check_unchanged(models, save, PROBE)
-        return evaluate_probe(recipe, models, device)
+    if recipe.task in (BLIMP, PROBE):
+        _check_unchanged(recipe, models, save)
+        return (evaluate_blimp if recipe.task == BLIMP else evaluate_probe)(recipe, models, device)
     with_teacher = uses_teacher(recipe.finetune.distill)
     data = load_task(recipe.task, recipe.data)
     if with_teacher:
@@ -117,9 +114,13 @@ def score_baseline(name: str, data: TaskData) -> Result:
     )
 
 
-def _check_unchanged(models: Sequence[str], save: Path | None, task: str) -> None:
+def _check_unchanged(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None) -> None:
+    task = recipe.task
     if save is not None:
         raise BadInput(f"--save: {task} fine-tunes nothing that could be kept")
+    for key in ("finetune", "seeds"):
+        if getattr(recipe, key) != getattr(EvaluateRecipe(task=task), key):
+            raise BadInput(f"{key}: {task} takes a model as it is, without fine-tuning; leave {key} out")
     for spec in models:
         if task == PROBE and spec in BASELINES:
             raise BadInput(f"{spec}: probe takes encoders; the majority is in every table")

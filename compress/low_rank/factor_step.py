@@ -14,7 +14,7 @@ from compress.quantise.hessians import collect, of_embedding
 from compress.step import FromCompact, Source, Tools
 from exports.forms import write_export
 from exports.read import load_model, read_export
-from exports.weight_source import TensorWeights, all_tensors
+from exports.weight_source import all_tensors
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -72,6 +72,6 @@ class LowerFactor(FromCompact):
         changed = {EMBEDDING: lower, PROJECTION: projection @ matrix.t(), EXPANSION: expansion}
         tensors |= {name: tensor.float().contiguous() for name, tensor in changed.items()}
         config = dataclasses.replace(export.config, factor_size=self.size, expanded_size=export.config.row_size)
-        write_export(dataclasses.replace(export, config=config, weights=TensorWeights(tensors)), out)
+        write_export(export.with_model(config, tensors), out)
         error = (lower @ matrix - embedding.double()).norm() / embedding.double().norm()
         return {"factor size": self.size, "relative error of E": round(float(error), 4)}

@@ -16,7 +16,7 @@ from compress.prune.gate_training import GateTraining
 from compress.prune.latency_table import LatencyTable, keep_table, kept_table, measure_table
 from compress.prune.structure import fisher
 from compress.prune.structure_search import Structure, by_gradients, check_target, search
-from compress.prune.structure_step import sliced, with_parts, without_layers
+from compress.prune.structure_step import sliced, without_layers
 from compress.shape_times import Call, batch_shape, shape_times
 from compress.step import FromCompact, Source, Tools, check_one_pair, check_task_weight
 from compress.training import with_biases
@@ -169,9 +169,7 @@ def cut(export: Export, structure: Structure, heads: Tensor | None = None, colum
     for name, factor in zip(("kept_attention_scale", "kept_inner_scale"), factors, strict=True):
         if factor is not None:
             tensors[f"sharebert.{name}"] = tensors[f"sharebert.{name}"] * factor[factor != 0]
-    specs = export.weights.specs
-    tensors = {name: tensor.to(specs[name].dtype) if name in specs else tensor for name, tensor in tensors.items()}
-    return with_parts(export, config, tensors)
+    return export.with_model(config, tensors)
 
 
 def _short(table: LatencyTable) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from compress.prune.amount import Amount, amount
 from compress.prune.calibrate import calibration_batches
 from compress.prune.structure import Inputs, fisher, least_important, rescaled
 from compress.step import FromCompact, Source, Tools, check_one_pair
-from exports.export import Export, model_of
+from exports.export import model_of
 from exports.forms import write_export
 from exports.read import read_export
-from exports.weight_source import TensorWeights, all_tensors
+from exports.weight_source import all_tensors
 from sharebert.config import ShareBertConfig
 from sharebert.slices import slices_of
 from sharebert_common.errors import BadInput
@@ -97,13 +97,8 @@ class PruneStructure(FromCompact):
             inputs = Inputs(model, rows) if self.rescale else None
             config, tensors = sliced(config, tensors, kept_heads, kept_columns, inputs)
             notes["heads kept"] = list(config.kept_heads or range(config.heads))
-        write_export(with_parts(export, config, tensors), out)
+        write_export(export.with_model(config, tensors), out)
         return notes | {"heads": config.heads, "columns": config.inner_size, "layers": config.num_hidden_layers}
-
-
-def with_parts(export: Export, config: ShareBertConfig, tensors: dict[str, Tensor]) -> Export:
-    """The export with another config, and with other tensors."""
-    return dataclasses.replace(export, config=config, weights=TensorWeights(tensors))
 
 
 def without_layers(

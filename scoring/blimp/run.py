@@ -18,7 +18,7 @@ from scoring.blimp.likelihood import find_problems, pseudo_log_likelihoods
 from scoring.blimp.masked_lm import MaskedLM, open_masked_lm
 from scoring.blimp.pairs import FIELD, TERM, Paradigm, accuracy, by_kind, read_paradigms
 from scoring.finetune import latency_ms
-from scoring.recipe import BLIMP, EvaluateRecipe, FineTuneRecipe, TaskDataRecipe
+from scoring.recipe import BLIMP, EvaluateRecipe, TaskDataRecipe
 from scoring.report import Result, details_table, file_name, read_results, result_file, table, versions, write_result
 from scoring.tables import BadRows
 from sharebert_common.errors import BadInput
@@ -37,8 +37,6 @@ def evaluate_blimp(recipe: EvaluateRecipe, models: Sequence[str], device: torch.
 
     Raises BadInput or ShareBertError before the first paradigm, if something that was given is wrong.
     """
-    if recipe.finetune != FineTuneRecipe():
-        raise BadInput("finetune: blimp scores a model as it is, without fine-tuning; leave the finetune keys out")
     if recipe.data != TaskDataRecipe(path=recipe.data.path, bad_rows=recipe.data.bad_rows):
         raise BadInput("data: blimp takes data.path and data.bad_rows alone; for a subset: blimp.pairs=…")
     paradigms = read_paradigms(recipe.data.path, recipe.blimp.pairs)

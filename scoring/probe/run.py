@@ -15,7 +15,7 @@ from scoring.finetune import latency_ms
 from scoring.probe.regression import predict
 from scoring.probe.vectors import word_vectors
 from scoring.probe.words import NO_LABEL, PROPERTIES, Row, Rows, read_rows
-from scoring.recipe import PROBE, EvaluateRecipe, FineTuneRecipe, TaskDataRecipe
+from scoring.recipe import PROBE, EvaluateRecipe, TaskDataRecipe
 from scoring.report import Result, details_table, file_name, read_results, table, versions, write_result
 from scoring.tasks import Task
 from sharebert_common.errors import BadInput
@@ -37,8 +37,6 @@ def evaluate_probe(recipe: EvaluateRecipe, models: Sequence[str], device: torch.
 
     Raises BadInput or ShareBertError before the first model, if something that was given is wrong.
     """
-    if recipe.finetune != FineTuneRecipe():
-        raise BadInput("finetune: probe takes a model as it is, without fine-tuning; leave the finetune keys out")
     data = recipe.data
     usable = TaskDataRecipe(
         path=data.path, text=data.text, header=data.header, bad_rows=data.bad_rows, held_out=data.held_out

@@ -288,7 +288,8 @@ def test_keys_that_would_have_no_effect_are_refused(
     export: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = (str(export), "--data", str(pairs), f"output={tmp_path}")
-    assert "finetune: blimp scores a model as it is" in refusal(capsys, *more, "finetune.epochs=2")
+    assert "finetune: blimp takes a model as it is" in refusal(capsys, *more, "finetune.epochs=2")
+    assert "seeds: blimp takes a model as it is" in refusal(capsys, *more, "seeds=1")
     assert "data: blimp takes data.path and data.bad_rows alone" in refusal(capsys, *more, "data.train_rows=5")
     assert "--save: blimp fine-tunes nothing" in refusal(capsys, *more, "--save", str(tmp_path / "x"))
 

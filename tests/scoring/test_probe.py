@@ -203,6 +203,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([], "data.path: probe needs a file of text"),
         (["--data", str(tmp_path)], "give a file whose name ends in .txt"),
         (["--data", str(text), "finetune.epochs=1"], "finetune: probe takes a model as it is"),
+        (["--data", str(text), "seeds=[1, 2]"], "seeds: probe takes a model as it is"),
         (["--data", str(text), "data.train_rows=5"], "data: probe takes data.path, text"),
         (["--data", str(text), "majority"], "majority: probe takes encoders"),
         (["--data", str(text), "--save", str(tmp_path / "x")], "--save: probe fine-tunes nothing"),
