@@ -85,7 +85,7 @@ def test_the_page_shows_what_the_functions_give() -> None:
 
 
 def test_a_plan_needs_no_dataset_where_the_recipe_gives_the_sizes() -> None:
-    recipe = load(TrainRecipe, "sharebert-small", defaults=PLAN_DEFAULTS)
+    recipe = load(TrainRecipe, "sharebert-small", ["data.row_length.first=null"], defaults=PLAN_DEFAULTS)
     config = ShareBertConfig.from_dict(SIZES["sharebert-small"])
     micro_rows = recipe.resolve(8, needs_data=False).micro_rows
     text = plan(recipe, [8], ["h100"], Assumptions())
