@@ -186,7 +186,9 @@ class TrainRecipe:
         if self.distill.teacher is not None and self.data.micro_batch == "auto":
             raise BadInput("data.micro_batch: auto does not count the memory of a teacher (distill); give a number")
         if self.data.row_length.first is not None and (self.compile or self.distill.teacher is not None):
-            raise BadInput("data.row_length: not with compile or distill; set data.row_length.first=null, and rows are whole")
+            raise BadInput(
+                "data.row_length: not with compile or distill; set data.row_length.first=null, and rows are whole"
+            )
         if self.distill.uses_projections and self.recompute:
             raise BadInput(
                 "distill: relations and attention need each layer's queries, keys and values, which recompute drops"
