@@ -185,9 +185,9 @@ class TrainRecipe:
             raise BadInput("distill: not with compile or quantise; distil first, then quantise with model.init_from")
         if self.distill.teacher is not None and self.data.micro_batch == "auto":
             raise BadInput("data.micro_batch: auto does not count the memory of a teacher (distill); give a number")
-        if self.data.row_length.first is not None and (self.compile or self.distill.teacher is not None):
+        if self.data.row_length.first is not None and (self.compile or self.distill.cache is not None):
             raise BadInput(
-                "data.row_length: not with compile or distill; set data.row_length.first=null, and rows are whole"
+                "data.row_length: not with compile or distill.cache; set data.row_length.first=null, and rows are whole"
             )
         if self.distill.uses_projections and self.recompute:
             raise BadInput(

@@ -36,6 +36,8 @@ class MicroBatch:
     """Whether any row has padding."""
     beside: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Name → [rows, …], what is kept on disk for these rows, such as a teacher's outputs."""
+    pieces: int = 1
+    """Into how many pieces each row of the dataset is cut."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`; from pinned memory the copies do not wait."""
@@ -44,12 +46,14 @@ class MicroBatch:
             tensor.to(device, non_blocking=True) for tensor in tensors
         )
         beside = {name: tensor.to(device, non_blocking=True) for name, tensor in self.beside.items()}
-        return MicroBatch(tokens, document_ids, positions, labels, loss_weights, self.padded, beside)
+        return MicroBatch(tokens, document_ids, positions, labels, loss_weights, self.padded, beside, self.pieces)
 
     def cut(self, length: int) -> MicroBatch:
         """The same with each row cut into pieces of `length` tokens, which are rows of their own. Nothing moves in
         memory, so `positions` stay what they are. A piece may be padding alone."""
-        return replace(self, tokens=self.tokens.view(-1, length), document_ids=self.document_ids.view(-1, length))
+        tokens, document_ids = self.tokens.view(-1, length), self.document_ids.view(-1, length)
+        pieces = self.pieces * self.tokens.shape[1] // length
+        return replace(self, tokens=tokens, document_ids=document_ids, pieces=pieces)
 
 
 class Batcher:

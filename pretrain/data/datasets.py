@@ -61,7 +61,7 @@ class DataRecipe:
     mask_schedule: MaskScheduleRecipe = field(default_factory=MaskScheduleRecipe)
     """How the masks change over the steps, and what takes the place of a chosen token."""
     row_length: RowLengthRecipe = field(default_factory=RowLengthRecipe)
-    """Short rows first. Not with `compile` or `distill`."""
+    """Short rows first. Not with `compile` or `distill.cache`."""
     whole_word: bool = False
     """Mask whole words. The tokenizer must mark the pieces that continue a word, as WordPiece does."""
     within_documents: bool = False

@@ -48,8 +48,11 @@ class Distillation:
 
 
 def real_positions(batch: MicroBatch) -> Tensor:
-    """[rows, seq_len] float32: 1, or 0 at padding and in rows that only fill up the shape of a micro-batch."""
-    rows, length = batch.tokens.shape
-    used = torch.zeros(rows, device=batch.tokens.device)
-    used.index_add_(0, batch.positions // length, batch.loss_weights)
-    return (used > 0).float()[:, None] * (batch.document_ids != 0)
+    """As `batch.tokens`, float32: 1, or 0 at padding and in rows that only fill up the shape of a micro-batch.
+
+    Every row of the dataset has a chosen token, but not every piece of one.
+    """
+    pieces, length = batch.tokens.shape
+    used = torch.zeros(pieces // batch.pieces, device=batch.tokens.device)
+    used.index_add_(0, batch.positions // (length * batch.pieces), batch.loss_weights)
+    return (used > 0).float().repeat_interleave(batch.pieces)[:, None] * (batch.document_ids != 0)

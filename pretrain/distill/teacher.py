@@ -117,12 +117,14 @@ class BertTeacher(_Frozen):
         """See `Teacher`."""
         ids = batch.document_ids
         pairs = (ids[:, :, None] == ids[:, None, :])[:, None]
-        mask = pairs if self.within_documents else (ids != 0).long()
+        seen = ids != 0
+        seen = seen | ~seen.any(1, keepdim=True)  # a piece of padding alone sees itself, and counts nothing
+        mask = pairs if self.within_documents else seen.long()
         made = self.model(batch.tokens, attention_mask=mask, output_hidden_states=bool(self.states))
         logits = made.logits.flatten(0, 1).index_select(0, batch.positions) if self.wants_logits else None
-        seen = self._seen
+        kept = self._seen
         projections = {
-            layer: (seen[layer, "query"], seen[layer, "key"], seen[layer, "value"]) for layer in self.projections
+            layer: (kept[layer, "query"], kept[layer, "key"], kept[layer, "value"]) for layer in self.projections
         }
         self._seen.clear()
         return TeacherOutput(

@@ -130,7 +130,10 @@ def test_what_it_cannot_do_is_refused_before_anything_is_built(dataset: Dataset)
     keys = [f"data.dataset={dataset.path}", "data.global_batch=8", "data.micro_batch=4", "run=none"]
     for more, says in (
         (["data.row_length.first=3", "compile=true"], "data.row_length: not with compile"),
-        (["data.row_length.first=3", "distill=somewhere"], "data.row_length: not with compile or distill"),
+        (
+            ["data.row_length.first=3", "distill=somewhere", "distill.cache=cache"],
+            r"data\.row_length: not with compile or distill\.cache",
+        ),
         (["data.row_length.first=5"], "their number of pieces must be a power of two"),
     ):
         with pytest.raises(BadInput, match=says):

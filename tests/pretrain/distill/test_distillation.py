@@ -54,13 +54,16 @@ EVERYTHING = {"mlm": 0.5, "logits": 2.0, "temperature": 2.0, "hidden": 1.0, "rel
 def test_positions_that_count() -> None:
     weights = real_positions(micro_batch())
     assert weights.sum(1).tolist() == [32, 25, 0]
+    assert real_positions(micro_batch().cut(8).cut(4)).equal(weights.view(-1, 4))
 
 
 @pytest.mark.parametrize("kind", ["bert", "export"])
 @pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("length", [32, 4])
 def test_the_loss_is_the_weighted_sum_of_what_the_recipe_names(
-    dataset: Path, kind: str, within: bool, request: pytest.FixtureRequest
+    dataset: Path, kind: str, within: bool, length: int, request: pytest.FixtureRequest
 ) -> None:
+    """Rows are whole, or cut into pieces, of which one is padding alone and some have no chosen token."""
     teacher_folder = request.getfixturevalue(kind)
     config = student_config()
     recipe = DistillRecipe(teacher=str(teacher_folder), layers=[(0, 0), (2, 3)], **(EVERYTHING | {"relations": 0.0}))
@@ -74,7 +77,7 @@ def test_the_loss_is_the_weighted_sum_of_what_the_recipe_names(
         initialize(student, "variance", 0)
         teacher = load_teacher(plan, CPU, within_documents=within, precision="fp32")
         mlm = MaskedLanguageModelling(CPU, within_documents=within)
-        batch = micro_batch()
+        batch = micro_batch().cut(length)
         total = Distillation(mlm, teacher, 0.15)(student, batch)
         taught = teacher(batch)
         with torch.no_grad():
@@ -84,7 +87,7 @@ def test_the_loss_is_the_weighted_sum_of_what_the_recipe_names(
             kept = student.sharebert(
                 batch.tokens, hide, document_ids=ids if within else None, pool=False, keep_states=True
             )
-            visible = ids[:, :, None] == ids[:, None, :] if within else (ids != 0)[:, None, :].expand(-1, 32, -1)
+            visible = ids[:, :, None] == ids[:, None, :] if within else (ids != 0)[:, None, :].expand(-1, length, -1)
             weights = 0.15 * real_positions(batch)
             logits = student.scores(kept.hidden.flatten(0, 1)[batch.positions])
             assert taught.logits is not None
@@ -197,10 +200,12 @@ def test_options_that_exclude_it(bert: Path, dataset: Path, tmp_path: Path, keys
 
 @pytest.fixture(scope="module")
 def runs(bert: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`whole`: 12 steps on one rank; `cut`: the same, stopped after 6; `two-S`: on two ranks at ZeRO stage S."""
+    """`whole`: 12 steps on one rank, in pieces of 8 tokens first; `cut`: the same, stopped after 6; `two-S`: on two ranks
+    at ZeRO stage S."""
     folder = tmp_path_factory.mktemp("runs")
     keys = {"distill": bert, "distill__logits": 1.0, "distill__hidden": 1.0, "distill__relations": 1.0}
     keys |= {"distill__relation_heads": 8, "steps": 12, "validate__every": 12, "validate__rows": 8}
+    keys |= {"data__row_length__first": 8}
 
     def arguments(name: str, **changes: Any) -> list[str]:
         return train_arguments(dataset, folder / name, **(keys | changes))
