@@ -21,11 +21,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "comparison.md"
 V, P = 4_096, 64
 
 SHAPES = {
-    "bert": (128, 512, 4, 128, 4),
-    "albert": (128, 512, 4, 32, 1),
-    "tinybert": (64, 256, 2, 64, 2),
-    "veps": (128, 512, 4, 32, 0),
-    "eps": (128, 512, 4, 128, 0),
+    "bert": (128, 256, 2, 128, 2),
+    "albert": (128, 256, 2, 32, 1),
+    "tinybert": (64, 128, 1, 64, 1),
+    "veps": (128, 256, 2, 32, 0),
+    "eps": (128, 256, 2, 128, 0),
 }
 """Recipe → H, I, L, F, and how many sets of matrices are parameters."""
 
@@ -66,7 +66,7 @@ def test_the_models_differ_in_what_they_are_and_in_nothing_else() -> None:
         assert (ours.steps, ours.optimizer, ours.schedule) == (bert.steps, bert.optimizer, bert.schedule)
         assert ours.steps * ours.data.global_batch * 32 == 10_240_000
         if name != "tinybert":
-            assert (ours.model.hidden_size, ours.model.num_hidden_layers) == (128, 4)
+            assert (ours.model.hidden_size, ours.model.num_hidden_layers) == (128, 2)
     assert recipe("tinybert").distill.attention > 0
     assert recipe("tinybert").model.num_attention_heads == recipe("bert").model.num_attention_heads
 

@@ -200,8 +200,8 @@ def test_options_that_exclude_it(bert: Path, dataset: Path, tmp_path: Path, keys
 
 @pytest.fixture(scope="module")
 def runs(bert: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`whole`: 12 steps on one rank, in pieces of 8 tokens first; `cut`: the same, stopped after 6; `two-S`: on two ranks
-    at ZeRO stage S."""
+    """`whole`: 12 steps on one rank, in pieces of 8 tokens first; `cut`: stopped after 6; `two-S`: on two ranks at ZeRO
+    stage S."""
     folder = tmp_path_factory.mktemp("runs")
     keys = {"distill": bert, "distill__logits": 1.0, "distill__hidden": 1.0, "distill__relations": 1.0}
     keys |= {"distill__relation_heads": 8, "steps": 12, "validate__every": 12, "validate__rows": 8}
