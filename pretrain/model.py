@@ -95,6 +95,10 @@ class ModelRecipe:
         return {key: given[key] for key in ShareBertConfig.__dataclass_fields__ if given.get(key) is not None}
 
 
+FUNCTION_KEYS = ("attention_scale", "branch_gain", "ffn_order", "layer_norm_eps")
+"""Keys of config.json that change what the same weights compute."""
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """A resolved `model` of a train recipe."""
@@ -119,7 +123,8 @@ def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | Non
             there is no dataset.
         seq_len: of the dataset's rows, the model's positions where the recipe gives none; None likewise.
 
-    Raises BadInput: an unknown size, sizes that do not fit each other or the dataset, an `init_from` that is no export.
+    Raises BadInput: an unknown size, sizes that do not fit each other or the dataset, an `init_from` that is no export,
+    or whose weights belong to another function.
     """
     size = recipe.size
     if size is not None and size not in SIZES:
@@ -132,9 +137,16 @@ def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | Non
             from exports.read import read_config
 
             base = read_config(init_from).to_dict()
-        config = ShareBertConfig.from_dict(base | SIZES.get(size or "", {}) | recipe.config_keys())
+        keys = recipe.config_keys()
+        config = ShareBertConfig.from_dict(base | SIZES.get(size or "", {}) | keys)
     except (ShareBertError, BadInput) as error:
         raise BadInput(f"model: {error}") from error
+    for key in FUNCTION_KEYS if init_from is not None else ():
+        if key in keys and keys[key] != base[key]:
+            raise BadInput(
+                f"model.{key}: {keys[key]}, but the weights of {init_from} belong to {base[key]}; "
+                f"give model.{key}={'null' if base[key] is None else base[key]}"
+            )
     if config.mlm_head == "none":
         raise BadInput("model.mlm_head: none cannot be pretrained; use untied or tied")
     if vocab_size is not None and config.vocab_size < vocab_size:

@@ -84,7 +84,7 @@ class TrainRecipe:
     """Keep only the input of each layer, and compute the rest again in the backward pass. It costs a third more work
     and allows micro-batches that would not fit into memory otherwise."""
     compile: bool = False
-    """Run the layers through torch.compile instead of this project's kernels. Not with ZeRO 3."""
+    """Run the layers through torch.compile instead of this project's kernels. Not with ZeRO 3 or `data.row_length`."""
     deterministic: bool = False
     """Use only operations that repeat bit by bit on the same GPUs, which costs speed. CPUs repeat without it."""
     zero: ZeroSettings = field(default_factory=ZeroRecipe)
