@@ -142,10 +142,10 @@ def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | Non
     except (ShareBertError, BadInput) as error:
         raise BadInput(f"model: {error}") from error
     for key in FUNCTION_KEYS if init_from is not None else ():
-        if key in keys and keys[key] != base[key]:
+        if key in keys and keys[key] != base.get(key):
             raise BadInput(
-                f"model.{key}: {keys[key]}, but the weights of {init_from} belong to {base[key]}; "
-                f"give model.{key}={'null' if base[key] is None else base[key]}"
+                f"model.{key}: {keys[key]}, but the weights of {init_from} belong to {base.get(key)}; "
+                f"give model.{key}={'null' if base.get(key) is None else base[key]}"
             )
     if config.mlm_head == "none":
         raise BadInput("model.mlm_head: none cannot be pretrained; use untied or tied")
