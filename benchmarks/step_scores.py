@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
 
-from compress.recipe import CompressRecipe, ReportRecipe, RowsRecipe
+from compress.recipe import CompressRecipe
 from compress.report import read_report, result_row
 from compress.run import compress
 from exports.files import write_json
-from scoring.recipe import EvaluateRecipe, TaskDataRecipe
+from sharebert_common.errors import BadInput
+from sharebert_common.files import file_sha256, make_folders
+from sharebert_common.recipe import parse
 
 AS_IT_IS = "as it is"
 """The line of the classifiers before the steps."""
@@ -31,23 +33,59 @@ AS_IT_IS = "as it is"
 
 def scored(steps: list[Any], given: argparse.Namespace, classifier: str) -> dict[str, Any]:
     """Main dev score of a classifier before and after steps, and bytes after."""
-    header = given.header.split(",") if given.header else []
-    task = EvaluateRecipe(task=given.task, data=TaskDataRecipe(path=given.data, header=header))
-    recipe = CompressRecipe(
-        steps=steps,
-        calibration=RowsRecipe(dataset=given.calibration, rows=given.rows),
-        task=task,
-        report=ReportRecipe(latency=[]),
-    )
+    recipe = {
+        "steps": steps,
+        "calibration": {"dataset": given.calibration, "rows": given.rows},
+        "task": {"task": given.task, "data": {"path": given.data, "header": [*filter(None, given.header.split(","))]}},
+        "report": {"latency": []},
+    }
     with tempfile.TemporaryDirectory(dir=given.out) as folder:
-        compress(Path(classifier), recipe, Path(folder) / "out")
+        compress(Path(classifier), parse(CompressRecipe, recipe, given.steps), Path(folder) / "out")
         rows = read_report(Path(folder) / "out")[2]
     before, after = (next(iter(row.scores.values()))[0] for row in (rows[0], result_row(rows)))
     return {"before": before, "after": after, "bytes": result_row(rows).bytes}
 
 
+def steps_of(file: str) -> dict[str, list[Any]]:
+    """The lists of steps by their names. Raises BadInput: not readable, or something else."""
+    try:
+        found = yaml.safe_load(Path(file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise BadInput(f"{file}: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not all(isinstance(steps, list) for steps in found.values()):
+        raise BadInput(f"{file}: not a mapping of names to lists of steps")
+    return found
+
+
+def table(given: argparse.Namespace) -> str:
+    """Score what is missing. Raises BadInput: a classifier, a step or data that is wrong."""
+    make_folders(Path(given.out))
+    file = Path(given.out) / "scores.json"
+    done: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    weights = {
+        classifier: [file_sha256(path) for path in sorted(Path(classifier).glob("*.safetensors"))]
+        for classifier in given.classifiers
+    }
+    asked = [given.task, given.data, given.calibration, given.rows, given.header]
+    lines = ["| | MB | score | of the classifiers |", "|---|---:|---:|---:|"]
+    for name, steps in steps_of(given.steps).items():
+        found = []
+        for classifier in given.classifiers:
+            key = json.dumps([steps, *asked, weights[classifier]])
+            if key not in done:
+                done[key] = scored(steps, given, classifier)
+                write_json(file, done)
+            found.append(done[key])
+        before, after = ([one[key] for one in found] for key in ("before", "after"))
+        if len(lines) == 2:
+            lines.append(f"| {AS_IT_IS} | | {spread(before)} | 1 |")
+        kept, size = mean(after) / mean(before), mean(one["bytes"] for one in found) / 1e6
+        lines.append(f"| {name} | {size:.3f} | {spread(after)} | {kept:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Score what is missing, and print the table."""
+    """Print the table, or what is wrong in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps")
     parser.add_argument("task")
@@ -57,33 +95,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--header", default="", help="names of the columns, with commas, where files have none")
     parser.add_argument("--out", required=True)
-    given = parser.parse_args()
-    Path(given.out).mkdir(parents=True, exist_ok=True)
-    file = Path(given.out) / "scores.json"
-    done: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
-    lists = yaml.safe_load(Path(given.steps).read_text())
-    for name, steps in lists.items():
-        for classifier in given.classifiers:
-            key = f"{name} {json.dumps(steps)}"
-            if classifier not in done.setdefault(key, {}):
-                done[key][classifier] = scored(steps, given, classifier)
-                write_json(file, done)
-    print("| | MB | score | of the classifiers |\n|---|---:|---:|---:|")
-    before: list[float] = []
-    for name, steps in lists.items():
-        found = [done[f"{name} {json.dumps(steps)}"][classifier] for classifier in given.classifiers]
-        if not before:
-            before = [one["before"] for one in found]
-            print(f"| {AS_IT_IS} | | {spread(before)} | 1 |")
-        after = [one["after"] for one in found]
-        size = statistics.mean(one["bytes"] for one in found) / 1e6
-        kept = statistics.mean(after) / statistics.mean(before)
-        print(f"| {name} | {size:.3f} | {spread(after)} | {kept:.3f} |")
+    try:
+        print(table(parser.parse_args()))
+    except (BadInput, OSError) as error:
+        raise SystemExit(str(error)) from error
 
 
 def spread(values: list[float]) -> str:
     """Mean ± standard deviation in percent."""
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    return f"{100 * mean(values):.1f} ± {100 * stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 if __name__ == "__main__":

@@ -164,6 +164,7 @@ def _trials(recipe: CompareRecipe, places: Places) -> dict[str, Trial]:
     found = {trial.row: trial for trial in trials(sweep)}
     for name, trial in found.items():
         try:
+            trial.recipe.check_engine()
             dataclasses.replace(trial.recipe, distill=DistillRecipe()).resolve()  # the teacher is not there yet
         except BadInput as error:
             raise BadInput(f"rows.{name}: {error}") from error

@@ -18,8 +18,7 @@ from comparison.text import to_text
 from compress.measure import Measured
 from compress.report import read_report, result_row
 from pretrain.distill.recipe import DistillRecipe
-from pretrain.flops import flops_per_token
-from pretrain.plan.estimate import PLAN_DEFAULTS, Assumptions, make_plan
+from pretrain.plan.estimate import PLAN_DEFAULTS, Assumptions, flops_of_token, make_plan
 from pretrain.recipe import TrainRecipe
 from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
@@ -100,10 +99,7 @@ def _trained(row: Row, recipe: CompareRecipe) -> Line:
     if state["state"] == "finished":
         asked, training = row.trial.recipe, dataclasses.replace(row.trial.recipe, distill=DistillRecipe()).resolve()
         line.tokens = asked.steps * asked.data.global_batch * training.seq_len
-        micro_tokens = training.micro_rows * training.seq_len
-        line.flops = line.tokens * flops_per_token(
-            training.model.config, training.seq_len, asked.data.highest_mask_rate, micro_tokens
-        )
+        line.flops = line.tokens * flops_of_token(asked, training)
     notes = _notes(Places(Path(recipe.folder)).model(row.name, trained=True))
     if notes is None:
         line.state = f"training, step {state['step']:,} of {row.trial.recipe.steps:,}" if state["step"] else "not run"

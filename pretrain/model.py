@@ -95,8 +95,16 @@ class ModelRecipe:
         return {key: given[key] for key in ShareBertConfig.__dataclass_fields__ if given.get(key) is not None}
 
 
-FUNCTION_KEYS = ("attention_scale", "branch_gain", "ffn_order", "layer_norm_eps")
-"""Keys of config.json that change what the same weights compute."""
+FUNCTION_KEYS = (
+    "attention_scale",
+    "branch_gain",
+    "ffn_order",
+    "ffn_pairs",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "num_hidden_layers",
+)
+"""Keys of config.json that change what the same weights compute, and that no shape shows."""
 
 
 @dataclass(frozen=True)
@@ -131,21 +139,23 @@ def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | Non
         raise BadInput(f"model.size: no size '{size}'{nearest(size, SIZES)} (sizes: {', '.join(SIZES)})")
     init_from = Path(recipe.init_from) if recipe.init_from else None
     of_dataset = {"vocab_size": vocab_size, "max_position_embeddings": seq_len}
+    before = None
     try:
         base: dict[str, Any] = {key: value for key, value in of_dataset.items() if value is not None}
         if init_from is not None:
             from exports.read import read_config
 
-            base = read_config(init_from).to_dict()
-        keys = recipe.config_keys()
-        config = ShareBertConfig.from_dict(base | SIZES.get(size or "", {}) | keys)
+            before = read_config(init_from)
+            base = before.to_dict()
+        config = ShareBertConfig.from_dict(base | SIZES.get(size or "", {}) | recipe.config_keys())
     except (ShareBertError, BadInput) as error:
         raise BadInput(f"model: {error}") from error
-    for key in FUNCTION_KEYS if init_from is not None else ():
-        if key in keys and keys[key] != base.get(key):
+    for key in FUNCTION_KEYS if before is not None else ():
+        given, theirs = getattr(config, key), getattr(before, key)
+        if given != theirs:
+            wanted = "null" if theirs is None else theirs
             raise BadInput(
-                f"model.{key}: {keys[key]}, but the weights of {init_from} belong to {base.get(key)}; "
-                f"give model.{key}={'null' if base.get(key) is None else base[key]}"
+                f"model.{key}: {given}, but the weights of {init_from} belong to {theirs}; give model.{key}={wanted}"
             )
     if config.mlm_head == "none":
         raise BadInput("model.mlm_head: none cannot be pretrained; use untied or tied")

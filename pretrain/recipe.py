@@ -109,7 +109,7 @@ class TrainRecipe:
 
         Raises BadInput, naming the key.
         """
-        self._check_engine()
+        self.check_engine()
         exists = any("://" in entry.path or Path(entry.path).exists() for entry in self.data.dataset)
         datasets = open_datasets(self.data) if needs_data or exists else []
         micro_batches, micro_rows = micro_shape(self.data, world_size)
@@ -145,7 +145,7 @@ class TrainRecipe:
         Raises BadInput, naming the key.
         """
         if any("://" in entry.path for entry in self.data.dataset):  # only a cache can open these
-            self._check_engine()
+            self.check_engine()
             micro_shape(self.data, world_size)
         else:
             replace(self, data=replace(self.data, cache=None)).resolve(world_size)
@@ -157,7 +157,7 @@ class TrainRecipe:
         run_rows, repeat = self.steps * self.data.global_batch, self.distill.repeat_cache
         return open_cache(Path(self.distill.cache), plan, identity, run_rows=run_rows, repeat=repeat)
 
-    def _check_engine(self) -> None:
+    def check_engine(self) -> None:
         check_zero(self.zero)
         if self.optimizer.muon.generated and (self.zero.stage == 3 or self.precision == "fp16"):
             raise BadInput(

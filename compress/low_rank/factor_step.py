@@ -72,6 +72,7 @@ class LowerFactor(FromCompact):
         changed = {EMBEDDING: lower, PROJECTION: projection @ matrix.t(), EXPANSION: expansion}
         tensors |= {name: tensor.float().contiguous() for name, tensor in changed.items()}
         config = dataclasses.replace(export.config, factor_size=self.size, expanded_size=export.config.row_size)
-        write_export(export.with_model(config, tensors), out)
+        keys = {key: value for key, value in export.other_keys.items() if key != "sparse"}  # no zeros are left
+        write_export(dataclasses.replace(export.with_model(config, tensors), other_keys=keys), out)
         error = (lower @ matrix - embedding.double()).norm() / embedding.double().norm()
         return {"factor size": self.size, "relative error of E": round(float(error), 4)}

@@ -214,7 +214,8 @@ class PruneWeights(FromCompact):
 def sparse(export: Export, weights: dict[str, Tensor]) -> Export:
     """The export with these weights, given as a trimmed export stores them, which its file will hold as sparse."""
     keys = {**export.other_keys, "sparse": sorted(weights)}
-    return dataclasses.replace(with_tensors(export, weights), other_keys=keys)
+    typed = {name: tensor.to(export.weights.specs[name].dtype) for name, tensor in weights.items()}
+    return dataclasses.replace(with_tensors(export, typed), other_keys=keys)
 
 
 def _restored(weights: dict[str, Tensor], centres: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,7 +36,8 @@ class RowLengthRecipe:
             wanted = "a power of two" if self.growth == "double" else "a whole number"
             raise BadInput(
                 f"data.row_length.first: {self.first}, but the dataset's rows have {seq_len} tokens; their number of "
-                f"pieces must be {wanted} (data.row_length.growth is {self.growth})"
+                f"pieces must be {wanted} (data.row_length.growth is {self.growth}); with data.row_length.first=null "
+                "rows are whole"
             )
 
     def at(self, done: float, seq_len: int) -> int:

@@ -64,6 +64,7 @@ def make_cache(recipe: TrainRecipe, settings: CacheSettings) -> str:
     """
     if recipe.distill.cache is None:
         raise BadInput("distill.cache: not given; name the folder for the teacher's outputs")
+    recipe.check_engine()
     folder = Path(recipe.distill.cache)
     training = replace(recipe, distill=replace(recipe.distill, cache=None)).resolve()
     plan = training.distill

@@ -96,7 +96,7 @@ def make_plan(recipe: TrainRecipe, gpus: int, gpu: str, assumed: Assumptions) ->
     per_token = flops_of_token(recipe, training)
     tokens = recipe.steps * recipe.data.global_batch * seq_len
     shape = shape_of(recipe, training, gpus)
-    stages = {stage: replace(shape, stage=stage) for stage in range(4)}
+    stages = {stage: replace(shape, stage=stage) for stage in range(4 if config.generates else 3)}  # see TrainRecipe
     sent = {stage: network_bytes(of, training.micro_batches) for stage, of in stages.items()}
     rows = sum(dataset.split("train").rows for dataset in training.datasets)
     return Plan(
@@ -188,7 +188,7 @@ def count_parameters(config: ShareBertConfig) -> dict[str, int]:
         "layers": layers,
         "head": head,
         "all": whole,
-        "generated": made_elements(config),
+        "generated": made_elements(config) if config.generates else 0,
     }
 
 

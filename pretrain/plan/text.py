@@ -19,7 +19,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"parameters       {counts['all']:,}: factors {counts['factors']:,}, layers {counts['layers']:,}, "
         f"head {counts['head']:,}",
-        f"generated        {counts['generated']:,} weights, which all layers share, made from the factors",
+        *_generated(counts["generated"]),
         f"tokens           {plan.tokens:,}" + ("" if plan.epochs is None else f", {plan.epochs:,.2f} epochs"),
         f"each of {plan.gpus} ranks  {plan.micro_batches} micro-batches of {plan.rows} rows a step, ZeRO {plan.stage}",
         f"FLOPs a token    {plan.flops_per_token / 1e6:,.1f} M",
@@ -43,6 +43,10 @@ def describe(plan: Plan) -> str:
         )
     lines.append(f"most rows: the largest micro-batch that fits into {USABLE:.0%} of the memory")
     return "\n".join(lines)
+
+
+def _generated(count: int) -> list[str]:
+    return [f"generated        {count:,} weights, which all layers share, made from the factors"] if count else []
 
 
 def compare(plans: Sequence[Plan]) -> str:

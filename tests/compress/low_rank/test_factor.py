@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.low_rank.factor import basis, least_squares, mean_hessian
 from compress.low_rank.factor_step import LowerFactor
+from compress.prune.weights_step import PruneWeights
 from compress.source import open_source
 from compress.trim import Trim
 from exports.dense import Dense
@@ -150,3 +151,12 @@ def test_it_can_be_lowered_again_and_trained(tmp_path: Path) -> None:
 def test_wrong_keys_are_one_line(tmp_path: Path, size: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         LowerFactor(size=size).check(open_source(tiny_export(tmp_path / "source", **changes)))
+
+
+def test_a_sparse_model_becomes_one_without_a_mask(tmp_path: Path) -> None:
+    """No zero of E or W_all is left, so that a bit for each number would only make the file larger."""
+    tools: Any = SimpleNamespace(seed=0)
+    PruneWeights(method="magnitude").apply(open_source(tiny_export(tmp_path / "whole")), tools, tmp_path / "pruned")
+    assert read_export(tmp_path / "pruned").other_keys["sparse"]
+    LowerFactor(size=4, gauge="plain").apply(open_source(tmp_path / "pruned"), tools, tmp_path / "out")
+    assert "sparse" not in read_export(tmp_path / "out").other_keys

@@ -252,9 +252,10 @@ def test_a_run_starts_from_an_export_with_longer_positions(export: Path) -> None
 
 def test_weights_of_another_function_are_refused(export: Path) -> None:
     """What a recipe says would change what the same weights compute, without a word."""
-    same: dict[str, Any] = {"attention_scale": "authors", "hidden_dropout_prob": 0.3}
+    same: dict[str, Any] = {"attention_scale": "authors", "ffn_order": "cycle", "hidden_dropout_prob": 0.3}
     assert choose_model(ModelRecipe(init_from=str(export), **same), 301, 32).config.attention_scale == "authors"
     others: dict[str, Any] = {"attention_scale": "standard", "branch_gain": 0.5, "layer_norm_eps": 1e-3}
+    others |= {"ffn_order": "sequence", "num_attention_heads": 2, "num_hidden_layers": 1}
     for key, value in others.items():
         with pytest.raises(BadInput, match=rf"^model\.{key}: {value}, but the weights of .*export belong to "):
             choose_model(ModelRecipe(init_from=str(export), **{key: value}), 301, 32)

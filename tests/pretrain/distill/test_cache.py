@@ -227,6 +227,12 @@ def test_a_run_that_does_not_fit_is_refused(
         recipe_of(dataset, bert, caches / "small", **keys).resolve()
 
 
+def test_a_cache_of_short_rows_is_not_made(bert: Path, dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"^data\.row_length: not with compile or distill\.cache; set "):
+        make_cache(recipe_of(dataset, bert, tmp_path / "cache", data__row_length__first=8), ALL)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_another_teacher_another_dataset_and_a_folder_without_a_cache_are_refused(
     caches: Path, bert: Path, export: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
