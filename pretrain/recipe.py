@@ -158,6 +158,7 @@ class TrainRecipe:
         return open_cache(Path(self.distill.cache), plan, identity, run_rows=run_rows, repeat=repeat)
 
     def check_engine(self) -> None:
+        """Find keys that exclude each other, without a dataset or a teacher. Raises BadInput, naming them."""
         check_zero(self.zero)
         if self.optimizer.muon.generated and (self.zero.stage == 3 or self.precision == "fp16"):
             raise BadInput(
