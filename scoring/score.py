@@ -115,11 +115,11 @@ def score_baseline(name: str, data: TaskData) -> Result:
 
 
 def _check_unchanged(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None) -> None:
-    task = recipe.task
+    task, default = recipe.task, EvaluateRecipe(task=recipe.task)
     if save is not None:
         raise BadInput(f"--save: {task} fine-tunes nothing that could be kept")
     for key in ("finetune", "seeds"):
-        if getattr(recipe, key) != getattr(EvaluateRecipe(task=task), key):
+        if getattr(recipe, key) != getattr(default, key):
             raise BadInput(f"{key}: {task} takes a model as it is, without fine-tuning; leave {key} out")
     for spec in models:
         if task == PROBE and spec in BASELINES:

@@ -25,7 +25,7 @@ from exports.export import Export, model_of
 from exports.forms import write_export
 from exports.packed import PRUNED
 from exports.read import read_export
-from exports.weight_source import TensorWeights, whole
+from exports.weight_source import TensorWeights, all_tensors, whole
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
@@ -214,8 +214,8 @@ class PruneWeights(FromCompact):
 def sparse(export: Export, weights: dict[str, Tensor]) -> Export:
     """The export with these weights, given as a trimmed export stores them, which its file will hold as sparse."""
     keys = {**export.other_keys, "sparse": sorted(weights)}
-    typed = {name: tensor.to(export.weights.specs[name].dtype) for name, tensor in weights.items()}
-    return dataclasses.replace(with_tensors(export, typed), other_keys=keys)
+    tensors = all_tensors(with_tensors(export, weights).weights)
+    return dataclasses.replace(export.with_model(export.config, tensors), other_keys=keys)
 
 
 def _restored(weights: dict[str, Tensor], centres: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -117,14 +117,14 @@ class BertTeacher(_Frozen):
         """See `Teacher`."""
         ids = batch.document_ids
         pairs = (ids[:, :, None] == ids[:, None, :])[:, None]
-        seen = ids != 0
-        seen = seen | ~seen.any(1, keepdim=True)  # a piece of padding alone sees itself, and counts nothing
-        mask = pairs if self.within_documents else seen.long()
+        visible = ids != 0
+        visible = visible | ~visible.any(1, keepdim=True)  # a piece of padding alone sees itself, and counts nothing
+        mask = pairs if self.within_documents else visible.long()
         made = self.model(batch.tokens, attention_mask=mask, output_hidden_states=bool(self.states))
         logits = made.logits.flatten(0, 1).index_select(0, batch.positions) if self.wants_logits else None
-        kept = self._seen
+        seen = self._seen
         projections = {
-            layer: (kept[layer, "query"], kept[layer, "key"], kept[layer, "value"]) for layer in self.projections
+            layer: (seen[layer, "query"], seen[layer, "key"], seen[layer, "value"]) for layer in self.projections
         }
         self._seen.clear()
         return TeacherOutput(
