@@ -36,7 +36,11 @@ def scored(steps: list[Any], given: argparse.Namespace, classifier: str) -> dict
     recipe = {
         "steps": steps,
         "calibration": {"dataset": given.calibration, "rows": given.rows},
-        "task": {"task": given.task, "data": {"path": given.data, "header": [*filter(None, given.header.split(","))]}},
+        "task": {
+            "task": given.task,
+            "data": {"path": given.data, "header": [*filter(None, given.header.split(","))]},
+            "finetune": {"max_length": given.max_length},
+        },
         "report": {"latency": []},
     }
     with tempfile.TemporaryDirectory(dir=given.out) as folder:
@@ -66,7 +70,7 @@ def table(given: argparse.Namespace) -> str:
         classifier: [file_sha256(path) for path in sorted(Path(classifier).glob("*.safetensors"))]
         for classifier in given.classifiers
     }
-    asked = [given.task, given.data, given.calibration, given.rows, given.header]
+    asked = [given.task, given.data, given.calibration, given.rows, given.header, given.max_length]
     lines = ["| | MB | score | of the classifiers |", "|---|---:|---:|---:|"]
     for name, steps in steps_of(given.steps).items():
         found = []
@@ -94,6 +98,7 @@ def main() -> None:
     parser.add_argument("classifiers", nargs="+")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--header", default="", help="names of the columns, with commas, where files have none")
+    parser.add_argument("--max-length", type=int, default=64, help="longer texts are cut")
     parser.add_argument("--out", required=True)
     try:
         print(table(parser.parse_args()))
