@@ -84,6 +84,15 @@ def submit(train_recipes: Sequence[TrainRecipe], recipe: ClusterRecipe) -> list[
     return [(folder.run, job) for folder, job in zip(folders, submitted, strict=True)]
 
 
+def alive_job(run: Path) -> str | None:
+    """What the job of a run does that waits or runs, in words; None where there is none."""
+    for entry in ClusterFolder(run).submissions[-1:]:
+        state = scheduler.state_of(entry["job"], entry["launcher"])
+        if state in scheduler.ALIVE:
+            return f"job {entry['job']} of this run is {state.lower()}"
+    return None
+
+
 def training_of(train_recipe: TrainRecipe, recipe: ClusterRecipe) -> Training:
     """A training from its resolved recipe, whose paths become absolute: a job may run in another folder."""
     train_recipe.run = str(Path(train_recipe.run).absolute())
@@ -280,10 +289,5 @@ def _refuse_pattern(path: Path) -> None:
 
 
 def _refuse_second_job(folder: ClusterFolder) -> None:
-    for entry in folder.submissions[-1:]:
-        state = scheduler.state_of(entry["job"], entry["launcher"])
-        if state in scheduler.ALIVE:
-            raise BadInput(
-                f"{folder.run}: job {entry['job']} of this run is {state.lower()}; "
-                f"`sharebert stop {folder.run}` ends it"
-            )
+    if found := alive_job(folder.run):
+        raise BadInput(f"{folder.run}: {found}; `sharebert stop {folder.run}` ends it")

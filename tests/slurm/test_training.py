@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from slurm.runs import BASELINE_STEPS, Run
+from slurm.runs import BASELINE_STEPS, RECIPE, Run
 from slurm.slurm_cluster import SlurmCluster
 from tiny_runs import losses, train_arguments
+
+from pretrain.recipe import TrainRecipe
+from sharebert_common.recipe import load, to_yaml
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -91,3 +94,35 @@ def test_several_recipes_are_an_array(run: Run, tmp_path: Path, dataset: Path) -
         assert "state     finished" in said
         assert f"job       {job} (completed)" in said
     assert losses(tmp_path / "fast") != losses(tmp_path / "slow")
+
+
+def test_a_sweep_submits_the_trials_that_are_left(run: Run, tmp_path: Path, dataset: Path) -> None:
+    """Those whose run is finished or has a job already are not submitted again."""
+    base = tmp_path / "base.yaml"
+    keys = train_arguments(dataset, tmp_path / "unused", steps=10, faults__memory_probe=False, validate__every=10)
+    base.write_text(to_yaml(load(TrainRecipe, None, keys)))
+    out, cluster = tmp_path / "out", RECIPE.replace("procs_per_node: 2", "procs_per_node: 1")
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        json.dumps({"folder": str(out), "base": str(base), "arms": {"a": {}, "b": {"optimizer.lr": 1e-4}}})
+    )
+
+    def submitted() -> dict[str, str]:
+        lines = run.sharebert("sweep", str(sweep), f"--submit={run.cluster}").splitlines()
+        jobs = [line.removeprefix(f"{out}/runs/").split(",seed=0: job ") for line in lines]
+        return dict(jobs) if lines[0].startswith(str(out)) else {}
+
+    run.cluster.write_text(cluster + "sbatch: {hold: true}\n")
+    array = submitted()
+    assert array == {"a": array["a"], "b": array["a"].replace("_0", "_1")}
+    assert submitted() == {}
+    run.sharebert("stop", str(out / "runs" / "a,seed=0"))
+    run.cluster.write_text(cluster)
+    again = submitted()
+    assert list(again) == ["a"]
+    run.slurm.wait_for_state(again["a"], "COMPLETED", "FAILED", explain=run.tail)
+    assert submitted() == {}
+    run.sharebert("stop", str(out / "runs" / "b,seed=0"))
+    table = run.sharebert("sweep", str(sweep), "--table")
+    assert "| a | 1 |" in table
+    assert table.endswith("1 trials are not finished\n")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.data.mask_schedule import MaskScheduleRecipe, masks_of_steps
 from pretrain.data.masks import MaskedRows, Masks, continuation_ids
 from sharebert_common.errors import BadInput
 
@@ -66,6 +67,17 @@ def test_vectors_of_rates_and_shares(vector: dict) -> None:
     )
     assert result.columns[result.chosen].tolist() == vector["columns"]
     assert result.tokens[0].tolist() == vector["seen"]
+
+
+@pytest.mark.parametrize("vector", by_hand.vectors("mask-schedules"))
+def test_vectors_of_schedules(vector: dict[str, Any]) -> None:
+    keys = ("shape", "last_rate", "masked", "last_masked", "random", "last_random")
+    recipe = MaskScheduleRecipe(**{key: vector[key] for key in keys})
+    steps = len(vector["rates"])
+    found = masks_of_steps(recipe, vector["rate"], 8 * np.arange(steps), 8 * steps)
+    assert found["rates"] == pytest.approx(np.array(vector["rates"]), abs=1e-6)
+    assert found["shares"][:, 0] == pytest.approx(np.array(vector["masked_shares"]), abs=1e-6)
+    assert found["shares"][:, 1] == pytest.approx(np.array(vector["random_shares"]), abs=1e-6)
 
 
 @settings(deadline=None)

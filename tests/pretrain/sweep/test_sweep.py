@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import pytest
 from tiny_runs import log_of, train_arguments
@@ -18,6 +18,7 @@ from pretrain.recipe import TrainRecipe
 from pretrain.sweep.hparams import FINAL_LOSS, write_hparams
 from pretrain.sweep.recipe import SweepRecipe, trials
 from pretrain.sweep.table import rows_of, to_text
+from sharebert import ShareBertForMaskedLM
 from sharebert_common.errors import STOPPED, BadInput
 from sharebert_common.recipe import load, to_yaml
 from sharebert_common.run_files import read_state
@@ -81,6 +82,11 @@ def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     assert muon.tokens_to_reference == pytest.approx(4 * 10 * 32 * 1.5)
     assert muon.share == pytest.approx(0.5)
     assert muon.step_s == 0.5
+    model = ShareBertForMaskedLM(made[0].recipe.resolve().model.config)
+    assert plain.parameters == sum(p.numel() for name, p in model.named_parameters() if name.startswith("sharebert."))
+    matrices, head, rows = 4 * 32 * 32 + 2 * 32 * 48, 32 * 8 + 8 * 304, 10 * 32
+    layers, attention, making = 6 * 2 * matrices, 12 * 2 * 32 * 32, 6 * 8 * matrices / rows
+    assert plain.flops_a_step == pytest.approx(rows * (layers + attention + 6 * 0.15 * head + making))
     text = to_text([plain, muon], unfinished=1)
     assert "| plain | 2 | 2.1000 ± 0.1414 | never |" in text
     assert "| muon | 1 | 1.5000 | 1,920 | 0.500 |" in text
@@ -113,5 +119,11 @@ def test_a_stopped_sweep_resumes_and_its_table_is_that_of_the_runs(base: Path, t
     assert table in again.stdout
     for arm in ("plain", "muon"):
         log = log_of(tmp_path / "out" / "runs" / f"{arm},seed=0")
-        final = [line["valid_loss"] for line in log if "valid_loss" in line][-1]
-        assert f"| {arm} | 1 | {final:.4f} |" in table
+        losses = {line["step"]: line["valid_loss"] for line in log if "valid_loss" in line}
+        row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
+        assert row.startswith(f"| {arm} | 1 | {losses[300]:.4f} |")
+        assert row.endswith(f" {median(line['step_s'] for line in log if 'step_s' in line):.4f} |")
+        if arm == "plain":  # the reference
+            first = next(step for step, loss in losses.items() if loss <= losses[300])
+            tokens = int(row.split("|")[4].replace(",", ""))
+            assert (first - 4) * 320 < tokens <= first * 320
