@@ -20,7 +20,9 @@ PAPER = {
     "clip": 0.5,
     "warmup": 0.06,
     "decay": "linear",
+    "final": 0.0,
     "mask_rate": 0.15,
+    "seed": 42,
 }
 """What the authors' README gives to their script, by our names."""
 

@@ -46,6 +46,7 @@ def test_authors_start() -> None:
     assert p["sharebert.word_embeddings.weight"].std().item() == pytest.approx(0.02, rel=0.02)
     assert p["sharebert.factor_linear_all.weight"].std().item() == pytest.approx(0.02, rel=0.1)
     assert p["mlm_head.decoder.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert p["sharebert.position_embeddings.weight"].std().item() == pytest.approx(0.02, rel=0.1)
     assert not p["sharebert.factor_linear.bias"].any()
     for name in ("layers.0.intermediate_bias", "layers.1.query_bias", "pooler_bias"):
         assert p[f"sharebert.{name}"].std().item() == pytest.approx(1, rel=0.3)
