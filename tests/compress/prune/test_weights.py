@@ -25,7 +25,7 @@ from compress.trim import Trim
 from exports.compact import Compact
 from exports.forms import write_export
 from exports.read import load_model, read_export
-from pretrain.engine.zeros import keep_zeros
+from pretrain.model import ModelRecipe, build_model, choose_model
 from sharebert_common.errors import BadInput
 
 E, ALL = "sharebert.word_embeddings.weight", "sharebert.factor_linear_all.weight"
@@ -251,8 +251,9 @@ def test_another_dtype_rounds_the_values_and_leaves_the_mask(tmp_path: Path) -> 
 def test_zeros_survive_training(tmp_path: Path) -> None:
     source = tiny_export(tmp_path / "source", mlm_head="tied")
     out, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.8)
-    model, (batch, *_) = load_model(out), batches(tools(tmp_path).calibration(), out / "tokenizer.json", 0)
-    keep_zeros(model.train())
+    choice = choose_model(ModelRecipe(init_from=str(out), keep_zeros=True), None, None)
+    model = build_model(choice, seed=0).train()
+    batch, *_ = batches(tools(tmp_path).calibration(), out / "tokenizer.json", 0)
     before = {name: model.get_parameter(name).detach().clone() for name in (E, ALL)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(5):
