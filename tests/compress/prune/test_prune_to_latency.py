@@ -126,7 +126,7 @@ def test_what_is_cut_is_what_factors_of_0_leave(tmp_path: Path) -> None:
     write_export(cut(read_export(source), structure, heads[0], columns[0]), tmp_path / "cut")
     small = load_model(tmp_path / "cut")
     assert small.config.num_hidden_layers == 1
-    torch.testing.assert_close(hidden_states(small, batch), expected, rtol=1e-4, atol=1e-5)
+    assert (hidden_states(small, batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
     whole = Structure([0, 1, 2], list(range(40)), [0, 1])
     assert cut(read_export(source), whole).config == model.config
     assert masked_loss(model, [batch], whole, Shape(3, 40, 2)) == pytest.approx(

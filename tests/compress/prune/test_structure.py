@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from compress_models import tiny_export, tokens_of
+from compress_models import export_with_dead_parts, tiny_export, tokens_of
 from tiny_models import tiny_model
 
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
@@ -40,8 +41,9 @@ def pruned(folder: Path, keys: dict[str, Any], **changes: Any) -> tuple[ShareBer
     return load_model(source), out, notes
 
 
-def masked_dense(model: ShareBertForMaskedLM, small: ShareBertForMaskedLM) -> DenseBert:
-    """The whole model, written out, with zeros where the pruned one has nothing, and with its factors and biases."""
+def masked_dense(model: ShareBertForMaskedLM, small: ShareBertForMaskedLM, gone: Sequence[int] = ()) -> DenseBert:
+    """The whole model, written out, with zeros where the pruned one has nothing (as in the layers `gone`), and with its
+    factors and biases."""
     config, after = model.config, small.config
     dense = DenseBert(dataclasses.replace(config, mlm_head="none"))
     tensors = dict(dense_tensors(model))
@@ -57,7 +59,13 @@ def masked_dense(model: ShareBertForMaskedLM, small: ShareBertForMaskedLM) -> De
     if small.sharebert.kept_inner_scale is not None:
         columns_scale[columns == 1] = small.sharebert.kept_inner_scale.detach()
     with torch.no_grad():
-        for layer, own in zip(dense.bert.encoder.layer, small.sharebert.layers, strict=True):
+        dense.bert.embeddings.token_type_embeddings.weight.copy_(small.sharebert.token_type_embeddings.weight)
+        left = [layer for number, layer in enumerate(dense.bert.encoder.layer) if number not in gone]
+        for number in gone:
+            for linear in (dense.bert.encoder.layer[number].attention.output, dense.bert.encoder.layer[number].output):
+                linear.dense.weight.zero_()
+                linear.dense.bias.zero_()
+        for layer, own in zip(left, small.sharebert.layers, strict=True):
             layer.attention.output.dense.weight *= rows_scale  # [out, in]
             layer.attention.output.dense.bias.copy_(own.attention_output_bias)
             layer.output.dense.weight *= columns_scale
@@ -67,16 +75,18 @@ def masked_dense(model: ShareBertForMaskedLM, small: ShareBertForMaskedLM) -> De
 
 @pytest.mark.parametrize("sharing", ["veps", "eps"])
 @pytest.mark.parametrize("rescale", [True, False])
-def test_the_sliced_model_is_the_masked_dense_model(tmp_path: Path, sharing: str, rescale: bool) -> None:
-    keys = {"heads": 2, "columns": 0.5, "rescale": rescale}
-    model, out, notes = pruned(tmp_path, keys, sharing=sharing)
-    small = load_model(out)
+@pytest.mark.parametrize("layers", [3, 1])
+def test_the_sliced_model_is_the_masked_dense_model(tmp_path: Path, sharing: str, rescale: bool, layers: int) -> None:
+    keys = {"heads": 2, "columns": 0.5, "layers": layers, "rescale": rescale}
+    model, out, notes = pruned(tmp_path, keys, sharing=sharing, num_hidden_layers=3)
+    small, gone = load_model(out), notes.get("layers removed", ())
+    assert len(gone) == 3 - layers
     assert (small.config.heads, small.config.inner_size, notes["columns"]) == (2, 20, 20)
     tokens = tokens_of(model.config)
     mask = torch.ones_like(tokens)
     mask[0, 5:] = 0
     with torch.no_grad():
-        expected = masked_dense(model, small)(tokens, mask).hidden
+        expected = masked_dense(model, small, gone)(tokens, mask).hidden
         found = small.sharebert(tokens, mask, pool=False).hidden
         kept = small.sharebert(tokens, mask, pool=False).hidden
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -110,6 +120,18 @@ def test_removal_counts_what_two_parts_do_together() -> None:
     # parts 0 and 1 are copies of each other: either may go, both may not
     matrix = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.1, 0.0], [0.0, 0.0, 2.5]])
     assert least_important(matrix, 2) == [0, 2]
+
+
+def test_parts_that_add_nothing_are_those_that_go(tmp_path: Path) -> None:
+    source = export_with_dead_parts(tmp_path / "source", head=1, columns=[3, 20, 39], layer=1)
+    out = tmp_path / "out"
+    notes = PruneStructure(heads=2, columns=37, layers=2).apply(open_source(source), tools(), out)
+    assert (notes["layers removed"], notes["heads kept"]) == ([1], [0, 2])
+    columns = read_export(out).config.kept_columns
+    assert columns == tuple(number for number in range(40) if number not in (3, 20, 39))
+    tokens = tokens_of(read_export(out).config)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(out).logits(tokens), load_model(source).logits(tokens))
 
 
 def test_factors_are_those_of_least_squares() -> None:
