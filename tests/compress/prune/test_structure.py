@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 from compress_models import export_with_dead_parts, tiny_export, tokens_of
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_tokenizer
 
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.structure import fisher, least_important, rescaled
 from compress.prune.structure_step import PruneStructure, without_layers
 from compress.source import open_source
+from compress.steps import step_of
 from exports.dense_model import DenseBert, dense_tensors
 from exports.export import Export
 from exports.forms import write_export
-from exports.onnx import Onnx
+from exports.kinds import Classifier
 from exports.read import load_model, read_export
+from exports.weight_source import TensorWeights
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 
@@ -39,6 +41,14 @@ def pruned(folder: Path, keys: dict[str, Any], **changes: Any) -> tuple[ShareBer
     step.check(open_source(source))
     notes = step.apply(open_source(source), tools(), out)
     return load_model(source), out, notes
+
+
+def masked(config: ShareBertConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words, and 0 where there is padding."""
+    tokens = tokens_of(config)
+    mask = torch.ones_like(tokens)
+    mask[0, 5:] = 0
+    return tokens, mask
 
 
 def masked_dense(model: ShareBertForMaskedLM, small: ShareBertForMaskedLM, gone: Sequence[int] = ()) -> DenseBert:
@@ -82,9 +92,7 @@ def test_the_sliced_model_is_the_masked_dense_model(tmp_path: Path, sharing: str
     small, gone = load_model(out), notes.get("layers removed", ())
     assert len(gone) == 3 - layers
     assert (small.config.heads, small.config.inner_size, notes["columns"]) == (2, 20, 20)
-    tokens = tokens_of(model.config)
-    mask = torch.ones_like(tokens)
-    mask[0, 5:] = 0
+    tokens, mask = masked(model.config)
     with torch.no_grad():
         expected = masked_dense(model, small, gone)(tokens, mask).hidden
         found = small.sharebert(tokens, mask, pool=False).hidden
@@ -231,15 +239,72 @@ def test_stock_transformers_loads_fewer_columns_and_refuses_fewer_heads(tmp_path
         write_export(read_export(few), tmp_path / "refused", Dense())
 
 
-def test_onnx_holds_every_shape(tmp_path: Path) -> None:
+CUT = {"prune_structure": {"heads": 2, "columns": 13, "layers": 1}}
+SHAPES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "tied": ([CUT], {"mlm_head": "tied"}),
+    "untied": ([CUT], {}),
+    "eps": ([CUT], {"sharing": "eps", "mlm_head": "tied"}),
+    "headless": ([CUT], {"mlm_head": "none"}),
+    "layers share": ([{"prune_structure": {"layers": 1}}], {"sharing": "layers", "mlm_head": "tied"}),
+    "low rank": ([{"prune_structure": {"layers": 1}}, {"low_rank": {"rank": 4}}], {"mlm_head": "tied"}),
+    "sparse": ([CUT, {"prune_weights": {"method": "magnitude"}}], {"mlm_head": "tied"}),
+}
+"""Steps and the source that they prune."""
+
+
+def after_steps(folder: Path, source: Path, steps: Sequence[dict[str, Any]]) -> Path:
+    for number, given in enumerate(steps):
+        _, step = step_of(given, f"steps.{number}")
+        step.check(open_source(source))
+        out = folder / f"{number}"
+        step.apply(open_source(source), tools(), out)
+        source = out
+    return source
+
+
+def by_onnx(source: Path, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The outputs of the ONNX file that the step `onnx` makes, by their names."""
     runtime = pytest.importorskip("onnxruntime")
-    _, out, _ = pruned(tmp_path, {"heads": 2, "columns": 13}, mlm_head="tied")
-    write_export(read_export(out), tmp_path / "onnx", Onnx())
-    session = runtime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
-    tokens = tokens_of(read_export(out).config)
-    given = {"input_ids": tokens.numpy(), "attention_mask": torch.ones_like(tokens).numpy()}
-    (logits,) = session.run(["logits"], given)
-    torch.testing.assert_close(torch.from_numpy(logits), load_model(out).logits(tokens), rtol=1e-4, atol=1e-4)
+    out = after_steps(source.parent / "onnx", source, [{"onnx": {}}])
+    session = runtime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, map(torch.from_numpy, found), strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", [next(iter(SHAPES)), *(pytest.param(n, marks=pytest.mark.slow) for n in [*SHAPES][1:])]
+)
+def test_onnx_holds_every_shape(tmp_path: Path, name: str) -> None:
+    steps, changes = SHAPES[name]
+    out = after_steps(tmp_path, tiny_export(tmp_path / "source", **changes), steps)
+    model = load_model(out)
+    tokens, mask = masked(model.config)
+    found = by_onnx(out, tokens, mask)
+    with torch.no_grad():
+        encoded = model.sharebert(tokens, mask)
+        expected = {"last_hidden_state": encoded.hidden, "pooler_output": encoded.pooled.tanh()}
+        if model.mlm_head is not None:
+            expected["logits"] = model.logits(tokens, mask)
+    assert found.keys() == expected.keys()
+    for output, tensor in expected.items():
+        assert (found[output] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_onnx_holds_a_pruned_classifier(tmp_path: Path, pooling: str) -> None:
+    from sharebert.hub import ShareBertForSequenceClassification
+
+    model, generator = tiny_model(mlm_head="none"), torch.Generator().manual_seed(0)
+    head = {"classifier.weight": torch.randn(3, 24, generator=generator), "classifier.bias": torch.ones(3)}
+    kind = Classifier(("a", "b", "c"), pooling=pooling)
+    weights = TensorWeights(model.state_dict() | head)
+    write_export(Export(model.config, kind, weights, tokenizer=tiny_tokenizer(tmp_path)), tmp_path / "source")
+    out = after_steps(tmp_path, tmp_path / "source", [CUT])
+    tokens, mask = masked(model.config)
+    expected = ShareBertForSequenceClassification.from_pretrained(out).eval()(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(by_onnx(out, tokens, mask)["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
