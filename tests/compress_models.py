@@ -26,6 +26,19 @@ def tiny_export(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
+def export_with_dead_parts(folder: Path, head: int, columns: list[int], layer: int) -> Path:
+    """A tiny export of three layers in which a head, some columns and a layer add nothing to the stream: the factors of
+    heads, columns and branches are 0 there."""
+    sizes = {"kept_heads": [0, 1, 2], "kept_columns": list(range(40)), "num_hidden_layers": 3}
+    model = tiny_model(**sizes, branch_gain=0.5, learned_branch_gains=True, mlm_head="tied")
+    with torch.no_grad():
+        model.sharebert.kept_attention_scale.view(3, 8)[head] = 0
+        model.sharebert.kept_inner_scale[columns] = 0
+        model.sharebert.layers[layer].branch_gains.zero_()
+    write_export(Export.of_model(model, tokenizer=tiny_tokenizer(folder.parent)), folder)
+    return folder
+
+
 def tokens_of(config: ShareBertConfig, rows: int = 3, length: int = 9) -> torch.Tensor:
     """Random ordinary words [rows, length]."""
     return torch.randint(5, 250, (rows, length), generator=torch.Generator().manual_seed(1))

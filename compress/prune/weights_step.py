@@ -202,7 +202,8 @@ class PruneWeights(FromCompact):
             for name, gradients in chunk.items():
                 together = torch.stack(gradients)
                 if name not in found:
-                    damping = self.damping * float((together**2).mean()) + 1e-20
+                    squares = float((together**2).sum()) / (len(together) * weights[name].numel())  # of no filling
+                    damping = self.damping * squares + 1e-20
                     found[name] = InverseFisher(together.shape[1], self.block, len(rows), damping)
                 found[name].add(together)
         return found

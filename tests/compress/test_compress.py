@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from tiny_models import tiny_model
 
 import compress.run
 from compress.recipe import CompressRecipe
-from compress.report import check, read_report, table
+from compress.report import check, model_files, read_report, table
 from compress.run import compress as run
+from compress.step_folders import checksums
 from compress.trim import Trim
 from data_prep.shards.reader import open_dataset
 from exports.export import Export
@@ -112,6 +114,55 @@ def test_a_killed_command_goes_on_after_the_last_whole_step(source: Path, tmp_pa
     assert main(["compress", str(source), str(file), str(out)]) == 0
     assert first.stat().st_mtime_ns == written
     assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_in_a_long_step_goes_on_inside_it(dataset: Path, tmp_path: Path) -> None:
+    """The surgeon's recomputations that were done are not done again, and the model is that of an undisturbed run."""
+    own, file = own_export(tmp_path / "own", dataset), tmp_path / "recipe.yaml"
+    file.write_text(
+        "steps: [{prune_weights: {method: surgeon, recomputations: 6, gradients: 64}}]\nreport: {latency: []}\n"
+    )
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "sharebert_cli", "compress", str(own), str(file), str(out)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [*command, f"calibration={dataset}"], stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def recomputations(process: subprocess.Popen[str], last: int) -> list[int]:
+        """The numbers that it prints, until `last`."""
+        assert process.stderr is not None
+        found: list[int] = []
+        for line in process.stderr:
+            if match := re.search(r"removed after recomputation (\d) of 6", line):
+                found.append(int(match[1]))
+                if found[-1] == last:
+                    break
+        return found
+
+    def finished(process: subprocess.Popen[str]) -> None:
+        process.communicate(timeout=100)
+        assert process.returncode == 0
+
+    whole, out = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out"
+    undisturbed = start(whole)
+    assert recomputations(undisturbed, 6) == [1, 2, 3, 4, 5, 6]
+    finished(undisturbed)
+    first = start(out)
+    assert recomputations(first, 2) == [1, 2]
+    first.kill()
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    assert not out.exists()
+    again = start(out)
+    done = recomputations(again, 6)
+    assert done == list(range(done[0], 7))
+    assert done[0] >= 3
+    finished(again)
+    files = [model_files(checksums(folder)) for folder in (whole, out)]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "removed", "record", "other source", "other keys"])

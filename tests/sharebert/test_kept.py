@@ -36,9 +36,13 @@ def fresh(model: ShareBertForMaskedLM, **kwargs: object) -> torch.Tensor:
     return copy.deepcopy(model).sharebert(TOKENS, **kwargs).hidden
 
 
-@pytest.fixture(params=["veps", "eps"])
+PRUNED = {"kept_heads": [0, 2], "kept_columns": list(range(3, 40, 2))}
+"""Keys of a model with some of its heads and columns, and factors on their outputs."""
+
+
+@pytest.fixture(params=["veps", "eps", "pruned"])
 def model(request: pytest.FixtureRequest) -> ShareBertForMaskedLM:
-    return tiny_model(sharing=request.param).eval()
+    return tiny_model(**PRUNED if request.param == "pruned" else {"sharing": request.param}).eval()
 
 
 @torch.no_grad()
@@ -130,6 +134,19 @@ def test_a_change_of_the_projection_is_noticed() -> None:
         after = model.sharebert(TOKENS).hidden
         assert not torch.allclose(before, after)
         assert torch.equal(after, fresh(model))
+
+
+@pytest.mark.parametrize("name", ["kept_attention_scale", "kept_inner_scale"])
+@torch.no_grad()
+def test_a_change_of_a_factor_on_what_was_kept_is_noticed(name: str, made: list[int]) -> None:
+    model = tiny_model(**PRUNED).eval()
+    before = model.sharebert(TOKENS).hidden
+    model.sharebert.get_parameter(name)[1] += 2
+    after = model.sharebert(TOKENS).hidden
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, model.sharebert(TOKENS).hidden)
+    assert made == [7, 7]
+    assert torch.equal(after, fresh(model))
 
 
 @torch.no_grad()

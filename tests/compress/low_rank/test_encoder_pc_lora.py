@@ -15,8 +15,9 @@ from compress import training
 from compress.dense.hub_onnx import head_of, open_for_onnx
 from compress.dense.onnx_int8 import OnnxInt8
 from compress.dense.runtime import OnnxModel
+from compress.low_rank import pc_lora_step
 from compress.low_rank.encoder_loss import encoder_loss, outputs, rows_of
-from compress.low_rank.fading_linears import fade, linears_of, put, ranks_of, second_moments
+from compress.low_rank.fading_linears import FadingLinear, fade, linears_of, put, ranks_of, second_moments
 from compress.low_rank.pc_lora_step import PcLora
 from compress.prune.calibrate import Batch
 from compress.recipe import CompressRecipe
@@ -90,6 +91,20 @@ def test_at_share_1_it_is_the_model_and_at_0_nothing_of_the_matrices_is_left(tmp
     put(model, {name: module.pair() for name, module in fading.items()})
     torch.testing.assert_close(hidden_states(model), found[1], rtol=1e-4, atol=1e-5)
     assert not found[0].equal(found[1])
+
+
+def test_all_matrices_fade_in_the_steps_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+
+    def watched(student: Any, *given: Any) -> torch.Tensor:
+        seen.append([module.share for module in student.modules() if isinstance(module, FadingLinear)])
+        return encoder_loss(student, *given)
+
+    monkeypatch.setattr(pc_lora_step, "encoder_loss", watched)
+    source = hub_folder(tmp_path / "bert", "")
+    trained(tmp_path, source, steps=10, fade=0.5, schedule="linear", task_weight=0.0)
+    expected = [0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0, 0]
+    assert seen == [pytest.approx([share] * MATRICES) for share in expected]
 
 
 @pytest.mark.parametrize(("kind", "matrices"), [("Bert", 12), ("DistilBert", 12), ("Electra", 12), ("Albert", 6)])

@@ -45,6 +45,20 @@ def test_the_share_of_the_matrices_falls_from_1_to_0(schedule: Any) -> None:
     assert base_share(schedule, 0.5) == pytest.approx(half)
 
 
+def test_the_matrices_fade_in_the_steps_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    loss = PcLora.loss
+
+    def watched(step: PcLora, student: Any, *given: Any) -> torch.Tensor:
+        seen.append(student.sharebert.sharing.share)
+        return loss(step, student, *given)
+
+    monkeypatch.setattr(PcLora, "loss", watched)
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    trained(tmp_path, source, steps=10, fade=0.5, schedule="linear")
+    assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0, 0])
+
+
 def random_set(seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"intermediate": (24, 40), "output": (40, 24)}

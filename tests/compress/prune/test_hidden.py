@@ -194,6 +194,23 @@ def test_importance_of_layers_together_is_that_of_the_compact_form(tmp_path: Pat
         torch.testing.assert_close(summed.t() @ summed, together, rtol=1e-3, atol=1e-6)
 
 
+def test_heads_and_columns_that_add_nothing_are_those_that_go(tmp_path: Path) -> None:
+    """Others in each layer; without the columns the model is the same."""
+    folder = dense_folder(tmp_path / "dense")
+    model = lively(folder)
+    heads, columns = (2, 0), ([0, 7, 39], [8, 9, 20])
+    for layer, gone in zip(model.bert.encoder.layer, columns, strict=True):
+        layer.output.dense.weight[:, gone] = 0
+    tokens, mask = masked()
+    small = pruned(folder, model, hidden=24, columns=37, least_squares=False)
+    torch.testing.assert_close(small(tokens, mask).logits, model(tokens, mask).logits, **TIGHT)
+    for layer, head in zip(model.bert.encoder.layer, heads, strict=True):
+        layer.attention.output.dense.weight[:, head_channels(torch.tensor([head]), 8)] = 0
+    for kept, head, gone in zip(gradients(model, rows_of(folder), 0).kept(2, 37), heads, columns, strict=True):
+        assert kept.heads.tolist() == [number for number in range(3) if number != head]
+        assert kept.columns.tolist() == [number for number in range(40) if number not in gone]
+
+
 def test_least_squares_are_numpys() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 5, generator=generator, dtype=torch.float64)

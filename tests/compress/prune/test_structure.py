@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from compress_models import tiny_export, tokens_of
-from tiny_models import tiny_model
+from compress_models import export_with_dead_parts, tiny_export, tokens_of
+from tiny_models import tiny_model, tiny_tokenizer
 
 from compress.prune.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.structure import fisher, least_important, rescaled
 from compress.prune.structure_step import PruneStructure, without_layers
 from compress.source import open_source
+from compress.steps import step_of
 from exports.dense_model import DenseBert, dense_tensors
 from exports.export import Export
 from exports.forms import write_export
-from exports.onnx import Onnx
+from exports.kinds import Classifier
 from exports.read import load_model, read_export
+from exports.weight_source import TensorWeights
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 
@@ -40,8 +43,17 @@ def pruned(folder: Path, keys: dict[str, Any], **changes: Any) -> tuple[ShareBer
     return load_model(source), out, notes
 
 
-def masked_dense(model: ShareBertForMaskedLM, small: ShareBertForMaskedLM) -> DenseBert:
-    """The whole model, written out, with zeros where the pruned one has nothing, and with its factors and biases."""
+def masked(config: ShareBertConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words, and 0 where there is padding."""
+    tokens = tokens_of(config)
+    mask = torch.ones_like(tokens)
+    mask[0, 5:] = 0
+    return tokens, mask
+
+
+def masked_dense(model: ShareBertForMaskedLM, small: ShareBertForMaskedLM, gone: Sequence[int] = ()) -> DenseBert:
+    """The whole model, written out, with zeros where the pruned one has nothing (as in the layers `gone`), and with its
+    factors and biases."""
     config, after = model.config, small.config
     dense = DenseBert(dataclasses.replace(config, mlm_head="none"))
     tensors = dict(dense_tensors(model))
@@ -57,7 +69,13 @@ def masked_dense(model: ShareBertForMaskedLM, small: ShareBertForMaskedLM) -> De
     if small.sharebert.kept_inner_scale is not None:
         columns_scale[columns == 1] = small.sharebert.kept_inner_scale.detach()
     with torch.no_grad():
-        for layer, own in zip(dense.bert.encoder.layer, small.sharebert.layers, strict=True):
+        dense.bert.embeddings.token_type_embeddings.weight.copy_(small.sharebert.token_type_embeddings.weight)
+        left = [layer for number, layer in enumerate(dense.bert.encoder.layer) if number not in gone]
+        for number in gone:
+            for linear in (dense.bert.encoder.layer[number].attention.output, dense.bert.encoder.layer[number].output):
+                linear.dense.weight.zero_()
+                linear.dense.bias.zero_()
+        for layer, own in zip(left, small.sharebert.layers, strict=True):
             layer.attention.output.dense.weight *= rows_scale  # [out, in]
             layer.attention.output.dense.bias.copy_(own.attention_output_bias)
             layer.output.dense.weight *= columns_scale
@@ -67,16 +85,16 @@ def masked_dense(model: ShareBertForMaskedLM, small: ShareBertForMaskedLM) -> De
 
 @pytest.mark.parametrize("sharing", ["veps", "eps"])
 @pytest.mark.parametrize("rescale", [True, False])
-def test_the_sliced_model_is_the_masked_dense_model(tmp_path: Path, sharing: str, rescale: bool) -> None:
-    keys = {"heads": 2, "columns": 0.5, "rescale": rescale}
-    model, out, notes = pruned(tmp_path, keys, sharing=sharing)
-    small = load_model(out)
+@pytest.mark.parametrize("layers", [3, 1])
+def test_the_sliced_model_is_the_masked_dense_model(tmp_path: Path, sharing: str, rescale: bool, layers: int) -> None:
+    keys = {"heads": 2, "columns": 0.5, "layers": layers, "rescale": rescale}
+    model, out, notes = pruned(tmp_path, keys, sharing=sharing, num_hidden_layers=3)
+    small, gone = load_model(out), notes.get("layers removed", ())
+    assert len(gone) == 3 - layers
     assert (small.config.heads, small.config.inner_size, notes["columns"]) == (2, 20, 20)
-    tokens = tokens_of(model.config)
-    mask = torch.ones_like(tokens)
-    mask[0, 5:] = 0
+    tokens, mask = masked(model.config)
     with torch.no_grad():
-        expected = masked_dense(model, small)(tokens, mask).hidden
+        expected = masked_dense(model, small, gone)(tokens, mask).hidden
         found = small.sharebert(tokens, mask, pool=False).hidden
         kept = small.sharebert(tokens, mask, pool=False).hidden
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -110,6 +128,18 @@ def test_removal_counts_what_two_parts_do_together() -> None:
     # parts 0 and 1 are copies of each other: either may go, both may not
     matrix = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.1, 0.0], [0.0, 0.0, 2.5]])
     assert least_important(matrix, 2) == [0, 2]
+
+
+def test_parts_that_add_nothing_are_those_that_go(tmp_path: Path) -> None:
+    source = export_with_dead_parts(tmp_path / "source", head=1, columns=[3, 20, 39], layer=1)
+    out = tmp_path / "out"
+    notes = PruneStructure(heads=2, columns=37, layers=2).apply(open_source(source), tools(), out)
+    assert (notes["layers removed"], notes["heads kept"]) == ([1], [0, 2])
+    columns = read_export(out).config.kept_columns
+    assert columns == tuple(number for number in range(40) if number not in (3, 20, 39))
+    tokens = tokens_of(read_export(out).config)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(out).logits(tokens), load_model(source).logits(tokens))
 
 
 def test_factors_are_those_of_least_squares() -> None:
@@ -209,15 +239,72 @@ def test_stock_transformers_loads_fewer_columns_and_refuses_fewer_heads(tmp_path
         write_export(read_export(few), tmp_path / "refused", Dense())
 
 
-def test_onnx_holds_every_shape(tmp_path: Path) -> None:
+CUT = {"prune_structure": {"heads": 2, "columns": 13, "layers": 1}}
+SHAPES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "tied": ([CUT], {"mlm_head": "tied"}),
+    "untied": ([CUT], {}),
+    "eps": ([CUT], {"sharing": "eps", "mlm_head": "tied"}),
+    "headless": ([CUT], {"mlm_head": "none"}),
+    "layers share": ([{"prune_structure": {"layers": 1}}], {"sharing": "layers", "mlm_head": "tied"}),
+    "low rank": ([{"prune_structure": {"layers": 1}}, {"low_rank": {"rank": 4}}], {"mlm_head": "tied"}),
+    "sparse": ([CUT, {"prune_weights": {"method": "magnitude"}}], {"mlm_head": "tied"}),
+}
+"""Steps and the source that they prune."""
+
+
+def after_steps(folder: Path, source: Path, steps: Sequence[dict[str, Any]]) -> Path:
+    for number, given in enumerate(steps):
+        _, step = step_of(given, f"steps.{number}")
+        step.check(open_source(source))
+        out = folder / f"{number}"
+        step.apply(open_source(source), tools(), out)
+        source = out
+    return source
+
+
+def by_onnx(source: Path, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The outputs of the ONNX file that the step `onnx` makes, by their names."""
     runtime = pytest.importorskip("onnxruntime")
-    _, out, _ = pruned(tmp_path, {"heads": 2, "columns": 13}, mlm_head="tied")
-    write_export(read_export(out), tmp_path / "onnx", Onnx())
-    session = runtime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
-    tokens = tokens_of(read_export(out).config)
-    given = {"input_ids": tokens.numpy(), "attention_mask": torch.ones_like(tokens).numpy()}
-    (logits,) = session.run(["logits"], given)
-    torch.testing.assert_close(torch.from_numpy(logits), load_model(out).logits(tokens), rtol=1e-4, atol=1e-4)
+    out = after_steps(source.parent / "onnx", source, [{"onnx": {}}])
+    session = runtime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, map(torch.from_numpy, found), strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", [next(iter(SHAPES)), *(pytest.param(n, marks=pytest.mark.slow) for n in [*SHAPES][1:])]
+)
+def test_onnx_holds_every_shape(tmp_path: Path, name: str) -> None:
+    steps, changes = SHAPES[name]
+    out = after_steps(tmp_path, tiny_export(tmp_path / "source", **changes), steps)
+    model = load_model(out)
+    tokens, mask = masked(model.config)
+    found = by_onnx(out, tokens, mask)
+    with torch.no_grad():
+        encoded = model.sharebert(tokens, mask)
+        expected = {"last_hidden_state": encoded.hidden, "pooler_output": encoded.pooled.tanh()}
+        if model.mlm_head is not None:
+            expected["logits"] = model.logits(tokens, mask)
+    assert found.keys() == expected.keys()
+    for output, tensor in expected.items():
+        assert (found[output] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_onnx_holds_a_pruned_classifier(tmp_path: Path, pooling: str) -> None:
+    from sharebert.hub import ShareBertForSequenceClassification
+
+    model, generator = tiny_model(mlm_head="none"), torch.Generator().manual_seed(0)
+    head = {"classifier.weight": torch.randn(3, 24, generator=generator), "classifier.bias": torch.ones(3)}
+    kind = Classifier(("a", "b", "c"), pooling=pooling)
+    weights = TensorWeights(model.state_dict() | head)
+    write_export(Export(model.config, kind, weights, tokenizer=tiny_tokenizer(tmp_path)), tmp_path / "source")
+    out = after_steps(tmp_path, tmp_path / "source", [CUT])
+    tokens, mask = masked(model.config)
+    expected = ShareBertForSequenceClassification.from_pretrained(out).eval()(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(by_onnx(out, tokens, mask)["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,21 @@ import pytest
 import torch
 from compress_models import killed, tiny_export, tokens_of
 from safetensors.numpy import load_file
+from tiny_models import tiny_model, tiny_tokenizer
 
 from compress import training
 from compress.prune import weights_step
 from compress.prune.calibrate import batches, hidden_states, objective
 from compress.prune.masks import smallest, sparsity_after
 from compress.prune.movement import Movement
-from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.prune.weights_step import PruneWeights
 from compress.source import open_source
 from compress.trim import Trim
 from exports.compact import Compact
+from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
-from pretrain.engine.zeros import keep_zeros
+from pretrain.model import ModelRecipe, build_model, choose_model
 from sharebert_common.errors import BadInput
 
 E, ALL = "sharebert.word_embeddings.weight", "sharebert.factor_linear_all.weight"
@@ -41,57 +42,6 @@ def pruned(folder: Path, source: Path, name: str = "out", **keys: Any) -> tuple[
     step, out = PruneWeights(**keys), folder / name
     step.check(open_source(source))
     return out, step.apply(open_source(source), tools(folder), out)
-
-
-def problem(gradients: int = 40, blocks: int = 3, size: int = 5) -> tuple[torch.Tensor, InverseFisher, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    g = torch.randn(gradients, blocks, size, generator=generator)
-    inverse = InverseFisher(blocks, size, gradients, 0.3)
-    for first in range(0, gradients, 16):
-        inverse.add(g[first : first + 16])
-    explicit = torch.einsum("nbi,nbj->bij", g, g) / gradients + 0.3 * torch.eye(size)
-    return torch.randn(blocks, size, generator=generator), inverse, explicit
-
-
-def test_woodbury_gives_the_explicit_inverse() -> None:
-    _, inverse, explicit = problem()
-    torch.testing.assert_close(inverse.inverse, torch.linalg.inv(explicit), rtol=1e-4, atol=1e-5)
-
-
-def test_saliency_and_update_of_one_weight_are_those_of_the_paper() -> None:
-    weights, inverse, explicit = problem()
-    explicit_inverse = torch.linalg.inv(explicit)
-    found = saliency(weights, inverse)
-    for block in range(3):
-        for q in range(5):
-            w, f = weights[block], explicit_inverse[block]
-            assert found[block, q].item() == pytest.approx((w[q] ** 2 / (2 * f[q, q])).item(), rel=1e-3)
-            removed = torch.zeros(3, 5, dtype=torch.bool)
-            removed[block, q] = True
-            by_hand = w - w[q] / f[q, q] * f[:, q]
-            by_hand[q] = 0
-            torch.testing.assert_close(without(weights, removed, inverse)[block], by_hand, rtol=1e-3, atol=1e-4)
-
-
-def test_the_update_of_several_weights_costs_least() -> None:
-    """The oracle: minimise ½·δᵀFδ over the weights that stay, by their own normal equations."""
-    weights, inverse, explicit = problem()
-    removed = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
-    found = without(weights, removed, inverse)
-    for block in range(3):
-        stay, go = ~removed[block], removed[block]
-        f, w = explicit[block], weights[block]
-        expected = torch.zeros(5)
-        expected[stay] = w[stay] + torch.linalg.solve(f[stay][:, stay], f[stay][:, go] @ w[go])
-        torch.testing.assert_close(found[block], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_blocks_are_neighbours_of_a_row() -> None:
-    matrix = torch.arange(14.0).view(2, 7)
-    blocks = blocked(matrix, 3)
-    assert blocks[1].tolist() == [3, 4, 5]
-    assert blocks[2].tolist() == [6, 0, 0]
-    assert unblocked(blocks, matrix.shape).equal(matrix)
 
 
 def test_scopes() -> None:
@@ -154,6 +104,20 @@ def test_with_centre_what_is_removed_is_the_mean_of_its_column(tmp_path: Path, m
     again = tmp_path / "again"
     write_export(read_export(out), again)
     assert all((load_file(again / "model.safetensors")[name] == part).all() for name, part in files.items())
+
+
+@pytest.mark.parametrize(("matrix", "other"), [(E, ALL), (ALL, E)])
+def test_wanda_removes_large_numbers_whose_errors_cost_nothing(tmp_path: Path, matrix: str, other: str) -> None:
+    """A column of one factor is multiplied by that of the other alone: where this is nearly zero, it may go."""
+    model = tiny_model(mlm_head="none")
+    with torch.no_grad():
+        model.get_parameter(matrix)[:, 3] *= 10
+        model.get_parameter(other)[:, 3] *= 1e-4
+        model.sharebert.pre_factor_norm.weight[3] = 0  # nor does the looked-up word need it
+    source = tmp_path / "source"
+    write_export(Export.of_model(model, tokenizer=tiny_tokenizer(tmp_path)), source)
+    out, _ = pruned(tmp_path, source, method="wanda", sparsity=0.5, scope="matrix")
+    assert (load_model(out).get_parameter(matrix)[:, 3] == 0).all()
 
 
 def test_a_killed_step_goes_on_after_the_last_recomputation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,8 +215,9 @@ def test_another_dtype_rounds_the_values_and_leaves_the_mask(tmp_path: Path) -> 
 def test_zeros_survive_training(tmp_path: Path) -> None:
     source = tiny_export(tmp_path / "source", mlm_head="tied")
     out, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.8)
-    model, (batch, *_) = load_model(out), batches(tools(tmp_path).calibration(), out / "tokenizer.json", 0)
-    keep_zeros(model.train())
+    choice = choose_model(ModelRecipe(init_from=str(out), keep_zeros=True), None, None)
+    model = build_model(choice, seed=0).train()
+    batch, *_ = batches(tools(tmp_path).calibration(), out / "tokenizer.json", 0)
     before = {name: model.get_parameter(name).detach().clone() for name in (E, ALL)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(5):
