@@ -108,7 +108,8 @@ class ShareBertConfig:
     the first pair, the next as many the second, and so on."""
     kept_heads: tuple[int, ...] | None = None
     """The attention heads that a pruned model uses, ascending, of `num_attention_heads` in the generated matrices.
-    None: all. It is the same for all layers, because they share the matrices."""
+    None: all. It is the same for all layers, because they share the matrices. With `sharing: low_rank` the products are
+    those of the heads that are left, and the numbers say which of the model before they were."""
     kept_columns: tuple[int, ...] | None = None
     """The columns inside the feed-forward block that a pruned model uses, ascending, of `intermediate_size`. None:
     all."""
@@ -195,7 +196,7 @@ class ShareBertConfig:
             raise ShareBertError(f"{key}: must be a list of whole numbers from 0 to {of} - 1 = {count - 1}")
         if not given or list(given) != sorted(set(given)):
             raise ShareBertError(f"{key}: must be ascending, with one number or more")
-        if not self.generates:
+        if not self.generates and (key, self.sharing) != ("kept_heads", "low_rank"):
             raise ShareBertError(f"{key}: is for sharing: veps or eps, this model has {self.sharing}")
         return tuple(given)
 

@@ -30,6 +30,9 @@ from sharebert_common.recipe import STRICT
 
 SHARING = "sharebert.sharing."
 
+SOURCES = ("sharebert.factor_linear_all.", "sharebert.kept_", SHARING)
+"""How the names begin of what only makes the matrices: W_all, the factors on what is left, the matrices themselves."""
+
 INPUT_OF = {"key": "query", "value": "query"}
 """Matrices that are multiplied by the same as another one."""
 
@@ -77,8 +80,6 @@ def low_rank_config(step: str, config: ShareBertConfig, rank: int, ranks: Mappin
     """
     if config.sharing not in ("veps", "eps", "layers"):
         raise BadInput(f"{step}: takes a model whose layers share their matrices, this one has {config.sharing}")
-    if config.kept_heads is not None or config.kept_columns is not None:
-        raise BadInput(f"{step}: takes a model with all heads and columns")
     check_one_pair(step, config)
     if config.sharing == "eps":
         raise BadInput(f"{step}: takes sharing: veps or layers; with eps, E is the matrices")
@@ -86,7 +87,14 @@ def low_rank_config(step: str, config: ShareBertConfig, rank: int, ranks: Mappin
         raise BadInput(f"{step}.rank: {rank} is not below the hidden size, {config.hidden_size}")
     widths = {name: min(config.matrix_shape(name)) for name in MATRICES}
     named = named_ranks(step, widths, ranks, "this model")
-    return dataclasses.replace(config, sharing="low_rank", rank=rank, ranks=named)
+    return dataclasses.replace(
+        config,
+        sharing="low_rank",
+        rank=rank,
+        ranks=named,
+        intermediate_size=config.inner_size,  # the products are those of the columns that are left
+        kept_columns=None,
+    )
 
 
 def rank_notes(config: ShareBertConfig) -> dict[str, Any]:
@@ -113,8 +121,7 @@ def products(model: ShareBertForMaskedLM, config: ShareBertConfig, moments: dict
 
 def with_products(export: Export, config: ShareBertConfig, found: dict[str, LowRank]) -> Export:
     """The export with products in place of what its matrices were made from; `config` is that of the result."""
-    dropped = ("sharebert.factor_linear_all.", SHARING)
-    tensors = {name: whole(export.weights, name) for name in export.weights.specs if not name.startswith(dropped)}
+    tensors = {name: whole(export.weights, name) for name in export.weights.specs if not name.startswith(SOURCES)}
     for name, product in found.items():
         tensors |= {f"{SHARING}{name}_a": product.a, f"{SHARING}{name}_b": product.b}
     keys = dict(export.other_keys)

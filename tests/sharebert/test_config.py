@@ -115,6 +115,8 @@ def test_score_scales() -> None:
         ({"ffn_pairs": 2, "sharing": "layers"}, "ffn_pairs: is for sharing: veps or eps, this model has layers"),
         ({"ffn_pairs": 3, "vocab_size": 900}, "ffn_pairs: 3 pairs for 2 layers"),
         ({"ffn_pairs": 2, "vocab_size": 500, "kept_heads": [0]}, "kept_heads: is for models with one feed-forward"),
+        ({**LOW_RANK, "kept_columns": [0]}, "kept_columns: is for sharing: veps or eps, this model has low_rank"),
+        ({"sharing": "layers", "kept_heads": [0]}, "kept_heads: is for sharing: veps or eps, this model has layers"),
         ({"ranks": {"key": 3}}, r"ranks: is for sharing: low_rank \(this model has veps\)"),
         ({**LOW_RANK, "ranks": 4}, "ranks: must be a mapping of names of matrices to ranks"),
         ({**LOW_RANK, "ranks": {"keys": 4}}, "ranks: no matrix 'keys'; names are query, key, value, attention_output,"),

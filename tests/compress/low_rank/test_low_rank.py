@@ -25,6 +25,7 @@ from sharebert.config import ShareBertError
 from sharebert_common.errors import BadInput
 
 RANKS = {"query": 3, "value": 9, "*output": 7}
+PRUNED: dict[str, Any] = {"kept_heads": (0, 2), "kept_columns": tuple(range(0, 40, 2))}
 
 
 def low_rank(
@@ -89,6 +90,35 @@ def test_each_matrix_has_its_rank(tmp_path: Path) -> None:
     assert "5, 3 of query, 9 of value, 7 of attention_output, 7 of output" in (out / "README.md").read_text()
 
 
+def test_of_a_pruned_model_the_rest_is_factored(tmp_path: Path) -> None:
+    """With 2 of 3 heads and 20 of 40 columns; rank 23 is that of each matrix which is left, so that nothing is lost."""
+    source, out = low_rank(tmp_path, 23, **PRUNED)
+    config, model = read_export(out).config, load_model(out)
+    assert (config.heads, config.intermediate_size, config.kept_columns) == (2, 20, None)
+    assert [config.rank_of(name) for name in ("query", "attention_output", "intermediate", "output")] == [
+        16,
+        16,
+        20,
+        20,
+    ]
+    assert generated_elements(config) == 4 * 16 * (24 + 16) + 2 * 20 * (24 + 20)
+    assert not [name for name in model.state_dict() if "kept_" in name]
+    tokens = tokens_of(config)
+    torch.testing.assert_close(model.logits(tokens), load_model(source).logits(tokens), rtol=1e-3, atol=1e-4)
+
+
+def test_a_pruned_model_of_low_rank_is_an_export_like_others(tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    _, out = low_rank(tmp_path, 5, ranks=RANKS, **PRUNED)
+    Trim().apply(open_source(out), None, tmp_path / "trimmed")  # type: ignore[arg-type]
+    tokens = tokens_of(read_export(out).config)
+    expected = load_model(out).logits(tokens)
+    torch.testing.assert_close(load_model(tmp_path / "trimmed").logits(tokens), expected, rtol=1e-4, atol=1e-4)
+    model = AutoModelForMaskedLM.from_pretrained(out, trust_remote_code=True).eval()
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_at_almost_full_rank_little_is_lost(tmp_path: Path) -> None:
     source, out = low_rank(tmp_path, 23)
     tokens = tokens_of(read_export(out).config)
@@ -136,9 +166,10 @@ def test_transformers_trim_and_dense_take_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_onnx_file_computes_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, PRUNED])
+def test_the_onnx_file_computes_the_same(tmp_path: Path, changes: dict[str, Any]) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    _, out = low_rank(tmp_path, 6, ranks=RANKS)
+    _, out = low_rank(tmp_path, 6, ranks=RANKS, **changes)
     write_export(read_export(out), tmp_path / "onnx", Onnx())
     tokens = tokens_of(read_export(out).config)
     session = runtime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])

@@ -126,6 +126,14 @@ def test_wrong_keys_are_one_line(tmp_path: Path) -> None:
         PcLora(rank=4, ranks={"valeu": 5}).check(open_source(tmp_path / "source"))
 
 
+def test_it_follows_pruning(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied", kept_heads=(0, 2), kept_columns=tuple(range(20)))
+    config = load_model(out := trained(tmp_path, source, rank=23, steps=1, lr=1e-9)).config
+    assert (config.heads, config.inner_size, config.rank_of("query")) == (2, 20, 16)
+    tokens = tokens_of(config)
+    torch.testing.assert_close(load_model(out).logits(tokens), load_model(source).logits(tokens), rtol=1e-3, atol=1e-3)
+
+
 def test_ranks_by_matrix_are_those_of_the_result(tmp_path: Path) -> None:
     source = tiny_export(tmp_path / "source", mlm_head="tied")
     model = load_model(trained(tmp_path, source, steps=1, ranks={"*output": 7, "value": 9}))
