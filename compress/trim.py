@@ -84,8 +84,8 @@ def folded(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             value = layer.value_bias + beta @ weights.value
             new = {
                 "query_bias": layer.query_bias + beta @ weights.query,
-                "key_bias": torch.zeros_like(beta),
-                "value_bias": torch.zeros_like(beta),
+                "key_bias": torch.zeros_like(layer.key_bias),
+                "value_bias": torch.zeros_like(layer.value_bias),
                 "attention_output_bias": layer.attention_output_bias + value @ weights.attention_output,
                 "intermediate_bias": layer.intermediate_bias + ffn_beta @ weights.intermediate,
                 "attention_norm.bias": torch.zeros_like(beta),

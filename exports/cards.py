@@ -171,7 +171,15 @@ def _sizes(config: ShareBertConfig) -> dict[str, str]:
         "vocabulary": f"{config.vocab_size:,} (a multiple of {config.vocab_pad_multiple})",
         "factor size": f"{config.factor_size:,} ({config.sharing.upper()})",
         "hidden size, intermediate size": f"{config.hidden_size:,}, {config.inner_size:,}",
+        **_ranks(config),
         "layers, attention heads": f"{config.num_hidden_layers}, {config.heads}",
         "longest input": f"{config.max_position_embeddings} tokens",
         "masked-language-model head": head,
     }
+
+
+def _ranks(config: ShareBertConfig) -> dict[str, str]:
+    if config.rank is None:
+        return {}
+    others = (f", {rank:,} of {name}" for name, rank in (config.ranks or {}).items())
+    return {"rank of the products that matrices are": f"{config.rank:,}{''.join(others)}"}

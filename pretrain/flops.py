@@ -6,12 +6,13 @@ import torch
 
 from pretrain.plan.gpus import gpu_of_device
 from sharebert import ShareBertConfig
+from sharebert.sharing import Weights
 
 
 def generated_elements(config: ShareBertConfig) -> int:
     """Elements of a layer's matrices: four [H, H] and two [H, I]; of a low rank, those of their factors."""
     if config.rank is not None:
-        return config.rank * (10 * config.hidden_size + 2 * config.intermediate_size)
+        return sum(config.rank_of(name) * sum(config.matrix_shape(name)) for name in Weights._fields)
     return 4 * config.hidden_size * config.attention_size + 2 * config.hidden_size * config.inner_size
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
 from typing import Any
 
@@ -20,7 +20,7 @@ CHOICES = {
 KEPT = {"kept_heads": "num_attention_heads", "kept_columns": "intermediate_size"}
 """Keys of a pruned model: which parts of the generated matrices it uses, and the key that says how many there are."""
 
-COMPRESSED = {*KEPT, "expanded_size", "rank"}
+COMPRESSED = {*KEPT, "expanded_size", "rank", "ranks"}
 """Keys that only a compressed model has."""
 
 OPTIONAL = {
@@ -31,6 +31,9 @@ OPTIONAL = {
     "ffn_order": "cycle",
 }
 """Keys that a `config.json` leaves out where they have these values, their defaults."""
+
+MATRICES = ("query", "key", "value", "attention_output", "intermediate", "output", "pooler")
+"""The matrices that layers share, by the names of `sharing.Weights`, and the pooler's."""
 
 SIZES: dict[str, dict[str, int]] = {
     "sharebert-small": {"factor_size": 128, "num_hidden_layers": 12},
@@ -87,6 +90,8 @@ class ShareBertConfig:
     `low_rank`: all layers use one set, each matrix a product of two parameters of rank `rank`."""
     rank: int | None = None
     """Rank of the matrices with `sharing: low_rank`, and only there; a matrix has its smaller side at most."""
+    ranks: Mapping[str, int] | None = field(default=None, hash=False)
+    """Ranks of the matrices that have another one than `rank`, by names of `MATRICES`. None: all have `rank`."""
     mlm_head: str = "untied"
     """`untied`: the head has its own decoder [V, H]; `tied`: it uses E and a bias [V]; `none`: there is no head."""
     attention_scale: str = "authors"
@@ -103,14 +108,15 @@ class ShareBertConfig:
     the first pair, the next as many the second, and so on."""
     kept_heads: tuple[int, ...] | None = None
     """The attention heads that a pruned model uses, ascending, of `num_attention_heads` in the generated matrices.
-    None: all. It is the same for all layers, because they share the matrices."""
+    None: all. It is the same for all layers, because they share the matrices. With `sharing: low_rank` the products are
+    those of the heads that are left, and the numbers say which of the model before they were."""
     kept_columns: tuple[int, ...] | None = None
     """The columns inside the feed-forward block that a pruned model uses, ascending, of `intermediate_size`. None:
     all."""
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
-            if key not in KEPT and (key not in OPTIONAL or value is not None):
+            if key not in {*KEPT, "ranks"} and (key not in OPTIONAL or value is not None):
                 _check(key, value)
         if self.ffn_pairs > 1:
             self._check_pairs()
@@ -139,6 +145,8 @@ class ShareBertConfig:
         for key, of in KEPT.items():
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, self._kept(key, getattr(self, of), of))
+        if self.ranks is not None:
+            object.__setattr__(self, "ranks", self._checked_ranks(self.ranks))
         square, wide = self.square_columns, self.wide_columns
         needed = 5 * square + 2 * self.ffn_pairs * wide
         if self.generates and self.ffn_pairs > 1 and needed > self.hidden_size:
@@ -167,6 +175,20 @@ class ShareBertConfig:
             if getattr(self, key) is not None:
                 raise ShareBertError(f"{key}: is for models with one feed-forward pair (ffn_pairs: {self.ffn_pairs})")
 
+    def _checked_ranks(self, given: object) -> dict[str, int] | None:
+        """The ranks that are other ones than `rank`, checked; None where there are none."""
+        if self.rank is None:
+            raise ShareBertError(f"ranks: is for sharing: low_rank (this model has {self.sharing})")
+        if not isinstance(given, Mapping):
+            raise ShareBertError(f"ranks: must be a mapping of names of matrices to ranks (got {given!r})")
+        for name, rank in given.items():
+            if name not in MATRICES:
+                raise ShareBertError(f"ranks: no matrix '{name}'; names are {', '.join(MATRICES)}")
+            _check(f"ranks.{name}", rank)
+            if rank >= (side := min(self.matrix_shape(name))):
+                raise ShareBertError(f"ranks.{name}: {rank} is not below {side}, the smaller side of the matrix")
+        return {name: rank for name, rank in given.items() if rank != self.rank} or None
+
     def _kept(self, key: str, count: int, of: str) -> tuple[int, ...]:
         """The numbers of `kept_heads` or `kept_columns`, checked."""
         given = getattr(self, key)
@@ -174,7 +196,7 @@ class ShareBertConfig:
             raise ShareBertError(f"{key}: must be a list of whole numbers from 0 to {of} - 1 = {count - 1}")
         if not given or list(given) != sorted(set(given)):
             raise ShareBertError(f"{key}: must be ascending, with one number or more")
-        if not self.generates:
+        if not self.generates and (key, self.sharing) != ("kept_heads", "low_rank"):
             raise ShareBertError(f"{key}: is for sharing: veps or eps, this model has {self.sharing}")
         return tuple(given)
 
@@ -213,6 +235,21 @@ class ShareBertConfig:
     def inner_size(self) -> int:
         """Width inside the feed-forward block: I, unless columns were pruned."""
         return self.intermediate_size if self.kept_columns is None else len(self.kept_columns)
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """[in, out] of a matrix with a name of `MATRICES`, as layers use it."""
+        hidden, attended, inner = self.hidden_size, self.attention_size, self.inner_size
+        return {
+            "attention_output": (attended, hidden),
+            "intermediate": (hidden, inner),
+            "output": (inner, hidden),
+            "pooler": (hidden, hidden),
+        }.get(name, (hidden, attended))
+
+    def rank_of(self, name: str) -> int:
+        """Rank of a matrix with a name of `MATRICES`, with `sharing: low_rank`."""
+        assert self.rank is not None
+        return min((self.ranks or {}).get(name, self.rank), *self.matrix_shape(name))
 
     def ffn_pair(self, layer: int) -> int:
         """The number, from 0, of the feed-forward pair that a layer uses; layers are counted from 0."""

@@ -150,7 +150,8 @@ class ShareBert(nn.Module):
             )
         elif config.sharing == "eps":
             set_roles(self.word_embeddings, weight=weight._replace(generates=True))
-        self.kept_attention_scale = _kept_scale(self, config.kept_heads, config.attention_size)
+        kept_heads = config.kept_heads if config.generates else None
+        self.kept_attention_scale = _kept_scale(self, kept_heads, config.attention_size)
         self.kept_inner_scale = _kept_scale(self, config.kept_columns, config.inner_size)
         self.pos_factor_norm = _factor_norm(hidden, config)
         self.position_embeddings = set_roles(nn.Embedding(config.max_position_embeddings, hidden), weight=weight)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .config import ShareBertConfig
+from .config import MATRICES, ShareBertConfig
 from .kept import KeptMatrices, may_keep
 from .plain_modules import embedding_matrix, is_plain
 from .precision import compute_dtype
@@ -173,11 +173,9 @@ class MatrixSet(nn.Module):
 
     def __init__(self, config: ShareBertConfig) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
         role = weight_role(config.initializer_range)._replace(generates=True)
         for name in Weights._fields:
-            shape = {"intermediate": (hidden, inner), "output": (inner, hidden)}.get(name, (hidden, hidden))
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(config.matrix_shape(name))))
         set_roles(self, **dict.fromkeys(Weights._fields, role))
 
     def weights(self) -> Weights:
@@ -209,11 +207,8 @@ class LowRankMatrices(nn.Module):
 
     def __init__(self, config: ShareBertConfig) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        assert config.rank is not None
-        for name in (*Weights._fields, "pooler"):
-            rows, columns = {"intermediate": (hidden, inner), "output": (inner, hidden)}.get(name, (hidden, hidden))
-            rank = min(config.rank, rows, columns)
+        for name in MATRICES:
+            rank, (rows, columns) = config.rank_of(name), config.matrix_shape(name)
             self.register_parameter(f"{name}_a", nn.Parameter(torch.zeros(rows, rank)))
             self.register_parameter(f"{name}_b", nn.Parameter(torch.zeros(rank, columns)))
             # the elements of a·b have the standard deviation `initializer_range`

@@ -7,12 +7,12 @@ the layers of the encoder. At λ = 0 nothing of W is left, and two smaller `nn.L
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.low_rank.ranks import named_ranks
 from compress.low_rank.svd import truncated
 from compress.prune.calibrate import Batch
 from sharebert.shared_linear import LowRank
@@ -79,20 +79,12 @@ def ranks_of(linears: Mapping[str, nn.Linear], rank: int, ranks: Mapping[str, in
     """
     if not linears:
         raise BadInput(f"pc_lora: {folder} has no linear layers inside a list of layers")
-    for pattern in ranks:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise BadInput(
-                f"pc_lora.ranks: no matrix of {folder} has a name like '{pattern}'; one is {next(iter(linears))}"
-            )
-    found = {}
-    for name, linear in linears.items():
-        fits = next((pattern for pattern in ranks if fnmatchcase(name, pattern)), None)
-        found[name] = rank if fits is None else ranks[fits]
-        width = min(linear.in_features, linear.out_features)
-        if found[name] >= width:
-            key = "pc_lora.rank" if fits is None else f"pc_lora.ranks: {fits}"
-            raise BadInput(f"{key}: {found[name]} is not below the width of {name}, {width}")
-    return found
+    widths = {name: min(linear.in_features, linear.out_features) for name, linear in linears.items()}
+    named = named_ranks("pc_lora", widths, ranks, folder)
+    for name, width in widths.items():
+        if name not in named and rank >= width:
+            raise BadInput(f"pc_lora.rank: {rank} is not below the width of {name}, {width}")
+    return {name: named.get(name, rank) for name in widths}
 
 
 @torch.no_grad()

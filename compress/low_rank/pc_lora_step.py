@@ -17,7 +17,7 @@ from compress.dense.hub_onnx import head_of, open_for_onnx, write_model_onnx
 from compress.low_rank.encoder_loss import encoder_loss, outputs, rows_of
 from compress.low_rank.fading import FadingMatrices, Schedule, base_share
 from compress.low_rank.fading_linears import fade, linears_of, put, ranks_of, second_moments, trained_of
-from compress.low_rank.step import check_source, products, with_products
+from compress.low_rank.step import low_rank_config, products, rank_notes, with_products
 from compress.prune.calibrate import Batch, calibration_batches, hidden_states, objective
 from compress.prune.structure import Inputs
 from compress.source import WEIGHTS, config_of, copy_model
@@ -47,8 +47,8 @@ class PcLora(NeedsNoRows):
     rank: Annotated[int, Field(ge=1)]
     """Rank of each product, below the hidden size."""
     ranks: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
-    """Other ranks for some matrices of a dense export or an encoder of Hugging Face, by a pattern of their names, as
-    {"*.intermediate.dense": 96}; the first pattern that fits counts."""
+    """Other ranks for some matrices, by a pattern of their names; the first pattern that fits counts. Of a compact
+    export as in `low_rank`; of a dense one or an encoder of Hugging Face as {"*.intermediate.dense": 96}."""
     steps: Annotated[int, Field(ge=1)] = 2000
     """Steps of the training, each with `batch` calibration rows."""
     fade: Annotated[float, Field(gt=0, le=1)] = 0.8
@@ -77,9 +77,7 @@ class PcLora(NeedsNoRows):
             self.check_encoder(source.folder)
             return
         config = read_export(source.folder).config
-        check_source("pc_lora", config, self.rank)
-        if self.ranks:
-            raise BadInput("pc_lora.ranks: a compact export has one rank for all matrices; use rank alone")
+        low_rank_config("pc_lora", config, self.rank, self.ranks)
         check_task_weight("pc_lora", self.task_weight, config)
 
     def check_encoder(self, folder: Path) -> None:
@@ -125,8 +123,9 @@ class PcLora(NeedsNoRows):
 
         self.train(loss_of, trained, rows, tools)
         fading.share = 0.0
-        write_export(with_products(with_biases(export, student), self.rank, fading.products()), out)
-        return {"rank": self.rank, "steps": self.steps, "tokens": self.tokens(rows, tools.seed)}
+        config = low_rank_config("pc_lora", export.config, self.rank, self.ranks)
+        write_export(with_products(with_biases(export, student), config, fading.products()), out)
+        return rank_notes(config) | {"steps": self.steps, "tokens": self.tokens(rows, tools.seed)}
 
     def low_rank_encoder(self, folder: Path, tools: Tools) -> tuple[Any, dict[str, Any]]:
         """A model whose layers have matrices of their own, with trained products in their place, as pairs of
@@ -170,7 +169,8 @@ class PcLora(NeedsNoRows):
         with torch.no_grad():
             made = model.sharebert.layer_weights()
         matrices: dict[str, Any] = {**made.of_layer(0)._asdict(), "pooler": made.pooler}
-        found: dict[str, LowRank] = products(model, self.rank, Inputs(model, rows[:MOMENT_BATCHES]).second_moments)
+        config = low_rank_config("pc_lora", model.config, self.rank, self.ranks)
+        found: dict[str, LowRank] = products(model, config, Inputs(model, rows[:MOMENT_BATCHES]).second_moments)
         return FadingMatrices(matrices, found, from_zero=self.start == "zero")
 
     def train(

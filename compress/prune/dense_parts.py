@@ -1,4 +1,4 @@
-"""What calibration rows say about a dense model: its stream, and which heads, columns and channels matter.
+"""What calibration rows say about a dense model: its stream, and which components, heads, columns and channels matter.
 
 Importance of heads and columns is that of `structure`, but of each layer alone: layers of a dense model have their own
 matrices. Channels between the two matrices of the head matter by what they add to logits.
@@ -25,6 +25,12 @@ class Gradients(NamedTuple):
     """[rows, L, heads]"""
     columns: Tensor
     """[rows, L, I]"""
+    components: Tensor
+    """[rows, components]"""
+
+    def kept_components(self, count: int) -> Tensor:
+        """Numbers of the components of the stream that stay, ascending."""
+        return _kept(self.components, count)
 
     def kept(self, heads: int, columns: int) -> list[Kept]:
         """What stays of each layer: `heads` heads and `columns` columns."""
@@ -41,15 +47,21 @@ class Kept(NamedTuple):
     """Numbers of columns inside the feed-forward block, ascending."""
 
 
-def gradients(model: DenseBert, rows: Sequence[Batch], seed: int) -> Gradients:
-    """The gradients of the loss of each calibration row, or of what `calibrate.objective` takes without a head."""
+def gradients(model: DenseBert, rows: Sequence[Batch], seed: int, components: Tensor) -> Gradients:
+    """The gradients of the loss of each calibration row, or of what `calibrate.objective` takes without a head.
+
+    `components`: those of the stream that have a factor each, orthonormal [H, components]. Every LayerNorm reads the
+    stream with these factors.
+    """
     layers: list[DenseLayer] = list(model.bert.encoder.layer)
     generator = torch.Generator().manual_seed(seed)
     heads, columns = layers[0].heads, layers[0].output.dense.in_features
+    basis = components.to(model.bert.encoder.ln.weight.dtype)
     found: list[list[Tensor]] = []
     for batch in rows:
         factors = [torch.ones(len(batch.tokens), len(layers), size, requires_grad=True) for size in (heads, columns)]
-        hooks = []
+        factors.append(torch.ones(len(batch.tokens), basis.shape[1], requires_grad=True))
+        hooks = [norm.register_forward_pre_hook(_Along(basis, factors[2])) for norm in norms_of(model)]
         for number, layer in enumerate(layers):
             for module, factor in ((layer.attention.output.dense, factors[0]), (layer.output.dense, factors[1])):
                 hooks.append(module.register_forward_pre_hook(_Times(factor[:, number])))
@@ -76,6 +88,23 @@ class _Times:
         return x * wide[:, None]
 
 
+class _Along:
+    """Multiplies the components [H, parts] of the input [B, T, H] of a module by factors [B, parts]."""
+
+    def __init__(self, basis: Tensor, factors: Tensor) -> None:
+        self.basis, self.factors = basis, factors
+
+    def __call__(self, _: nn.Module, given: tuple[Tensor]) -> Tensor:
+        (x,) = given
+        return x + x @ self.basis * (self.factors - 1)[:, None] @ self.basis.t()
+
+
+def norms_of(model: DenseBert) -> list[nn.LayerNorm]:
+    """The LayerNorms that read the stream."""
+    encoder = model.bert.encoder
+    return [encoder.ln, *(norm for layer in encoder.layer for norm in (layer.attention.ln, layer.ln))]
+
+
 def _kept(by_rows: Tensor, count: int) -> Tensor:
     """Numbers of the parts that stay, by gradients [rows, parts]."""
     parts = by_rows.shape[1]
@@ -96,16 +125,14 @@ class Survey(NamedTuple):
 @torch.no_grad()
 def survey(model: DenseBert, rows: Sequence[Batch]) -> Survey:
     """Run all rows through the model once."""
-    encoder = model.bert.encoder
-    norms = [encoder.ln, *(norm for layer in encoder.layer for norm in (layer.attention.ln, layer.ln))]
-    width = encoder.ln.normalized_shape[0]
+    width = model.bert.encoder.ln.normalized_shape[0]
     moments, seen = torch.zeros(width, width, dtype=torch.float64), torch.zeros(0)
 
     def add(norm: nn.LayerNorm, given: tuple[Tensor]) -> None:
         flat = F.layer_norm(given[0][seen], norm.normalized_shape, eps=norm.eps).double()
         moments.addmm_(flat.t(), flat)
 
-    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(add) for norm in norms_of(model)]
     count, first, second = 0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     for batch in rows:
         seen = batch.visible.bool()

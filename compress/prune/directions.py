@@ -26,18 +26,21 @@ class Directions(NamedTuple):
     """[k, H]: norm(z) · up stands for norm(x)."""
 
 
-def principal(moments: Tensor, size: int) -> Directions:
-    """The principal directions of norm(x), `size` − 1 of them and an empty one.
+def components(moments: Tensor) -> Tensor:
+    """The principal components of norm(x), [H, H − 1]: columns that are orthonormal, the one that holds most first.
 
     Args:
         moments: sum of norm(x)ᵀ·norm(x) over calibration rows, [H, H] float64.
-        size: k, from 2 to H.
     """
-    width = len(moments)
-    centred = reflection(width, moments.dtype)[:, :-1]  # an orthonormal basis of what is orthogonal to 1
+    centred = reflection(len(moments), moments.dtype)[:, :-1]  # an orthonormal basis of what is orthogonal to 1
     _, vectors = torch.linalg.eigh(centred.t() @ moments @ centred)
-    kept = centred @ vectors.flip(1)[:, : size - 1]
-    basis = kept @ reflection(size, moments.dtype)[:-1]
+    return centred @ vectors.flip(1)
+
+
+def along(kept: Tensor) -> Directions:
+    """The directions of components [H, k − 1] that stay, and an empty one; k is from 2 to H."""
+    width, size = len(kept), kept.shape[1] + 1
+    basis = kept @ reflection(size, kept.dtype)[:-1]
     factor = (size / width) ** 0.5
     return Directions(basis * factor, basis.t() / factor)
 

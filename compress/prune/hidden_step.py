@@ -12,7 +12,7 @@ from compress.prune.amount import Amount, amount
 from compress.prune.calibrate import calibration_batches
 from compress.prune.dense_parts import channel_magnitudes, gradients, survey
 from compress.prune.dense_slices import sliced
-from compress.prune.directions import largest, principal, strongest
+from compress.prune.directions import along, components, largest, strongest
 from compress.prune.reconstruct import reconstruct
 from compress.source import WEIGHTS, config_of, copy_model, is_masked_lm
 from compress.step import FormName, NeedsNoRows, Source, Tools
@@ -61,6 +61,9 @@ class PruneHidden(NeedsNoRows):
     method: Literal["sp3", "magnitude"] = "sp3"
     """What stays of the residual stream. sp3: its principal directions on calibration rows; magnitude: the channels
     with the largest weights."""
+    components: Literal["variance", "fisher"] = "variance"
+    """Which principal directions stay with `sp3`. variance: those that hold most of the stream; fisher: those without
+    which the loss grows most, by squared gradients of factors on them."""
     least_squares: bool = True
     """Make all matrices of the layers and of the head anew, one after the other, so that outputs on calibration rows
     stay near."""
@@ -78,6 +81,8 @@ class PruneHidden(NeedsNoRows):
                 f"{source.folder} is of the model type {config_of(source.folder).get('model_type')}"
             )
         self.result_form(source.form)
+        if self.method == "magnitude" and self.components == "fisher":
+            raise BadInput("prune_hidden.components: fisher is for method: sp3; magnitude keeps channels")
         self.sizes(sizes_of(source.folder))
 
     def result_form(self, source: FormName) -> FormName:
@@ -132,11 +137,15 @@ class PruneHidden(NeedsNoRows):
     ) -> tuple[DenseBert, dict[str, Any]]:
         """The smaller model, and what the report says about it."""
         found = survey(model, rows)
-        if self.method == "sp3":
-            directions = principal(found.moments, sizes.hidden)
-        else:
+        axes = components(found.moments)
+        scores = gradients(model, rows, tools.seed, axes)
+        if self.method == "magnitude":
             directions = largest(channel_magnitudes(model), sizes.hidden)
-        kept = gradients(model, rows, tools.seed).kept(sizes.heads, sizes.columns)
+        elif self.components == "fisher":
+            directions = along(axes[:, scores.kept_components(sizes.hidden - 1)])
+        else:
+            directions = along(axes[:, : sizes.hidden - 1])
+        kept = scores.kept(sizes.heads, sizes.columns)
         head_rows = None if found.head_channels is None else strongest(found.head_channels, sizes.hidden)
         small = sliced(model, config, directions, kept, head_rows)
         if self.least_squares:

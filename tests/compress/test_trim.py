@@ -42,6 +42,7 @@ def trimmed(folder: Path, **changes: object) -> tuple[Path, Path]:
         {"mlm_head": "tied"},
         {"attention_scale": "standard"},
         {"branch_gain": 0.4, "learned_branch_gains": True, "intermediate_size": 20, "ffn_pairs": 2},
+        {"kept_heads": (0, 2), "kept_columns": tuple(range(20))},
     ],
 )
 def test_the_logits_stay(tmp_path: Path, changes: dict[str, object]) -> None:

@@ -9,6 +9,10 @@ import torch
 from tiny_models import TINY, tiny_config
 
 from sharebert import SIZES, ShareBert, ShareBertConfig, ShareBertError
+from sharebert.config import MATRICES
+from sharebert.sharing import Weights
+
+LOW_RANK = {"sharing": "low_rank", "rank": 5}
 
 PUBLISHED = [
     ("sharebert-small", 1, 30522, 4_982_272),
@@ -74,6 +78,16 @@ def test_which_pair_a_layer_uses(order: str, layers: int, pairs: int, wanted: li
     assert [config.ffn_pair(layer) for layer in range(layers)] == wanted
 
 
+def test_ranks_are_those_that_differ() -> None:
+    config = tiny_config(**LOW_RANK, ranks={"key": 5, "output": 7})
+    assert config.ranks == {"output": 7}
+    assert ShareBertConfig.from_dict(config.to_dict()) == config
+    assert hash(config) != hash(tiny_config())
+    assert tiny_config(**LOW_RANK, ranks={"key": 5}) == tiny_config(**LOW_RANK)
+    assert "ranks" not in tiny_config(**LOW_RANK).to_dict()
+    assert (*Weights._fields, "pooler") == MATRICES
+
+
 def test_score_scales() -> None:
     assert tiny_config(attention_scale="authors").score_scale == pytest.approx(8 ** (-2 / 3))
     assert tiny_config(attention_scale="standard").score_scale == pytest.approx(8**-0.5)
@@ -101,6 +115,13 @@ def test_score_scales() -> None:
         ({"ffn_pairs": 2, "sharing": "layers"}, "ffn_pairs: is for sharing: veps or eps, this model has layers"),
         ({"ffn_pairs": 3, "vocab_size": 900}, "ffn_pairs: 3 pairs for 2 layers"),
         ({"ffn_pairs": 2, "vocab_size": 500, "kept_heads": [0]}, "kept_heads: is for models with one feed-forward"),
+        ({**LOW_RANK, "kept_columns": [0]}, "kept_columns: is for sharing: veps or eps, this model has low_rank"),
+        ({"sharing": "layers", "kept_heads": [0]}, "kept_heads: is for sharing: veps or eps, this model has layers"),
+        ({"ranks": {"key": 3}}, r"ranks: is for sharing: low_rank \(this model has veps\)"),
+        ({**LOW_RANK, "ranks": 4}, "ranks: must be a mapping of names of matrices to ranks"),
+        ({**LOW_RANK, "ranks": {"keys": 4}}, "ranks: no matrix 'keys'; names are query, key, value, attention_output,"),
+        ({**LOW_RANK, "ranks": {"key": 0}}, r"ranks\.key: must be a whole number, 1 or more"),
+        ({**LOW_RANK, "ranks": {"output": 24}}, r"ranks\.output: 24 is not below 24, the smaller side of the matrix"),
         ({"ffn_pairs": 2}, r"ffn_pairs: 2 pairs take 5h \+ 4f = 31 columns .* H = 24, .* = 3 and f = .* = 4 "),
     ],
 )

@@ -254,6 +254,3 @@ def test_wrong_keys_are_one_line(tmp_path: Path) -> None:
         ranks_of(linears_of(torch.nn.Linear(3, 3)), 2, {}, "x")
     with pytest.raises(BadInput, match="pc_lora: takes a compact export, a dense one or an encoder of Hugging Face"):
         PcLora(rank=4).result_form("onnx")
-    compact = open_source(tiny_export(tmp_path / "compact", mlm_head="tied"))
-    with pytest.raises(BadInput, match=r"pc_lora\.ranks: a compact export has one rank"):
-        PcLora(rank=4, ranks={"query": 3}).check(compact)

@@ -134,3 +134,23 @@ def test_an_encoder_without_a_head_learns_from_states_alone(tmp_path: Path) -> N
 def test_wrong_keys_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"pc_lora\.rank: 30 is not below the hidden size, 24"):
         PcLora(rank=30).check(open_source(tiny_export(tmp_path / "source")))
+    with pytest.raises(
+        BadInput, match=r"pc_lora\.ranks: no matrix of this model has a name like 'valeu'; one is query; "
+    ):
+        PcLora(rank=4, ranks={"valeu": 5}).check(open_source(tmp_path / "source"))
+
+
+def test_it_follows_pruning(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied", kept_heads=(0, 2), kept_columns=tuple(range(20)))
+    config = load_model(out := trained(tmp_path, source, rank=23, steps=1, lr=1e-9)).config
+    assert (config.heads, config.inner_size, config.rank_of("query")) == (2, 20, 16)
+    tokens = tokens_of(config)
+    torch.testing.assert_close(load_model(out).logits(tokens), load_model(source).logits(tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_ranks_by_matrix_are_those_of_the_result(tmp_path: Path) -> None:
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    model = load_model(trained(tmp_path, source, steps=1, ranks={"*output": 7, "value": 9}))
+    assert model.config.ranks == {"attention_output": 7, "output": 7, "value": 9}
+    found = {name: getattr(model.sharebert.sharing, f"{name}_b").shape[0] for name in NAMES}
+    assert found == dict.fromkeys(NAMES, 5) | model.config.ranks

@@ -14,13 +14,13 @@ from compress_models import tiny_export
 from hub_folders import hub_folder
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch, batches
+from compress.prune.calibrate import Batch, batches, losses_of
 from compress.prune.dense_parts import Kept, channel_magnitudes, gradients, survey
 from compress.prune.dense_slices import head_channels, sliced
-from compress.prune.directions import largest, principal
+from compress.prune.directions import along, components, largest
 from compress.prune.hidden_step import PruneHidden, sizes_of
 from compress.prune.reconstruct import DAMPING, fit
-from compress.prune.structure import fisher
+from compress.prune.structure import fisher, least_important
 from compress.source import open_source
 from exports.dense import Dense, read_dense
 from exports.dense_model import DenseBert
@@ -75,12 +75,14 @@ def pruned(folder: Path, model: DenseBert, rows: int = 40, **keys: Any) -> Dense
     return step.pruned(model, config, step.sizes(config), rows_of(folder, rows), tools())[0]
 
 
-@pytest.mark.parametrize("method", ["sp3", "magnitude"])
+@pytest.mark.parametrize(("method", "chosen"), [("sp3", "variance"), ("sp3", "fisher"), ("magnitude", "variance")])
 @pytest.mark.parametrize("least_squares", [True, False])
-def test_at_full_rank_outputs_are_those_of_the_model(tmp_path: Path, method: str, least_squares: bool) -> None:
+def test_at_full_rank_outputs_are_those_of_the_model(
+    tmp_path: Path, method: str, chosen: str, least_squares: bool
+) -> None:
     folder = dense_folder(tmp_path / "dense")
     model = lively(folder)
-    small = pruned(folder, model, hidden=24, method=method, least_squares=least_squares)
+    small = pruned(folder, model, hidden=24, method=method, components=chosen, least_squares=least_squares)
     tokens, mask = masked()
     with torch.no_grad():
         expected, found = model(tokens, mask), small(tokens, mask)
@@ -97,7 +99,7 @@ def test_the_sliced_model_is_the_masked_dense_model(tmp_path: Path) -> None:
     """The masked model has the sizes of the whole one: its stream is projected, removed parts are zero."""
     folder = dense_folder(tmp_path / "dense")
     model, config = lively(folder), sizes_of(folder)
-    directions = principal(survey(model, rows_of(folder)).moments, 16)
+    directions = along(components(survey(model, rows_of(folder)).moments)[:, :15])
     kept = [
         Kept(torch.tensor([0, 2]), torch.arange(0, 40, 2)),
         Kept(torch.tensor([1, 2]), torch.arange(20)),
@@ -174,7 +176,7 @@ def test_directions_are_principal_components_of_what_is_centred() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 12, generator=generator, dtype=torch.float64)
     x = nn.functional.layer_norm(x @ torch.randn(12, 12, generator=generator, dtype=torch.float64), (12,), eps=1e-5)
-    found = principal(x.t() @ x, 8)
+    found = along(components(x.t() @ x)[:, :7])
     projected = x @ found.down @ found.up
     singular = np.linalg.svd(x.numpy(), compute_uv=False)
     np.testing.assert_allclose((projected - x).square().sum().item(), (singular[7:] ** 2).sum(), rtol=1e-9)
@@ -187,7 +189,7 @@ def test_directions_are_principal_components_of_what_is_centred() -> None:
 def test_importance_of_layers_together_is_that_of_the_compact_form(tmp_path: Path) -> None:
     folder = dense_folder(tmp_path / "dense", mlm_head="tied", hidden_size=24, factor_size=8)
     rows = rows_of(folder)
-    dense = gradients(read_dense(folder, sizes_of(folder)), rows, 0)
+    dense = gradients(read_dense(folder, sizes_of(folder)), rows, 0, torch.eye(24))
     compact = fisher(load_model(tmp_path / "dense-compact"), rows, 0)
     for by_rows, together in ((dense.heads, compact.heads), (dense.columns, compact.columns)):
         summed = by_rows.sum(1).double()
@@ -209,6 +211,43 @@ def test_heads_and_columns_that_add_nothing_are_those_that_go(tmp_path: Path) ->
     for kept, head, gone in zip(gradients(model, rows_of(folder), 0).kept(2, 37), heads, columns, strict=True):
         assert kept.heads.tolist() == [number for number in range(3) if number != head]
         assert kept.columns.tolist() == [number for number in range(40) if number not in gone]
+
+
+@pytest.mark.parametrize("number", [0, 5, 22])
+def test_gradients_by_components_are_those_of_a_changed_stream(tmp_path: Path, number: int) -> None:
+    """All that writes to the stream writes a little more of one component."""
+    folder = dense_folder(tmp_path / "dense", mlm_head="tied")
+    model, rows = lively(folder), rows_of(folder, 8)
+    axes = components(survey(model, rows).moments)
+    found = gradients(model, rows, 0, axes).components[:, number].sum()
+    losses, step = [], 1e-4
+    for change in (step, -step):
+        other = lively(folder)
+        more = torch.eye(24, dtype=torch.float64) + change * torch.outer(axes[:, number], axes[:, number])
+        for part in other.bert.embeddings.children():
+            part.weight.copy_(part.weight @ more)
+        for layer in other.bert.encoder.layer:
+            for linear in (layer.attention.output.dense, layer.output.dense):
+                linear.weight.copy_(more @ linear.weight)
+                linear.bias.copy_(linear.bias @ more)
+        logits = [other.cls.predictions(other.encode(b.tokens, b.visible)[b.labels >= 0]) for b in rows]
+        losses.append(sum(losses_of(scores, batch) for scores, batch in zip(logits, rows, strict=True)))
+    torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), found.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_components_that_stay_are_those_that_matter(tmp_path: Path) -> None:
+    folder = dense_folder(tmp_path / "dense", mlm_head="tied")
+    model, rows = lively(folder), rows_of(folder)
+    axes = components(survey(model, rows).moments)
+    by_rows = gradients(model, rows, 0, axes).components
+    gone = least_important(by_rows.t() @ by_rows, 8)
+    kept = [number for number in range(23) if number not in gone]
+    assert kept != list(range(15))
+    words = model.bert.embeddings.word_embeddings.weight
+    for chosen, stays in (("fisher", kept), ("variance", list(range(15)))):
+        small = pruned(folder, model, hidden=16, components=chosen)
+        expected = words @ along(axes[:, stays]).down
+        torch.testing.assert_close(small.bert.embeddings.word_embeddings.weight, expected, **TIGHT)
 
 
 def test_least_squares_are_numpys() -> None:
@@ -293,6 +332,7 @@ def test_stock_transformers_and_onnx_load_the_result(tmp_path: Path, head: str) 
         ({"heads": 4}, "prune_hidden.heads: 4 are to stay, but the model has 3"),
         ({"heads": 2, "hidden": 8}, "heads: 2 heads of size 8 make 16, and hidden is 8; megatron_bert needs"),
         ({"heads": 2, "hidden": 24}, "heads: 2 heads of size 8 make 16, and hidden is 24"),
+        ({"hidden": 16, "method": "magnitude", "components": "fisher"}, "components: fisher is for method: sp3"),
         ({"columns": 41}, "prune_hidden.columns: 41 are to stay, but the model has 40"),
     ],
 )
