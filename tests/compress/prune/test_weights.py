@@ -24,7 +24,7 @@ from compress.source import open_source
 from compress.trim import Trim
 from exports.compact import Compact
 from exports.forms import write_export
-from exports.read import load_model, read_export
+from exports.read import load_model, read_export, sparse_names
 from pretrain.engine.zeros import keep_zeros
 from sharebert_common.errors import BadInput
 
@@ -248,11 +248,17 @@ def test_another_dtype_rounds_the_values_and_leaves_the_mask(tmp_path: Path) -> 
     assert found.equal(expected.half().float())
 
 
-def test_zeros_survive_training(tmp_path: Path) -> None:
+def removed(tensor: torch.Tensor) -> torch.Tensor:
+    """Where a sparse tensor has the most frequent number of its column."""
+    return tensor == tensor.mode(0).values
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_zeros_survive_training(centre: bool, tmp_path: Path) -> None:
     source = tiny_export(tmp_path / "source", mlm_head="tied")
-    out, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.8)
+    out, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.8, centre=centre)
     model, (batch, *_) = load_model(out), batches(tools(tmp_path).calibration(), out / "tokenizer.json", 0)
-    keep_zeros(model.train())
+    keep_zeros(model.train(), sparse_names(out))
     before = {name: model.get_parameter(name).detach().clone() for name in (E, ALL)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(5):
@@ -262,7 +268,18 @@ def test_zeros_survive_training(tmp_path: Path) -> None:
     for name, tensor in before.items():
         after = model.get_parameter(name)
         assert (after == 0).equal(tensor == 0)
-        assert not after.equal(tensor)
+        assert removed(after).equal(removed(tensor))
+        assert removed(after).float().mean() > 0.6
+        assert (after != tensor)[~removed(tensor)].float().mean() > 0.3  # of W_all, layers use some rows alone
+
+
+def test_what_was_removed_before_is_removed_again(tmp_path: Path) -> None:
+    first, _ = pruned(tmp_path, tiny_export(tmp_path / "source"), method="magnitude", sparsity=0.5, centre=True)
+    again, notes = pruned(tmp_path, first, name="again", method="magnitude", sparsity=0.7, centre=True, scope="matrix")
+    before, after = (load_model(folder).get_parameter(E) for folder in (first, again))
+    assert removed(after)[removed(before)].all()
+    assert after.mode(0).values.equal(before.mode(0).values)
+    assert notes[f"removed of {E}"] == pytest.approx(0.7, abs=0.01)
 
 
 def test_sparsity_0_stores_the_zeros_that_are_there(tmp_path: Path) -> None:
