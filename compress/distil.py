@@ -19,6 +19,7 @@ from pretrain.flops import flops_per_token
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.recipe import Trial
 from pretrain.sweep.runner import run_one
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT, parse
 
@@ -52,11 +53,10 @@ class Distil(FromCompact):
         """See `Step.needs_teacher`."""
         return True
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
         parse(DistillRecipe, self.losses, "distil.losses")
-        if read_export(source.folder).config.mlm_head == "none":
+        if config.mlm_head == "none":
             raise BadInput("distil: takes a model with a masked-language-model head, and this one has none")
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from compress.dense.hub_onnx import head_of, open_for_onnx, write_model_onnx
 from compress.low_rank.encoder_loss import encoder_loss, outputs, rows_of
 from compress.low_rank.fading import FadingMatrices, Schedule, base_share
 from compress.low_rank.fading_linears import fade, linears_of, put, ranks_of, second_moments, trained_of
-from compress.low_rank.step import check_source, products, with_products
+from compress.low_rank.step import check_source, low_rank_config, products, with_products
 from compress.prune.calibrate import Batch, calibration_batches, hidden_states, objective
 from compress.prune.structure import Inputs
 from compress.source import WEIGHTS, config_of, copy_model
@@ -27,6 +27,7 @@ from exports.forms import write_export
 from exports.onnx import FILE, OPSET, check_onnx
 from exports.read import load_model, read_export
 from scoring.architecture import Inputs as ModelInputs
+from sharebert.config import ShareBertConfig
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.shared_linear import LowRank
 from sharebert_common.errors import BadInput
@@ -72,19 +73,25 @@ class PcLora(NeedsNoRows):
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""
-        self.result_form(source.form)
         if source.form != "compact":
+            self.check_ahead(source.form, None)
             self.check_encoder(source.folder)
             return
-        config = read_export(source.folder).config
-        check_source("pc_lora", config, self.rank)
+        self.check_ahead(source.form, read_export(source.folder).config)
+
+    def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
+        """See `Step.check_ahead`."""
+        if self.result_form(form) == "onnx":
+            check_onnx(OPSET)
+            return
         if self.ranks:
             raise BadInput("pc_lora.ranks: a compact export has one rank for all matrices; use rank alone")
-        check_task_weight("pc_lora", self.task_weight, config)
+        if config is not None:
+            check_source("pc_lora", config, self.rank)
+            check_task_weight("pc_lora", self.task_weight, config)
 
     def check_encoder(self, folder: Path) -> None:
         """Raise BadInput where the model in `folder`, which is no compact export, cannot be taken."""
-        check_onnx(OPSET)
         if "quantization_config" in config_of(folder):
             raise BadInput(f"pc_lora: {folder} is quantised; take the model before")
         head = head_of(folder)
@@ -99,6 +106,10 @@ class PcLora(NeedsNoRows):
                 "pc_lora: takes a compact export, a dense one or an encoder of Hugging Face, not an ONNX file"
             )
         return "compact" if source == "compact" else "onnx"
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`."""
+        return low_rank_config(config, self.rank)
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""

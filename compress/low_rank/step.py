@@ -47,10 +47,13 @@ class LowRankStep(FromCompact):
         """See `Step.needs_calibration`."""
         return self.calibrated
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
-        check_source("low_rank", read_export(source.folder).config, self.rank)
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
+        check_source("low_rank", config, self.rank)
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`."""
+        return low_rank_config(config, self.rank)
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
@@ -77,6 +80,11 @@ def check_source(step: str, config: ShareBertConfig, rank: int) -> None:
         raise BadInput(f"{step}.rank: {rank} is not below the hidden size, {config.hidden_size}")
 
 
+def low_rank_config(config: ShareBertConfig, rank: int) -> ShareBertConfig:
+    """The config of a model with products in place of its matrices."""
+    return dataclasses.replace(config, sharing="low_rank", rank=rank)
+
+
 def products(model: ShareBertForMaskedLM, rank: int, moments: dict[str, Tensor]) -> dict[str, LowRank]:
     """The product of each matrix that layers share, and of the pooler's; `moments` as `Inputs` gives them, or none."""
     with torch.no_grad():
@@ -91,7 +99,7 @@ def with_products(export: Export, rank: int, found: dict[str, LowRank]) -> Expor
     tensors = {name: whole(export.weights, name) for name in export.weights.specs if not name.startswith(dropped)}
     for name, product in found.items():
         tensors |= {f"{SHARING}{name}_a": product.a, f"{SHARING}{name}_b": product.b}
-    config = dataclasses.replace(export.config, sharing="low_rank", rank=rank)
+    config = low_rank_config(export.config, rank)
     keys = dict(export.other_keys)
     if "sparse" in keys:
         keys["sparse"] = [name for name in keys["sparse"] if name in tensors]

@@ -68,10 +68,8 @@ class PruneToLatency(FromCompact):
         """See `Step.needs_calibration`."""
         return True
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
-        config = read_export(source.folder).config
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
         if not config.generates:
             raise BadInput(
                 f"prune_to_latency: takes models with sharing: veps or eps, this one has {config.sharing}; "

@@ -26,6 +26,7 @@ from exports.forms import write_export
 from exports.packed import PRUNED
 from exports.read import read_export
 from exports.weight_source import TensorWeights, all_tensors, whole
+from sharebert.config import ShareBertConfig
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
@@ -78,14 +79,12 @@ class PruneWeights(FromCompact):
         """See `Step.needs_calibration`."""
         return self.method != "magnitude" and self.sparsity > 0
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
         if self.scope == "2:4" and self.sparsity != 0.5:
             raise BadInput(f"prune_weights.sparsity: scope 2:4 removes half of the weights, not {self.sparsity:g}")
         if self.centre and self.scope == "2:4":
             raise BadInput("prune_weights.centre: not with scope 2:4, which is for zeros")
-        config = read_export(source.folder).config
         if self.method == "movement" and config.mlm_head == "none":
             raise BadInput(
                 "prune_weights.method: movement trains on masked words, and this model has no masked-language-model "
