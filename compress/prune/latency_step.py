@@ -101,8 +101,8 @@ class PruneToLatency(FromCompact):
         if self.method == "fisher":
             structure, result, loss = self.by_fisher(export, table, source, tools)
             what = "loss" if export.config.mlm_head != "none" else "error of hidden states"  # as `masked_loss` says
-            before = " before least squares" if self.rescale else ""
-            notes[f"{what} on calibration rows{before}"] = round(loss, 4)
+            when = " before least squares" if self.rescale else ""
+            notes[f"{what} on calibration rows{when}"] = round(loss, 4)
         else:
             structure, result = self.by_gates(export, table, source, tools)
         write_export(result, out)

@@ -138,11 +138,12 @@ def test_what_is_cut_is_what_factors_of_0_leave(tmp_path: Path) -> None:
 
 def test_least_squares_are_those_of_prune_structure(tmp_path: Path) -> None:
     """Of a structure that it chose, with a layer, a head and columns gone."""
-    source = tiny_export(tmp_path / "source", mlm_head="tied", branch_gain=0.5)
-    keys = {"heads": 2, "columns": 0.5, "layers": 1}
+    source = tiny_export(tmp_path / "source", mlm_head="tied", branch_gain=0.5, num_hidden_layers=3)
+    keys = {"heads": 2, "columns": 0.5, "layers": 2}
     notes = PruneStructure(**keys).apply(open_source(source), tools(tmp_path), tmp_path / "out")  # type: ignore[arg-type]
     expected = read_export(tmp_path / "out")
-    kept = [number for number in range(2) if number not in notes["layers removed"]]
+    kept = [number for number in range(3) if number not in notes["layers removed"]]
+    assert 0 in kept  # so that the mean of the other one goes into a bias
     assert expected.config.kept_columns is not None
     structure = Structure(notes["heads kept"], list(expected.config.kept_columns), kept)
     rows = calibration_batches(open_source(source), tools(tmp_path))
@@ -163,7 +164,8 @@ def test_rescaled_it_is_nearer_to_the_source(tmp_path: Path) -> None:
         out, notes = pruned(tmp_path / str(rescale), source, latency=0.8, rescale=rescale)
         chosen.append([notes[key] for key in ("heads", "columns", "layers")])
         small, whole = load_model(out), load_model(source)
-        errors.append(sum(hidden_error(hidden_states(small, b), hidden_states(whole, b), b).item() for b in rows))
+        pairs = [(hidden_states(small, batch), hidden_states(whole, batch), batch) for batch in rows]
+        errors.append(sum(hidden_error(*pair).item() for pair in pairs))
     assert "loss on calibration rows before least squares" in notes
     assert chosen[0] == chosen[1]
     assert errors[1] < 0.95 * errors[0]
