@@ -76,7 +76,8 @@ class Awq(NeedsNoRows):
             raise BadInput(f"awq: takes the model types {', '.join(MODEL_TYPES)}, this one is {config['model_type']}")
         if "quantization_config" in config:
             raise BadInput(f"awq: {source.folder} is quantised already")
-        self.check_group(config)
+        for key in ("hidden_size", "intermediate_size"):
+            self.check_group(key, config[key])
 
     def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
         """See `Step.check_ahead`."""
@@ -86,13 +87,12 @@ class Awq(NeedsNoRows):
         except ImportError as error:
             raise BadInput("awq needs one more package: pip install compressed-tensors") from error
         if config is not None:
-            self.check_group(config.to_dict())
+            self.check_group("hidden_size", config.hidden_size)  # columns may go in a step that chooses their number
 
-    def check_group(self, config: dict[str, Any]) -> None:
-        """Raise BadInput where groups do not fill the rows of a model's matrices."""
-        for key in ("hidden_size", "intermediate_size"):
-            if config[key] % self.group:
-                raise BadInput(f"awq.group: {self.group} does not divide {key}, which is {config[key]}")
+    def check_group(self, key: str, size: int) -> None:
+        """Raise BadInput where groups do not fill a row of a model's matrices."""
+        if size % self.group:
+            raise BadInput(f"awq.group: {self.group} does not divide {key}, which is {size}")
 
     def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
         """See `Step.result_config`."""

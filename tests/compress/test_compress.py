@@ -247,6 +247,7 @@ def test_loss_and_latency(source: Path, dataset: Path, tmp_path: Path) -> None:
         ("[{prune_to_latency: {latency: 0.5}}, {prune_structure: {heads: 4}}]", "4 are to stay, .* has 3"),
         ("[dense, {prune_hidden: {hidden: 16}}, {prune_hidden: {hidden: 24}}]", "24 are to stay, .* has 16"),
         ("[{prune_structure: {columns: 20}}, dense, {prune_hidden: {columns: 21}}]", "21 are to stay, .* has 20"),
+        ("[dense, {awq: {group: 32}}]", "awq.group: 32 does not divide hidden_size, which is 24"),
         ("[trim, {onnx: {opset: 99}}]", "opset: 99 is not one of"),
     ],
 )
