@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +11,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from compress.step import FromCompact, Source, Tools
-from exports.read import read_export
+from exports.forms import write_export
+from exports.read import read_export, sparse_names
 from pretrain.distill.recipe import DistillRecipe
 from pretrain.export.consolidate import consolidate
 from pretrain.flops import flops_per_token
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.recipe import Trial
 from pretrain.sweep.runner import run_one
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT, parse
 
@@ -26,7 +29,8 @@ CHECKPOINTS = 20
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class Distil(FromCompact):
-    """Train the model further on the calibration dataset, with the recipe's `teacher`."""
+    """Train the model further on the calibration dataset, with the recipe's `teacher`. What `prune_weights` removed
+    stays so."""
 
     NAME = "distil"
 
@@ -49,11 +53,10 @@ class Distil(FromCompact):
         """See `Step.needs_teacher`."""
         return True
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
         parse(DistillRecipe, self.losses, "distil.losses")
-        if read_export(source.folder).config.mlm_head == "none":
+        if config.mlm_head == "none":
             raise BadInput("distil: takes a model with a masked-language-model head, and this one has none")
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
@@ -64,7 +67,11 @@ class Distil(FromCompact):
         recipe = self.training(source.folder, tools.calibration_dataset(), tools.teacher(), tools.scratch, tools.seed)
         training = recipe.resolve()
         run_one(Trial("distil", tools.seed, {}, recipe), tools.say)
-        consolidate(Path(recipe.run), out)
+        if kept := sparse_names(source.folder):
+            trained = read_export(consolidate(Path(recipe.run), tools.scratch / "trained"))
+            write_export(dataclasses.replace(trained, other_keys={**trained.other_keys, "sparse": kept}), out)
+        else:
+            consolidate(Path(recipe.run), out)
         tokens = self.steps * self.rows * training.seq_len
         a_token = flops_per_token(
             training.model.config, training.seq_len, recipe.data.highest_mask_rate, self.rows * training.seq_len
@@ -82,7 +89,7 @@ class Distil(FromCompact):
                 "global_batch": self.rows,
                 "micro_batch": self.rows,
             },
-            "model": {"init_from": str(model)},
+            "model": {"init_from": str(model), "keep_zeros": bool(sparse_names(model))},
             "distill": {**self.losses, "teacher": str(teacher)},
             "optimizer": {"lr": self.lr},
             "precision": "fp32",

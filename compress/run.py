@@ -19,6 +19,7 @@ from compress.step_folders import StepFolder, checksums, digest
 from compress.steps import step_of
 from compress.tools import RecipeTools, open_rows
 from data_prep.shards.reader import open_dataset
+from exports.read import read_config
 from scoring.recipe import BLIMP, PROBE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, whole_or_absent_folder, write_atomically
@@ -74,8 +75,11 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
     """Raise BadInput for what can be known before the first step."""
     steps[0][1].check(source)
     form = source.form
+    config = read_config(source.folder) if form == "compact" else None
     for name, step in steps:
+        step.check_ahead(form, config)
         form = step.result_form(form)
+        config = step.result_config(config) if config is not None and form in ("compact", "dense") else None
         if step.needs_calibration and recipe.calibration.dataset is None:
             raise BadInput(f"calibration.dataset: {name} looks at rows of text as it is set here; name a dataset")
         if step.needs_validation and recipe.validation.dataset is None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from exports.read import read_export
 from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 
@@ -63,7 +64,7 @@ class Tools(Protocol):
 
 
 class NeedsNoRows:
-    """A base of steps that ask for no rows and no teacher; a step overrides what it does need."""
+    """A base of steps that ask for no rows and no teacher, and say no config; a step overrides what is otherwise."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -80,6 +81,10 @@ class NeedsNoRows:
         """See `Step.needs_teacher`."""
         return False
 
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig | None:
+        """See `Step.result_config`."""
+        return None
+
 
 class FromCompact(NeedsNoRows):
     """A base of steps from a compact export to a compact export."""
@@ -92,6 +97,24 @@ class FromCompact(NeedsNoRows):
         if source != "compact":
             raise BadInput(f"{self.NAME}: takes a compact export, this one is {source}")
         return source
+
+    def check(self, source: Source) -> None:
+        """See `Step.check`."""
+        self.result_form(source.form)
+        self.check_config(read_export(source.folder).config)
+
+    def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
+        """See `Step.check_ahead`."""
+        self.result_form(form)
+        if config is not None:
+            self.check_config(config)
+
+    def check_config(self, config: ShareBertConfig) -> None:
+        """Raise BadInput, with one line, if this step cannot take a model of this config."""
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`."""
+        return config
 
 
 def check_one_pair(step: str, config: ShareBertConfig) -> None:
@@ -128,8 +151,27 @@ class Step(Protocol):
         """Raise BadInput, with one line, if this step cannot take `source`. Called before any work."""
         ...
 
+    def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
+        """Raise BadInput, with one line, for what is wrong before the source is there, while an earlier step has to
+        make it.
+
+        Args:
+            form: of the source.
+            config: of a compact or dense source, as far as it is known; None where it is not.
+        """
+        ...
+
     def result_form(self, source: FormName) -> FormName:
         """The form of the result, so that a recipe's later steps can be checked before the first one runs."""
+        ...
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig | None:
+        """The config of a result that is compact or dense, for a source of this config; None: not known.
+
+        Which heads and columns stay is known later, how many is known now. A step that chooses that too gives the
+        config of its source: what cannot take the whole model cannot take a part of it. A dense model has `sharing:
+        none`.
+        """
         ...
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:

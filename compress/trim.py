@@ -42,10 +42,6 @@ class Trim(FromCompact):
     """Keep the pooler's rows of W_all. Without them the pooled output is 0, and fine-tuning by the pooler starts from
     there; none: keep them unless the model is a masked language model."""
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
-
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
         export = read_export(source.folder)

@@ -56,16 +56,21 @@ class Dense:
 
 def check_dense(export: Export) -> None:
     """Raise BadInput where the dense layout cannot hold `export`."""
-    check_fits(export.config)
-    if export.config.attention_size != export.config.hidden_size:
-        raise BadInput(
-            f"{export.config.heads} of {export.config.num_attention_heads} heads are left, and megatron_bert needs "
-            "heads · head size = hidden_size; export it as onnx, or keep the compact form"
-        )
+    check_dense_config(export.config)
     if isinstance(export.kind, Classifier):
         raise BadInput(
             "a classifier has no dense form, because the pooler of megatron_bert ends in tanh and that of ShareBERT "
             "does not; export the encoder alone (--no-head), or keep the compact form"
+        )
+
+
+def check_dense_config(config: ShareBertConfig) -> None:
+    """Raise BadInput where the dense layout cannot hold a model of this config."""
+    check_fits(config)
+    if config.attention_size != config.hidden_size:
+        raise BadInput(
+            f"{config.heads} of {config.num_attention_heads} heads are left, and megatron_bert needs "
+            "heads · head size = hidden_size; export it as onnx, or keep the compact form"
         )
 
 

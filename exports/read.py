@@ -111,6 +111,12 @@ def read_config(folder: Path) -> ShareBertConfig:
     return _read_config_file(folder if folder.is_file() else folder / CONFIG, folder).config
 
 
+def sparse_names(folder: Path) -> list[str]:
+    """Names of the tensors that the export in `folder` stores as sparse. Raises BadInput, naming the file."""
+    folder = Path(folder)
+    return list(_read_config_file(folder / CONFIG, folder).other_keys.get("sparse") or ())
+
+
 class _ConfigFile(NamedTuple):
     values: dict[str, Any]
     config: ShareBertConfig

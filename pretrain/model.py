@@ -40,8 +40,8 @@ class ModelRecipe:
     init_from: str | None = None
     """Folder of an export whose weights the model starts with."""
     keep_zeros: bool = False
-    """Weights of E and W_all that are zero at the start stay zero, as after the compression step `prune_weights`. Not
-    with ZeRO 3."""
+    """Weights of E and W_all that are zero at the start stay zero, as after the compression step `prune_weights`; those
+    that it made equal in a column stay equal, where the file of `init_from` is sparse. Not with ZeRO 3."""
     vocab_size: int | None = None
     """Rows V of the embedding. Without it, the words of the dataset's tokenizer."""
     vocab_pad_multiple: int | None = None
@@ -119,7 +119,7 @@ class ModelChoice:
     init_scale: float | None = None
     """The generated weights start with standard deviation init_scale / √H; None where `init` alone decides."""
     keep_zeros: bool = False
-    """Weights of E and W_all that are zero at the start stay zero."""
+    """Weights of E and W_all that are zero at the start stay zero, and those that fill a column equal."""
 
 
 def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | None) -> ModelChoice:
@@ -210,7 +210,9 @@ def build_model(
     if choice.init_from is not None:
         _take_weights(model, choice.init_from)
     if choice.keep_zeros:
-        keep_zeros(model)
+        from exports.read import sparse_names
+
+        keep_zeros(model, sparse_names(choice.init_from) if choice.init_from is not None else ())
     return model
 
 

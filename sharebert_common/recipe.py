@@ -271,7 +271,9 @@ def _type_name(key_type: Any) -> str:
     return str(key_type).replace("typing.", "").replace("NoneType", "none")
 
 
-_UNION_TAG = re.compile(r"str|int|float|bool|none|(list|dict|tuple|function-\w+)\[.*\]", re.DOTALL)
+_UNION_TAG = re.compile(
+    r"(constrained-)?(str|int|float)|bool|none|(list|dict|tuple|literal|function-\w+)\[.*\]", re.DOTALL
+)
 """What pydantic puts behind a key that may be one of several types, for each of them."""
 
 

@@ -25,6 +25,7 @@ from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.files import CARD, CONFIG, write_json
 from exports.weight_files import read_metadata, read_weights, write_weights
 from exports.weight_source import TensorWeights
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -69,19 +70,33 @@ class Awq(NeedsNoRows):
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""
-        self.result_form(source.form)
-        try:
-            import compressed_tensors  # noqa: F401
-        except ImportError as error:
-            raise BadInput("awq needs one more package: pip install compressed-tensors") from error
+        self.check_ahead(source.form, None)
         config = config_of(source.folder)
         if config["model_type"] not in MODEL_TYPES:
             raise BadInput(f"awq: takes the model types {', '.join(MODEL_TYPES)}, this one is {config['model_type']}")
         if "quantization_config" in config:
             raise BadInput(f"awq: {source.folder} is quantised already")
         for key in ("hidden_size", "intermediate_size"):
-            if config[key] % self.group:
-                raise BadInput(f"awq.group: {self.group} does not divide {key}, which is {config[key]}")
+            self.check_group(key, config[key])
+
+    def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
+        """See `Step.check_ahead`."""
+        self.result_form(form)
+        try:
+            import compressed_tensors  # noqa: F401
+        except ImportError as error:
+            raise BadInput("awq needs one more package: pip install compressed-tensors") from error
+        if config is not None:
+            self.check_group("hidden_size", config.hidden_size)  # columns may go in a step that chooses their number
+
+    def check_group(self, key: str, size: int) -> None:
+        """Raise BadInput where groups do not fill a row of a model's matrices."""
+        if size % self.group:
+            raise BadInput(f"awq.group: {self.group} does not divide {key}, which is {size}")
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`."""
+        return config
 
     def result_form(self, source: FormName) -> FormName:
         """See `Step.result_form`."""

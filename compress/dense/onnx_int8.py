@@ -25,6 +25,7 @@ from compress.source import copy_model
 from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.files import CONFIG
 from exports.onnx import FILE
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -67,7 +68,11 @@ class OnnxInt8(NeedsNoRows):
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""
-        self.result_form(source.form)
+        self.check_ahead(source.form, None)
+
+    def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
+        """See `Step.check_ahead`."""
+        self.result_form(form)
         try:
             import onnxruntime.quantization  # noqa: F401
         except ImportError as error:

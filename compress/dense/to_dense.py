@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from compress.step import FormName, NeedsNoRows, Source, Tools
-from exports.dense import Dense
+from exports.dense import Dense, check_dense_config
 from exports.forms import write_export
 from exports.read import read_export
+from sharebert.config import COMPRESSED, ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -23,6 +25,17 @@ class ToDense(NeedsNoRows):
         """See `Step.check`."""
         self.result_form(source.form)
         Dense().check(read_export(source.folder))
+
+    def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
+        """See `Step.check_ahead`."""
+        self.result_form(form)
+        if config is not None:
+            check_dense_config(config)
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`."""
+        plain: dict[str, Any] = dict.fromkeys(COMPRESSED) | {"ffn_pairs": 1, "sharing": "none"}
+        return dataclasses.replace(config, **plain, intermediate_size=config.inner_size)
 
     def result_form(self, source: FormName) -> FormName:
         """See `Step.result_form`."""

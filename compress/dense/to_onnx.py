@@ -11,6 +11,7 @@ from compress.source import WEIGHTS, copy_model
 from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.onnx import FILE, OPSET, Onnx, check_onnx
 from exports.read import read_export
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -24,10 +25,14 @@ class ToOnnx(NeedsNoRows):
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""
-        self.result_form(source.form)
-        check_onnx(self.opset)
+        self.check_ahead(source.form, None)
         if source.form == "compact":
             read_export(source.folder)
+
+    def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
+        """See `Step.check_ahead`."""
+        self.result_form(form)
+        check_onnx(self.opset)
 
     def result_form(self, source: FormName) -> FormName:
         """See `Step.result_form`."""

@@ -15,6 +15,7 @@ from compress.step import FromCompact, Source, Tools
 from exports.forms import write_export
 from exports.read import load_model, read_export
 from exports.weight_source import all_tensors
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -39,10 +40,8 @@ class LowerFactor(FromCompact):
         """See `Step.needs_calibration`."""
         return self.gauge == "hessians"
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
-        config = read_export(source.folder).config
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
         if config.sharing != "veps":
             raise BadInput(f"lower_factor: takes a model with sharing: veps, this one has {config.sharing}")
         if self.size >= config.factor_size:
@@ -52,6 +51,10 @@ class LowerFactor(FromCompact):
                 "lower_factor.gauge: hessians takes a model that has all heads, columns and factors, and one "
                 "feed-forward pair; use product, or lower the factor size first"
             )
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`."""
+        return dataclasses.replace(config, factor_size=self.size, expanded_size=config.row_size)
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
@@ -71,8 +74,9 @@ class LowerFactor(FromCompact):
         expansion = matrix.t() if before is None else before.double() @ matrix.t()
         changed = {EMBEDDING: lower, PROJECTION: projection @ matrix.t(), EXPANSION: expansion}
         tensors |= {name: tensor.float().contiguous() for name, tensor in changed.items()}
-        config = dataclasses.replace(export.config, factor_size=self.size, expanded_size=export.config.row_size)
         keys = {key: value for key, value in export.other_keys.items() if key != "sparse"}  # no zeros are left
-        write_export(dataclasses.replace(export.with_model(config, tensors), other_keys=keys), out)
+        write_export(
+            dataclasses.replace(export.with_model(self.result_config(export.config), tensors), other_keys=keys), out
+        )
         error = (lower @ matrix - embedding.double()).norm() / embedding.double().norm()
         return {"factor size": self.size, "relative error of E": round(float(error), 4)}

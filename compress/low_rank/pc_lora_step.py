@@ -27,6 +27,7 @@ from exports.forms import write_export
 from exports.onnx import FILE, OPSET, check_onnx
 from exports.read import load_model, read_export
 from scoring.architecture import Inputs as ModelInputs
+from sharebert.config import ShareBertConfig
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.shared_linear import LowRank
 from sharebert_common.errors import BadInput
@@ -72,17 +73,22 @@ class PcLora(NeedsNoRows):
 
     def check(self, source: Source) -> None:
         """See `Step.check`."""
-        self.result_form(source.form)
         if source.form != "compact":
+            self.check_ahead(source.form, None)
             self.check_encoder(source.folder)
             return
-        config = read_export(source.folder).config
-        low_rank_config("pc_lora", config, self.rank, self.ranks)
-        check_task_weight("pc_lora", self.task_weight, config)
+        self.check_ahead(source.form, read_export(source.folder).config)
+
+    def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
+        """See `Step.check_ahead`."""
+        if self.result_form(form) == "onnx":
+            check_onnx(OPSET)
+        elif config is not None:
+            self.result_config(config)
+            check_task_weight("pc_lora", self.task_weight, config)
 
     def check_encoder(self, folder: Path) -> None:
         """Raise BadInput where the model in `folder`, which is no compact export, cannot be taken."""
-        check_onnx(OPSET)
         if "quantization_config" in config_of(folder):
             raise BadInput(f"pc_lora: {folder} is quantised; take the model before")
         head = head_of(folder)
@@ -97,6 +103,10 @@ class PcLora(NeedsNoRows):
                 "pc_lora: takes a compact export, a dense one or an encoder of Hugging Face, not an ONNX file"
             )
         return "compact" if source == "compact" else "onnx"
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`."""
+        return low_rank_config("pc_lora", config, self.rank, self.ranks)
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
@@ -123,7 +133,7 @@ class PcLora(NeedsNoRows):
 
         self.train(loss_of, trained, rows, tools)
         fading.share = 0.0
-        config = low_rank_config("pc_lora", export.config, self.rank, self.ranks)
+        config = self.result_config(export.config)
         write_export(with_products(with_biases(export, student), config, fading.products()), out)
         return rank_notes(config) | {"steps": self.steps, "tokens": self.tokens(rows, tools.seed)}
 

@@ -56,10 +56,13 @@ class LowRankStep(FromCompact):
         """See `Step.needs_calibration`."""
         return self.calibrated
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
-        low_rank_config("low_rank", read_export(source.folder).config, self.rank, self.ranks)
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
+        self.result_config(config)
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`."""
+        return low_rank_config("low_rank", config, self.rank, self.ranks)
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
@@ -68,7 +71,7 @@ class LowRankStep(FromCompact):
         if self.calibrated:
             rows = calibration_batches(source, tools)
             moments = Inputs(model, rows).second_moments
-        config = low_rank_config("low_rank", export.config, self.rank, self.ranks)
+        config = self.result_config(export.config)
         write_export(with_products(export, config, products(model, config, moments)), out)
         return rank_notes(config)
 

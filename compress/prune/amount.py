@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from sharebert_common.errors import BadInput
 
 
-def _no_share_of_1(value: Any) -> Any:
+def _number_or_share(value: Any) -> Any:
     """1.0 would be taken for the number 1, and 2.0 for 2."""
     if isinstance(value, float) and value >= 1:
         raise ValueError(f"{value} is no share below 1; write a number of parts without a point, or none for all")
+    if not (type(value) is int and value >= 1) and not (isinstance(value, float) and 0 < value < 1):
+        raise ValueError(f"{value!r} is no number of parts, 1 or more, and no share between 0 and 1")
     return value
 
 
-Amount = Annotated[
-    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
-    BeforeValidator(_no_share_of_1),
-]
+Amount = Annotated[int | float, BeforeValidator(_number_or_share)]
 """A number of parts, or a share below 1 of those that there are."""
 
 

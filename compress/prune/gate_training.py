@@ -21,6 +21,7 @@ from compress.prune.calibrate import Batch, hidden_error, hidden_states, objecti
 from compress.prune.hard_concrete import open_probability, sampled, settled
 from compress.prune.latency_table import LatencyTable
 from compress.prune.structure_search import Structure, by_probability, search
+from compress.saved_state import naming_damage
 from compress.training import biases_and_norms, train
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.files import make_folders, write_atomically
@@ -118,16 +119,18 @@ class GateTraining:
         return self.with_factors(self.chosen(rows, folder / CHOSEN))
 
     def chosen(self, rows: Sequence[Batch], path: Path, anew: bool = False) -> Structure:
-        """The structure in the JSON file `path`; `anew` searches it, and writes it there.
+        """The structure in the JSON file `path`; `anew`, or where there is none, searches it and writes it there.
 
-        Of the most likely structures within the target, the one with the least loss.
+        Of the most likely structures within the target, the one with the least loss. Raises BadInput, naming the file,
+        where it is damaged.
         """
-        if anew:
+        if anew or not path.is_file():
             rankings = by_probability([open_probability(alpha.detach()) for alpha in self.alphas])
             structure, _ = search(self.model, rankings, self.table, self.target, rows)
             make_folders(path.parent)
             write_atomically(path, json.dumps(structure._asdict()) + "\n")
-        return Structure(**json.loads(path.read_text(encoding="utf-8")))
+        with naming_damage(path):
+            return Structure(**json.loads(path.read_text(encoding="utf-8")))
 
     def with_factors(self, structure: Structure) -> Kept:
         """The structure with the values of gates as factors; of a gate that is rather closed, 1."""

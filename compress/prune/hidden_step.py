@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -85,6 +86,21 @@ class PruneHidden(NeedsNoRows):
             raise BadInput("prune_hidden.components: fisher is for method: sp3; magnitude keeps channels")
         self.sizes(sizes_of(source.folder))
 
+    def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
+        """See `Step.check_ahead`."""
+        self.result_form(form)
+        if config is not None:
+            self.sizes(config)
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`."""
+        return dataclasses.replace(config, **self.changes(config))
+
+    def changes(self, config: ShareBertConfig) -> dict[str, Any]:
+        """Keys of `config.json` that are other ones in the result."""
+        hidden, heads, columns = self.sizes(config)
+        return {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": columns}
+
     def result_form(self, source: FormName) -> FormName:
         """See `Step.result_form`."""
         if source == "compact":
@@ -125,8 +141,7 @@ class PruneHidden(NeedsNoRows):
         before = read_weights(source.folder)
         tensors = {name: tensor.to(before[name].dtype) for name, tensor in small.named_parameters()}
         write_weights(out, TensorWeights(tensors), read_metadata(source.folder))
-        changed = {"hidden_size": sizes.hidden, "num_attention_heads": sizes.heads, "intermediate_size": sizes.columns}
-        write_json(out / CONFIG, config_of(source.folder) | changed)
+        write_json(out / CONFIG, config_of(source.folder) | self.changes(config))
         if (out / CARD).is_file():
             text = (out / CARD).read_text(encoding="utf-8")
             (out / CARD).write_text(text.rstrip() + CARD_SECTION.format(**sizes._asdict()), "utf-8")

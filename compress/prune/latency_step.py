@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,16 +12,16 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.prune.calibrate import calibration_batches, check_length
+from compress.prune.calibrate import Batch, calibration_batches, check_length
 from compress.prune.gate_training import GateTraining
 from compress.prune.latency_table import LatencyTable, keep_table, kept_table, measure_table
-from compress.prune.structure import fisher
+from compress.prune.structure import Inputs, fisher
 from compress.prune.structure_search import Structure, by_gradients, check_target, search
 from compress.prune.structure_step import sliced, without_layers
 from compress.shape_times import Call, batch_shape, shape_times
 from compress.step import FromCompact, Source, Tools, check_one_pair, check_task_weight
 from compress.training import with_biases
-from exports.export import Export
+from exports.export import Export, model_of
 from exports.forms import write_export
 from exports.read import load_model, read_export
 from exports.weight_source import all_tensors
@@ -50,6 +51,8 @@ class PruneToLatency(FromCompact):
     method: Literal["fisher", "hard_concrete"] = "fisher"
     """How parts are chosen. fisher: by squared gradients on calibration rows, without training; hard_concrete: gates on
     the parts are trained, with biases and norms."""
+    rescale: bool = False
+    """fisher: multiply what stays by factors, and add to biases, by least squares as in `prune_structure`."""
     steps: Annotated[int, Field(ge=5)] = 1000
     """hard_concrete: steps of the training, each with `batch` calibration rows."""
     batch: Annotated[int, Field(ge=1)] = 32
@@ -68,10 +71,8 @@ class PruneToLatency(FromCompact):
         """See `Step.needs_calibration`."""
         return True
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
-        config = read_export(source.folder).config
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
         if not config.generates:
             raise BadInput(
                 f"prune_to_latency: takes models with sharing: veps or eps, this one has {config.sharing}; "
@@ -84,6 +85,10 @@ class PruneToLatency(FromCompact):
                 f"{config.max_position_embeddings} positions"
             )
         if self.method == "hard_concrete":
+            if self.rescale:
+                raise BadInput(
+                    "prune_to_latency.rescale: is for method: fisher; hard_concrete trains factors and biases itself"
+                )
             check_task_weight("prune_to_latency", self.task_weight, config)
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
@@ -94,10 +99,10 @@ class PruneToLatency(FromCompact):
         check_target(table, self.latency, "prune_to_latency.latency")
         notes: dict[str, Any] = {}
         if self.method == "fisher":
-            structure, loss = self.by_fisher(table, source, tools)
-            result = cut(export, structure)
+            structure, result, loss = self.by_fisher(export, table, source, tools)
             what = "loss" if export.config.mlm_head != "none" else "error of hidden states"  # as `masked_loss` says
-            notes[f"{what} on calibration rows"] = round(loss, 4)
+            when = " before least squares" if self.rescale else ""
+            notes[f"{what} on calibration rows{when}"] = round(loss, 4)
         else:
             structure, result = self.by_gates(export, table, source, tools)
         write_export(result, out)
@@ -128,12 +133,15 @@ class PruneToLatency(FromCompact):
         rows, length = (1, tokens) if self.timed is None else map(int, self.timed.split("x"))
         return Call(rows, length, self.threads)
 
-    def by_fisher(self, table: LatencyTable, source: Source, tools: Tools) -> tuple[Structure, float]:
-        """What stays, and the loss of that on calibration rows."""
+    def by_fisher(
+        self, export: Export, table: LatencyTable, source: Source, tools: Tools
+    ) -> tuple[Structure, Export, float]:
+        """What stays, the model with that alone, and the loss on calibration rows, which is that before `rescale`."""
         model = load_model(source.folder)
         rows = calibration_batches(source, tools)
         rankings = by_gradients(fisher(model, rows, tools.seed))
-        return search(model, rankings, table, self.latency, rows)
+        structure, loss = search(model, rankings, table, self.latency, rows)
+        return structure, cut(export, structure, rows=rows if self.rescale else None), loss
 
     def by_gates(self, export: Export, table: LatencyTable, source: Source, tools: Tools) -> tuple[Structure, Export]:
         """What stays, and the model with its biases and norms after the training."""
@@ -148,16 +156,24 @@ class PruneToLatency(FromCompact):
         return kept.structure, cut(with_biases(export, model), kept.structure, kept.heads[0], kept.columns[0])
 
 
-def cut(export: Export, structure: Structure, heads: Tensor | None = None, columns: Tensor | None = None) -> Export:
+def cut(
+    export: Export,
+    structure: Structure,
+    heads: Tensor | None = None,
+    columns: Tensor | None = None,
+    rows: Sequence[Batch] | None = None,
+) -> Export:
     """The export with the parts of a structure only; with factors on its heads [heads] and columns [columns].
 
-    Tensors keep their dtypes, but for the new factors, which are float32.
+    With `rows`, factors and biases by least squares on them too. Tensors keep their dtypes, but for the new factors,
+    which are float32.
     """
     tensors = {name: tensor.float() for name, tensor in all_tensors(export.weights).items()}
     config = export.config
     removed = sorted(set(range(config.num_hidden_layers)) - set(structure.layers))
     if removed:
-        tensors = without_layers(tensors, removed, None)
+        inputs = None if rows is None else Inputs(model_of(config, tensors), rows)
+        tensors = without_layers(tensors, removed, inputs, config.branch_gain)
         config = dataclasses.replace(config, num_hidden_layers=len(structure.layers))
     factors = [None if heads is None else heads.repeat_interleave(config.head_size), columns]
     kept = [
@@ -165,7 +181,8 @@ def cut(export: Export, structure: Structure, heads: Tensor | None = None, colum
         for own, there, factor in zip(structure, (config.heads, config.inner_size), factors, strict=False)
     ]
     if kept != [None, None]:
-        config, tensors = sliced(config, tensors, kept[0], kept[1], None)
+        inputs = None if rows is None else Inputs(model_of(config, tensors), rows)
+        config, tensors = sliced(config, tensors, kept[0], kept[1], inputs)
     for name, factor in zip(("kept_attention_scale", "kept_inner_scale"), factors, strict=True):
         if factor is not None:
             tensors[f"sharebert.{name}"] = tensors[f"sharebert.{name}"] * factor[factor != 0]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compress.saved_state import naming_damage
 from compress.shape_times import Call, shape_times
 from pretrain.run.environment import cpu_name
 from sharebert.config import ShareBertConfig
@@ -106,14 +107,18 @@ def measure_table(config: ShareBertConfig, call: Call) -> LatencyTable:
 
 
 def kept_table(path: Path, config: ShareBertConfig, call: Call) -> LatencyTable | None:
-    """The table in the JSON file `path`. None: there is none, or it is of another processor, model or call."""
+    """The table in the JSON file `path`. None: there is none, or it is of another processor, model or call.
+
+    Raises BadInput, naming the file, where it is damaged.
+    """
     if not path.is_file():
         return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    if kept.pop("cpu", None) != cpu_name():
-        return None
-    kept |= {key: {int(n): ms for n, ms in kept[key].items()} for key in ("heads", "columns", "layers")}
-    table = LatencyTable(**{**kept, "whole": Shape(**kept["whole"]), "call": Call(**kept["call"])})
+    with naming_damage(path):
+        kept = dict(json.loads(path.read_text(encoding="utf-8")))
+        if kept.pop("cpu", None) != cpu_name():
+            return None
+        kept |= {key: {int(n): ms for n, ms in kept[key].items()} for key in ("heads", "columns", "layers")}
+        table = LatencyTable(**{**kept, "whole": Shape(**kept["whole"]), "call": Call(**kept["call"])})
     return table if (table.whole, table.call) == (shape_of(config), call) else None
 
 

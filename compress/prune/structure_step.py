@@ -48,10 +48,8 @@ class PruneStructure(FromCompact):
         """See `Step.needs_calibration`."""
         return True
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
-        config = read_export(source.folder).config
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
         if (self.heads, self.columns, self.layers) == (None, None, None):
             raise BadInput("prune_structure: nothing to remove; give heads, columns or layers")
         if not config.generates and (self.heads is not None or self.columns is not None):
@@ -65,6 +63,16 @@ class PruneStructure(FromCompact):
             )
         check_one_pair("prune_structure", config)
         self.amounts(config)
+
+    def result_config(self, config: ShareBertConfig) -> ShareBertConfig:
+        """See `Step.result_config`. Heads and columns are the first ones."""
+        heads, columns, layers = self.amounts(config)
+        return dataclasses.replace(
+            config,
+            num_hidden_layers=layers,
+            kept_heads=config.kept_heads if heads == config.heads else tuple(range(heads)),
+            kept_columns=config.kept_columns if columns == config.inner_size else tuple(range(columns)),
+        )
 
     def amounts(self, config: ShareBertConfig) -> tuple[int, int, int]:
         """How many heads, columns and layers stay. Raises BadInput: more than there are."""

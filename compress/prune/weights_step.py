@@ -26,6 +26,7 @@ from exports.forms import write_export
 from exports.packed import PRUNED
 from exports.read import read_export
 from exports.weight_source import TensorWeights, all_tensors, whole
+from sharebert.config import ShareBertConfig
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
@@ -56,7 +57,7 @@ class PruneWeights(FromCompact):
     """global: the share is that of both matrices together; matrix: of each; 2:4: two of each four neighbours."""
     centre: bool = False
     """Weights of E that are removed become the mean of their column in place of zero: rows of E have much in common.
-    Not with scope 2:4; `model.keep_zeros` does not hold them in a training."""
+    Where E is sparse already, they become what the others of their column are. Not with scope 2:4."""
     recomputations: Annotated[int, Field(ge=1)] = 4
     """surgeon: in how many steps the share is reached; scores are computed anew in each."""
     block: Annotated[int, Field(ge=1)] = 32
@@ -78,14 +79,12 @@ class PruneWeights(FromCompact):
         """See `Step.needs_calibration`."""
         return self.method != "magnitude" and self.sparsity > 0
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
         if self.scope == "2:4" and self.sparsity != 0.5:
             raise BadInput(f"prune_weights.sparsity: scope 2:4 removes half of the weights, not {self.sparsity:g}")
         if self.centre and self.scope == "2:4":
             raise BadInput("prune_weights.centre: not with scope 2:4, which is for zeros")
-        config = read_export(source.folder).config
         if self.method == "movement" and config.mlm_head == "none":
             raise BadInput(
                 "prune_weights.method: movement trains on masked words, and this model has no masked-language-model "
@@ -102,7 +101,10 @@ class PruneWeights(FromCompact):
         export = read_export(source.folder)
         kept = stored_weights(export)  # of a trimmed W_all only the rows that are used
         weights = {name: whole(kept, name).float().clone() for name in PRUNED if name in kept.specs}
-        centres = {name: tensor.mean(0) * (self.centre and name == EMBEDDING) for name, tensor in weights.items()}
+        centres = {name: torch.zeros(tensor.shape[1]) for name, tensor in weights.items()}
+        if self.centre:
+            before = EMBEDDING in export.other_keys.get("sparse", ())
+            centres[EMBEDDING] = weights[EMBEDDING].mode(0).values if before else weights[EMBEDDING].mean(0)
         weights = {name: tensor - centres[name] for name, tensor in weights.items()}
         if self.sparsity > 0:
             if self.method == "surgeon":

@@ -24,13 +24,15 @@ from compress.recipe import CompressRecipe
 from compress.report import check, model_files, read_report, table
 from compress.run import compress as run
 from compress.step_folders import checksums
+from compress.steps import step_of
 from compress.trim import Trim
 from data_prep.shards.reader import open_dataset
 from exports.export import Export
 from exports.forms import write_export
-from exports.read import load_model
+from exports.read import load_model, read_config
 from pretrain.objective import MaskedLanguageModelling
 from pretrain.validate import ValidateRecipe, validate
+from sharebert import ShareBertConfig
 from sharebert_cli import main
 from sharebert_common.errors import BadInput
 from sharebert_common.files import file_sha256
@@ -276,6 +278,57 @@ def test_loss_and_latency(source: Path, dataset: Path, tmp_path: Path) -> None:
         whole_word=False,
     )
     assert before.loss == score.loss
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (
+            "[{lower_factor: {size: 4}}, {lower_factor: {size: 6}}]",
+            "lower_factor.size: 6 is not below .* factor_size, 4",
+        ),
+        (
+            "[{low_rank: {rank: 4}}, {low_rank: {rank: 2}}]",
+            "low_rank: takes a model whose layers share .* has low_rank",
+        ),
+        ("[{pc_lora: {rank: 4}}, {prune_weights: {}}]", "prune_weights.method: wanda takes a model with sharing: veps"),
+        ("[{prune_structure: {heads: 2}}, dense]", "2 of 3 heads are left"),
+        ("[{prune_structure: {columns: 30}}, {prune_structure: {columns: 31}}]", "31 are to stay, .* has 30"),
+        ("[{prune_structure: {layers: 1}}, trim, {prune_structure: {layers: 2}}]", "2 are to stay, .* has 1"),
+        ("[{prune_to_latency: {latency: 0.5}}, {prune_structure: {heads: 4}}]", "4 are to stay, .* has 3"),
+        ("[dense, {prune_hidden: {hidden: 16}}, {prune_hidden: {hidden: 24}}]", "24 are to stay, .* has 16"),
+        ("[{prune_structure: {columns: 20}}, dense, {prune_hidden: {columns: 21}}]", "21 are to stay, .* has 20"),
+        ("[dense, {awq: {group: 32}}]", "awq.group: 32 does not divide hidden_size, which is 24"),
+        ("[trim, {onnx: {opset: 99}}]", "opset: 99 is not one of"),
+    ],
+)
+def test_a_later_step_is_refused_before_the_first_one_runs(
+    source: Path, tmp_path: Path, dataset: Path, steps: str, message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        run(source, recipe_of(tmp_path, f"steps: {steps}", f"calibration={dataset}"), tmp_path / "out")
+    assert not (tmp_path / "out.steps").exists()
+
+
+def test_the_result_has_the_config_that_was_foreseen(dataset: Path, tmp_path: Path) -> None:
+    """What later steps are checked on; which heads and columns stay is chosen in the step."""
+    own = own_export(tmp_path / "own", dataset)
+    text = """steps: [{prune_structure: {columns: 20}}, {lower_factor: {size: 4, gauge: product}}, dense,
+        {prune_hidden: {heads: 2}}]"""
+    recipe = recipe_of(tmp_path, f"{text}\nkeep_steps: true", f"calibration={dataset}", "calibration.rows=8")
+    run(own, recipe, tmp_path / "out")
+    config: ShareBertConfig | None = read_config(own)
+    for number, given in enumerate(recipe.steps, 1):
+        name, step = step_of(given, "steps")
+        assert config is not None
+        config = step.result_config(config)
+        assert config is not None
+        written = json.loads((tmp_path / "out.steps" / f"{number}-{name}" / "config.json").read_text())
+        foreseen = config.to_dict()
+        for key in (foreseen.keys() & written.keys()) - {"model_type", "kept_columns"}:
+            assert foreseen[key] == written[key], (name, key)
+        assert len(foreseen.get("kept_columns", ())) == len(written.get("kept_columns", ()))
+    assert (config.hidden_size, config.intermediate_size) == (16, 20)
 
 
 def test_what_others_left_and_the_source_itself_are_never_touched(source: Path, tmp_path: Path) -> None:

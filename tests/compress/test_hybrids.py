@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from compress_models import tiny_export
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -29,6 +30,7 @@ from compress.source import open_source
 from data_prep.shards.reader import open_dataset
 from exports.export import Export
 from exports.forms import write_export
+from exports.packed import PRUNED
 from exports.read import load_model, read_config
 from pretrain.sweep.runner import Stopped
 from sharebert_common.errors import FAILED, FINISHED, STOPPED, BadInput, CommandError
@@ -187,6 +189,28 @@ def test_a_classifier_cannot_be_distilled(tmp_path: Path) -> None:
     source = tiny_export(tmp_path / "source", mlm_head="none")
     with pytest.raises(BadInput, match="distil: takes a model with a masked-language-model head"):
         Distil().check(open_source(source))
+
+
+@pytest.mark.slow
+def test_what_was_removed_stays_so(dataset: Path, tmp_path: Path) -> None:
+    """Zeros of W_all and the means that fill columns of E, in a training whose decay moves the means."""
+    source = export_of(tmp_path / "source", dataset)
+    file = tmp_path / "recipe.yaml"
+    prune = "prune_weights: {method: magnitude, scope: matrix, sparsity: 0.7, centre: true}"
+    file.write_text(f"steps: [{{{prune}}}, {{distil: {{steps: 20, rows: 16, lr: 3e-3}}}}]\n")
+    keys = [f"calibration={dataset}", f"teacher={source}", "report.latency=[]", "keep_steps=true"]
+    run(source, load(CompressRecipe, file, keys), tmp_path / "out")
+    before, after = tmp_path / "out.steps" / "1-prune_weights", tmp_path / "out"
+    files = [load_file(folder / "model.safetensors") for folder in (before, after)]
+    for name in PRUNED:
+        masks, values = ([stored[f"{name}.{part}"] for stored in files] for part in ("mask", "values"))
+        assert masks[0].equal(masks[1])
+        assert not values[0].equal(values[1])
+    means = [stored[f"{PRUNED[0]}.fill"] for stored in files]
+    torch.testing.assert_close(means[1], means[0], rtol=1e-2, atol=0)
+    assert not means[1].equal(means[0])
+    sizes = [sum(tensor.nbytes for tensor in stored.values()) for stored in files]
+    assert sizes[0] == sizes[1]
 
 
 def test_another_teacher_is_another_result(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

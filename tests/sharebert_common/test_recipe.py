@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sharebert_common.errors import BadInput
-from sharebert_common.recipe import STRICT, find, load, split_words
+from sharebert_common.recipe import STRICT, find, load, parse, split_words
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -192,6 +194,16 @@ def test_a_key_of_several_types_is_named_as_the_recipe_has_it(given: str, said: 
     with pytest.raises(BadInput) as raised:
         load(PrepRecipe, None, ["output=o", given])
     assert str(raised.value) == f"command line: {said}"
+
+
+def test_a_key_of_two_kinds_of_number_is_one_line() -> None:
+    @dataclass(config=STRICT, kw_only=True)
+    class Recipe:
+        size: Annotated[int, Field(ge=2)] | Annotated[float, Field(gt=0, lt=1)] | Literal["all"] = 2
+
+    with pytest.raises(BadInput) as raised:
+        parse(Recipe, {"size": -1}, "recipe")
+    assert str(raised.value) == "recipe: size: Input should be greater than or equal to 2 (got -1)"
 
 
 def test_keys_in_place_of_the_recipe_are_named() -> None:

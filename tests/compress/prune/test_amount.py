@@ -23,3 +23,13 @@ def test_a_share_of_1_is_not_the_number_1(step: str, given: float) -> None:
     with pytest.raises(BadInput, match=f"{step}: columns: {given} is no share below 1; write a number of parts"):
         step_of(asked, "steps.0")
     assert step_of({step: {"columns": 1}}, "steps.0")[1].columns == 1
+
+
+@pytest.mark.parametrize("key", ["prune_structure.heads", "prune_structure.layers", "prune_hidden.hidden"])
+@pytest.mark.parametrize("given", [0, -1, 0.0, -0.5, "all", [1], float("nan")])
+def test_what_is_no_amount_is_one_line(key: str, given: Any) -> None:
+    step, name = key.split(".")
+    with pytest.raises(BadInput) as raised:
+        step_of({step: {name: given}}, "steps.0")
+    line = f"steps.0.{step}: {name}: {given!r} is no number of parts, 1 or more, and no share between 0 and 1"
+    assert str(raised.value) == line

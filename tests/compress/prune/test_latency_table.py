@@ -68,6 +68,11 @@ def test_a_kept_table_is_for_its_processor_model_and_call(tmp_path: Path, monkey
     assert kept_table(path, tiny_model(num_hidden_layers=3).config, CALL) is None
     monkeypatch.setattr(latency_table, "cpu_name", lambda: "another")
     assert kept_table(path, config, CALL) is None
+    for text in (path.read_text()[:-9], "[]", "{}"):
+        path.write_text(text)
+        monkeypatch.setattr(latency_table, "cpu_name", lambda: None)
+        with pytest.raises(BadInput, match=f"{path}: damaged .*; remove it"):
+            kept_table(path, config, CALL)
 
 
 def test_shapes_are_timed_in_a_process_of_their_own() -> None:

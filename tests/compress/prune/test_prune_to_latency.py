@@ -15,13 +15,14 @@ from compress_models import export_with_dead_parts, killed, tiny_export
 
 from compress import training
 from compress.prune import latency_step, latency_table
-from compress.prune.calibrate import Batch, batches, hidden_error, hidden_states, objective
+from compress.prune.calibrate import Batch, batches, calibration_batches, hidden_error, hidden_states, objective
 from compress.prune.gate_training import GateTraining
 from compress.prune.hard_concrete import open_probability
 from compress.prune.latency_step import cut
 from compress.prune.latency_table import LatencyTable, Shape
 from compress.prune.structure import Fisher
 from compress.prune.structure_search import Structure, by_gradients, by_probability, candidates, masked_loss
+from compress.prune.structure_step import PruneStructure
 from compress.shape_times import Call
 from compress.source import open_source
 from compress.steps import step_of
@@ -29,6 +30,7 @@ from exports.compact import Compact
 from exports.forms import write_export
 from exports.read import load_model, read_export
 from exports.weight_files import read_weights
+from exports.weight_source import all_tensors
 from sharebert import ShareBertConfig
 from sharebert_common.errors import BadInput
 
@@ -133,6 +135,41 @@ def test_what_is_cut_is_what_factors_of_0_leave(tmp_path: Path) -> None:
     assert masked_loss(model, [batch], whole, Shape(3, 40, 2)) == pytest.approx(
         objective(model, batch, hidden_states(model, batch), torch.Generator()).item() / len(batch.tokens)
     )
+
+
+def test_least_squares_are_those_of_prune_structure(tmp_path: Path) -> None:
+    """Of a structure that it chose, with a layer, a head and columns gone."""
+    source = tiny_export(tmp_path / "source", mlm_head="tied", branch_gain=0.5, num_hidden_layers=3)
+    keys = {"heads": 2, "columns": 0.5, "layers": 2}
+    notes = PruneStructure(**keys).apply(open_source(source), tools(tmp_path), tmp_path / "out")  # type: ignore[arg-type]
+    expected = read_export(tmp_path / "out")
+    kept = [number for number in range(3) if number not in notes["layers removed"]]
+    assert 0 in kept  # so that the mean of the other one goes into a bias
+    assert expected.config.kept_columns is not None
+    structure = Structure(notes["heads kept"], list(expected.config.kept_columns), kept)
+    rows = calibration_batches(open_source(source), tools(tmp_path))
+    found = cut(read_export(source), structure, rows=rows)
+    assert found.config == expected.config
+    tensors, others = all_tensors(found.weights), all_tensors(expected.weights)
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name])
+
+
+def test_rescaled_it_is_nearer_to_the_source(tmp_path: Path) -> None:
+    """The same structure, with factors and biases."""
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    rows = batches(tools(tmp_path).calibration(), source / "tokenizer.json", 0)
+    errors, chosen = [], []
+    for rescale in (False, True):
+        out, notes = pruned(tmp_path / str(rescale), source, latency=0.8, rescale=rescale)
+        chosen.append([notes[key] for key in ("heads", "columns", "layers")])
+        small, whole = load_model(out), load_model(source)
+        pairs = [(hidden_states(small, batch), hidden_states(whole, batch), batch) for batch in rows]
+        errors.append(sum(hidden_error(*pair).item() for pair in pairs))
+    assert "loss on calibration rows before least squares" in notes
+    assert chosen[0] == chosen[1]
+    assert errors[1] < 0.95 * errors[0]
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])
@@ -256,6 +293,7 @@ def test_rows_longer_than_the_positions_are_one_line(tmp_path: Path, keys: dict[
         ({"latency": 0.1}, {}, r"latency: 0\.1 of the time is out of reach; 1 layer, 1 head and 5 columns take 0\.184"),
         ({"latency": 0.5}, {"sharing": "layers"}, "sharing: veps or eps, this one has layers; use prune_structure"),
         ({"latency": 0.5}, {"intermediate_size": 20, "ffn_pairs": 2}, "one feed-forward pair"),
+        ({"latency": 0.5, **GATES, "rescale": True}, {}, "prune_to_latency.rescale: is for method: fisher"),
         ({"latency": 0.5, **GATES}, {"mlm_head": "none"}, "prune_to_latency.task_weight: .* set it to 0"),
     ],
 )

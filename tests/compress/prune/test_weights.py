@@ -212,9 +212,15 @@ def test_another_dtype_rounds_the_values_and_leaves_the_mask(tmp_path: Path) -> 
     assert found.equal(expected.half().float())
 
 
-def test_zeros_survive_training(tmp_path: Path) -> None:
+def removed(tensor: torch.Tensor) -> torch.Tensor:
+    """Where a sparse tensor has the most frequent number of its column."""
+    return tensor == tensor.mode(0).values
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_zeros_survive_training(centre: bool, tmp_path: Path) -> None:
     source = tiny_export(tmp_path / "source", mlm_head="tied")
-    out, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.8)
+    out, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.8, centre=centre)
     choice = choose_model(ModelRecipe(init_from=str(out), keep_zeros=True), None, None)
     model = build_model(choice, seed=0).train()
     batch, *_ = batches(tools(tmp_path).calibration(), out / "tokenizer.json", 0)
@@ -227,7 +233,18 @@ def test_zeros_survive_training(tmp_path: Path) -> None:
     for name, tensor in before.items():
         after = model.get_parameter(name)
         assert (after == 0).equal(tensor == 0)
-        assert not after.equal(tensor)
+        assert removed(after).equal(removed(tensor))
+        assert removed(after).float().mean() > 0.6
+        assert (after != tensor)[~removed(tensor)].float().mean() > 0.3  # of W_all, layers use some rows alone
+
+
+def test_what_was_removed_before_is_removed_again(tmp_path: Path) -> None:
+    first, _ = pruned(tmp_path, tiny_export(tmp_path / "source"), method="magnitude", sparsity=0.5, centre=True)
+    again, notes = pruned(tmp_path, first, name="again", method="magnitude", sparsity=0.7, centre=True, scope="matrix")
+    before, after = (load_model(folder).get_parameter(E) for folder in (first, again))
+    assert removed(after)[removed(before)].all()
+    assert after.mode(0).values.equal(before.mode(0).values)
+    assert notes[f"removed of {E}"] == pytest.approx(0.7, abs=0.01)
 
 
 def test_sparsity_0_stores_the_zeros_that_are_there(tmp_path: Path) -> None:
