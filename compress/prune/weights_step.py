@@ -1,9 +1,8 @@
-"""The step `prune_weights`: weights of E and W_all become zero or a mean, and the file holds only the others."""
+"""The step `prune_weights`: weights become zero or the mean of their column."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,21 +11,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.prune.calibrate import Batch, calibration_batches, hidden_states, objective
+from compress.prune.calibrate import Batch
 from compress.prune.masks import Scope, smallest, sparsity_after
 from compress.prune.movement import Movement
+from compress.prune.prunable import Prunable, PrunableCompact
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
-from compress.quantise.hessians import collect
-from compress.quantise.step import EMBEDDING, error_costs, with_tensors
+from compress.quantise.step import PROJECTION
 from compress.saved_state import save_state, saved_state
 from compress.step import FromCompact, Source, Tools
-from exports.compact import stored_weights
-from exports.export import Export, model_of
-from exports.forms import write_export
-from exports.packed import PRUNED
 from exports.read import read_export
-from exports.weight_source import TensorWeights, all_tensors, whole
-from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -42,7 +35,8 @@ MOVEMENT = "movement.pt"
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
 class PruneWeights(FromCompact):
-    """Set weights of E and W_all to zero, and store a bit for each and the numbers that are left."""
+    """Set weights of E, of W_all and of the layers' own matrices to zero, and store a bit for each and
+    the numbers that are left."""
 
     NAME = "prune_weights"
 
@@ -99,46 +93,42 @@ class PruneWeights(FromCompact):
 
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
-        export = read_export(source.folder)
-        kept = stored_weights(export)  # of a trimmed W_all only the rows that are used
-        weights = {name: whole(kept, name).float().clone() for name in PRUNED if name in kept.specs}
-        centres = {name: tensor.mean(0) * (self.centre and name == EMBEDDING) for name, tensor in weights.items()}
+        model = PrunableCompact(source)
+        weights = model.weights
+        centres = {name: tensor.mean(0) * (self.centre and name == model.embedding) for name, tensor in weights.items()}
         weights = {name: tensor - centres[name] for name, tensor in weights.items()}
         if self.sparsity > 0:
             if self.method == "surgeon":
-                weights = self.by_surgeon(export, weights, centres, source, tools)
+                weights = self.by_surgeon(model, weights, centres, tools)
             elif self.method == "movement":
-                weights = self.by_movement(export, weights, centres, source, tools)
+                weights = self.by_movement(model, weights, centres, tools)
             else:
-                removed = smallest(self.scores(export, weights, centres, tools), self.sparsity, self.scope)
+                removed = smallest(self.scores(model, weights, centres, tools), self.sparsity, self.scope)
                 weights = {name: torch.where(removed[name], 0.0, weights[name]) for name in weights}
-        write_export(sparse(export, _restored(weights, centres)), out)
-        return {f"removed of {name}": round(float((tensor == 0).float().mean()), 4) for name, tensor in weights.items()}
+        model.write(_restored(weights, centres), out)
+        parts: dict[str, list[Tensor]] = {}
+        for name, tensor in weights.items():
+            parts.setdefault(name if name in (model.embedding, PROJECTION) else "the layers' matrices", []).append(
+                tensor
+            )
+        return {f"removed of {part}": round(_zeros(tensors), 4) for part, tensors in parts.items()}
 
     def scores(
-        self, export: Export, weights: dict[str, Tensor], centres: dict[str, Tensor], tools: Tools
+        self, model: Prunable, weights: dict[str, Tensor], centres: dict[str, Tensor], tools: Tools
     ) -> dict[str, Tensor]:
         """What each weight is worth, by magnitude or Wanda. Weights are given without the centres."""
         squares = {name: tensor**2 for name, tensor in weights.items()}
         if self.method == "magnitude":
             return squares
-        model = _model(export, _restored(weights, centres))
-        statistics = collect(model, tools.calibration())
-        full = {name: model.get_parameter(name).detach() for name in weights}
-        costs = {name: error_costs(name, len(tensor), model, statistics, full) for name, tensor in weights.items()}
+        costs = model.costs(_restored(weights, centres), tools)
         return {name: squares[name] * costs[name] for name in weights}
 
     def by_movement(
-        self,
-        export: Export,
-        weights: dict[str, Tensor],
-        centres: dict[str, Tensor],
-        source: Source,
-        tools: Tools,
+        self, model: PrunableCompact, weights: dict[str, Tensor], centres: dict[str, Tensor], tools: Tools
     ) -> dict[str, Tensor]:
         """The weights, without the centres, after the training."""
-        rows = calibration_batches(source, tools, self.batch)
-        movement = Movement(_model(export, _restored(weights, centres)), weights, centres, self.sparsity, self.scope)
+        rows, start = model.batches(tools, self.batch), model.with_weights(_restored(weights, centres))
+        movement = Movement(start, weights, centres, self.sparsity, self.scope)
 
         def say(step: int, loss: float) -> None:
             share = movement.share(step, self.steps)
@@ -147,25 +137,20 @@ class PruneWeights(FromCompact):
         return movement.run(rows, self.steps, self.lr, tools.seed, tools.scratch / MOVEMENT, say)
 
     def by_surgeon(
-        self,
-        export: Export,
-        weights: dict[str, Tensor],
-        centres: dict[str, Tensor],
-        source: Source,
-        tools: Tools,
+        self, model: Prunable, weights: dict[str, Tensor], centres: dict[str, Tensor], tools: Tools
     ) -> dict[str, Tensor]:
         """The weights, without the centres, after all recomputations.
 
         What is done is kept in the scratch folder, and not done again.
         """
-        rows = calibration_batches(source, tools, self._rows_at_once(tools))
+        rows = model.batches(tools, max(1, len(tools.calibration()) // self.gradients))
         rows = rows[: self.gradients]
-        start = _zeros(weights)
+        start = _zeros(weights.values())
         kept = saved_state(tools.scratch / PROGRESS) or {"step": 0, "weights": weights}
         done, weights = kept["step"], kept["weights"]
         for step in range(done + 1, self.recomputations + 1):
             share = sparsity_after(step, self.recomputations, min(start, self.sparsity), self.sparsity)
-            inverses = self.inverse_fisher(_model(export, _restored(weights, centres)), weights, rows, tools.seed)
+            inverses = self.inverse_fisher(model, weights, centres, rows, tools.seed)
             worth = {
                 name: unblocked(saliency(blocked(tensor, self.block), inverses[name]), tensor.shape)
                 for name, tensor in weights.items()
@@ -180,42 +165,37 @@ class PruneWeights(FromCompact):
                 moved = without(blocked(tensor, self.block), gone, inverses.pop(name))
                 weights[name] = unblocked(moved, tensor.shape).contiguous()
             save_state(tools.scratch / PROGRESS, {"step": step, "weights": weights})
-            tools.say(
-                f"prune_weights: {_zeros(weights):.1%} removed after recomputation {step} of {self.recomputations}"
-            )
+            share = _zeros(weights.values())
+            tools.say(f"prune_weights: {share:.1%} removed after recomputation {step} of {self.recomputations}")
         return weights
 
     def inverse_fisher(
-        self, model: ShareBertForMaskedLM, weights: dict[str, Tensor], rows: Sequence[Batch], seed: int
+        self,
+        model: Prunable,
+        weights: dict[str, Tensor],
+        centres: dict[str, Tensor],
+        rows: Sequence[Batch],
+        seed: int,
     ) -> dict[str, InverseFisher]:
         """F⁻¹ of each matrix, in blocks. A weight that is zero has no gradient, so that it takes part in nothing."""
         generator = torch.Generator().manual_seed(seed)
-        parameters = {name: model.get_parameter(name).requires_grad_() for name in weights}
+        module = model.with_weights(_restored(weights, centres))
+        parameters = {name: module.get_parameter(name).requires_grad_() for name in weights}
         found: dict[str, InverseFisher] = {}
         for first in range(0, len(rows), CHUNK):
             chunk: dict[str, list[Tensor]] = {name: [] for name in weights}
             for batch in rows[first : first + CHUNK]:
-                loss = objective(model, batch, hidden_states(model, batch), generator) / len(batch.tokens)
+                loss = model.objective(module, batch, generator) / len(batch.tokens)
                 for name, given in zip(weights, torch.autograd.grad(loss, list(parameters.values())), strict=True):
                     used = given[len(given) - len(weights[name]) :] * (weights[name] != 0)
                     chunk[name].append(blocked(used, self.block))
-            for name, gradients in chunk.items():
-                together = torch.stack(gradients)
+            for name in weights:
+                together = torch.stack(chunk.pop(name))
                 if name not in found:
                     damping = self.damping * float((together**2).mean()) + 1e-20
                     found[name] = InverseFisher(together.shape[1], self.block, len(rows), damping)
                 found[name].add(together)
         return found
-
-    def _rows_at_once(self, tools: Tools) -> int:
-        return max(1, len(tools.calibration()) // self.gradients)
-
-
-def sparse(export: Export, weights: dict[str, Tensor]) -> Export:
-    """The export with these weights, given as a trimmed export stores them, which its file will hold as sparse."""
-    keys = {**export.other_keys, "sparse": sorted(weights)}
-    tensors = all_tensors(with_tensors(export, weights).weights)
-    return dataclasses.replace(export.with_model(export.config, tensors), other_keys=keys)
 
 
 def _restored(weights: dict[str, Tensor], centres: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -223,11 +203,5 @@ def _restored(weights: dict[str, Tensor], centres: dict[str, Tensor]) -> dict[st
     return {name: tensor + centres[name] for name, tensor in weights.items()}
 
 
-def _model(export: Export, weights: dict[str, Tensor]) -> ShareBertForMaskedLM:
-    changed = with_tensors(export, weights)
-    assert isinstance(changed.weights, TensorWeights)
-    return model_of(export.config, changed.weights.tensors)
-
-
-def _zeros(weights: dict[str, Tensor]) -> float:
-    return sum(int((t == 0).sum()) for t in weights.values()) / sum(t.numel() for t in weights.values())
+def _zeros(weights: Collection[Tensor]) -> float:
+    return sum(int((t == 0).sum()) for t in weights) / sum(t.numel() for t in weights)

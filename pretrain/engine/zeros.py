@@ -11,14 +11,14 @@ from functools import partial
 
 from torch import Tensor
 
-from exports.packed import PRUNED
+from exports.packed import is_pruned
 from sharebert import ShareBertForMaskedLM
 
 
 def keep_zeros(model: ShareBertForMaskedLM) -> None:
-    """From now on, gradients do not reach weights of E and W_all that are zero."""
+    """From now on, gradients do not reach weights that are zero, of the matrices that `prune_weights` takes."""
     for name, parameter in model.named_parameters():
-        if name in PRUNED:
+        if is_pruned(name):
             parameter.register_hook(partial(_where_not_zero, parameter))
 
 

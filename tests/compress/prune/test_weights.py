@@ -265,6 +265,28 @@ def test_zeros_survive_training(tmp_path: Path) -> None:
         assert not after.equal(tensor)
 
 
+@pytest.mark.parametrize(("sharing", "sets"), [("layers", 1), ("none", 2)])
+@pytest.mark.parametrize("method", ["magnitude", "surgeon"])
+def test_matrices_that_no_embedding_generates_are_pruned_too(
+    tmp_path: Path, sharing: str, sets: int, method: str
+) -> None:
+    source = tiny_export(tmp_path / "source", sharing=sharing)
+    keys: dict[str, Any] = {"gradients": 8, "block": 4, "recomputations": 1}
+    out, notes = pruned(tmp_path, source, method=method, sparsity=0.6, scope="matrix", **keys)
+    model, own = load_model(out), [f"sharebert.sharing.layers.{n}." for n in range(sets)]
+    matrices = {name: p for name, p in model.named_parameters() if name.startswith(tuple(own))}
+    assert len(matrices) == 6 * sets
+    keep_zeros(model)
+    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    for name, matrix in {**matrices, E: model.get_parameter(E)}.items():
+        assert (matrix == 0).float().mean() == pytest.approx(0.6, abs=0.002)
+        assert matrix.grad is not None
+        assert (matrix.grad == 0).equal(matrix == 0)
+        assert f"{name}.mask" in load_file(out / "model.safetensors")
+    assert model.get_parameter("sharebert.sharing.pooler").all()
+    assert notes["removed of the layers' matrices"] == pytest.approx(0.6, abs=0.002)
+
+
 def test_sparsity_0_stores_the_zeros_that_are_there(tmp_path: Path) -> None:
     source = tiny_export(tmp_path / "source")
     first, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.6)
