@@ -1,4 +1,4 @@
-"""What `prune_weights` asks of a model, and the answers of the compact form."""
+"""What `prune_weights` asks of a model, and the answers of a compact export."""
 
 from __future__ import annotations
 

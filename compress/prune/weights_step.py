@@ -15,11 +15,13 @@ from compress.prune.calibrate import Batch
 from compress.prune.masks import Scope, smallest, sparsity_after
 from compress.prune.movement import Movement
 from compress.prune.prunable import Prunable, PrunableCompact
+from compress.prune.prunable_encoder import PrunableEncoder
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.quantise.step import PROJECTION
 from compress.saved_state import save_state, saved_state
-from compress.step import FromCompact, Source, Tools
+from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.read import read_export
+from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -34,22 +36,22 @@ MOVEMENT = "movement.pt"
 
 
 @dataclass(config=STRICT, kw_only=True, frozen=True)
-class PruneWeights(FromCompact):
-    """Set weights of E, of W_all and of the layers' own matrices to zero, and store a bit for each and
-    the numbers that are left."""
-
-    NAME = "prune_weights"
+class PruneWeights(NeedsNoRows):
+    """Set weights to zero. Of a compact export: those of E, of W_all and of the layers' own matrices, stored as a bit
+    for each and the numbers that are left. Of a dense export or an encoder of Hugging Face: those of the word
+    embeddings and of the layers' matrices, and the file stays as large until it is compressed."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """The share of the weights that become zero; 0: only store the zeros that are there, as after more training."""
+    """The share of the weights that become zero; 0: only store the zeros that are there, as after more training (a
+    compact export alone)."""
     method: Literal["magnitude", "wanda", "surgeon", "movement"] = "wanda"
     """How a weight is scored. magnitude: by its size; wanda: by its size and what an error of it costs on calibration
     rows; surgeon: Optimal BERT Surgeon, by gradients on calibration rows, and other weights make up for it; movement:
-    by where a training on calibration rows moves it; the others are those of that training."""
+    by where a training on calibration rows moves it; the others are those of that training; compact exports alone."""
     scope: Scope = "global"
-    """global: the share is that of both matrices together; matrix: of each; 2:4: two of each four neighbours."""
+    """global: the share is that of all matrices together; matrix: of each; 2:4: two of each four neighbours."""
     centre: bool = False
-    """Weights of E that are removed become the mean of their column in place of zero: rows of E have much in common.
+    """Weights of the word embeddings that are removed become the mean of their column: rows of E have much in common.
     Not with scope 2:4; `model.keep_zeros` does not hold them in a training."""
     recomputations: Annotated[int, Field(ge=1)] = 4
     """surgeon: in how many steps the share is reached; scores are computed anew in each."""
@@ -79,7 +81,22 @@ class PruneWeights(FromCompact):
             raise BadInput(f"prune_weights.sparsity: scope 2:4 removes half of the weights, not {self.sparsity:g}")
         if self.centre and self.scope == "2:4":
             raise BadInput("prune_weights.centre: not with scope 2:4, which is for zeros")
-        config = read_export(source.folder).config
+        if source.form == "compact":
+            self.check_compact(source.folder)
+            return
+        if self.method == "movement":
+            raise BadInput(
+                f"prune_weights.method: movement takes a compact export, this one is {source.form}; use surgeon"
+            )
+        if self.sparsity == 0:
+            raise BadInput(
+                "prune_weights.sparsity: 0 makes a compact export store the zeros that it has; no other form can"
+            )
+        PrunableEncoder(source.folder)
+
+    def check_compact(self, folder: Path) -> None:
+        """Raise BadInput where the compact export in `folder` cannot be taken."""
+        config = read_export(folder).config
         if self.method == "movement" and config.mlm_head == "none":
             raise BadInput(
                 "prune_weights.method: movement trains on masked words, and this model has no masked-language-model "
@@ -91,9 +108,17 @@ class PruneWeights(FromCompact):
                 "and one feed-forward pair; use surgeon"
             )
 
+    def result_form(self, source: FormName) -> FormName:
+        """See `Step.result_form`."""
+        if source == "onnx":
+            raise BadInput(
+                "prune_weights: takes a compact export, a dense one or an encoder of Hugging Face, not an ONNX file"
+            )
+        return source
+
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
-        model = PrunableCompact(source)
+        model: Prunable = PrunableCompact(source) if source.form == "compact" else PrunableEncoder(source.folder)
         weights = model.weights
         centres = {name: tensor.mean(0) * (self.centre and name == model.embedding) for name, tensor in weights.items()}
         weights = {name: tensor - centres[name] for name, tensor in weights.items()}
@@ -124,10 +149,11 @@ class PruneWeights(FromCompact):
         return {name: squares[name] * costs[name] for name in weights}
 
     def by_movement(
-        self, model: PrunableCompact, weights: dict[str, Tensor], centres: dict[str, Tensor], tools: Tools
+        self, model: Prunable, weights: dict[str, Tensor], centres: dict[str, Tensor], tools: Tools
     ) -> dict[str, Tensor]:
         """The weights, without the centres, after the training."""
         rows, start = model.batches(tools, self.batch), model.with_weights(_restored(weights, centres))
+        assert isinstance(start, ShareBertForMaskedLM)  # `check` refuses others
         movement = Movement(start, weights, centres, self.sparsity, self.scope)
 
         def say(step: int, loss: float) -> None:
