@@ -107,13 +107,12 @@ def second_moments(
 @torch.no_grad()
 def watch_inputs(
     model: nn.Module,
-    linears: Mapping[str, nn.Linear],
+    modules: Mapping[str, nn.Module],
     rows: Sequence[Batch],
     call: Callable[[nn.Module, Batch], Any],
     take: Callable[[str, Tensor], object],
 ) -> None:
-    """Give `take` the name of each matrix and what it is multiplied by, [words, in] float64, batch by batch, without
-    padding."""
+    """Give `take` the name of each module and its input, [words, in] float64, batch by batch, without padding."""
     seen = torch.zeros(0)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
@@ -123,7 +122,7 @@ def watch_inputs(
 
         return add
 
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
     for batch in rows:
         seen = batch.visible.bool()
         call(model, batch)

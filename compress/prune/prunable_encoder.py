@@ -21,6 +21,9 @@ from sharebert_common.errors import BadInput
 ROWS_AT_ONCE = 32
 """Calibration rows that costs are collected on at once."""
 
+NORM = "the first LayerNorm"
+"""Beside the names of matrices."""
+
 
 class PrunableEncoder:
     """A model that stock transformers loads: its word embeddings, and each `nn.Linear` inside its layers."""
@@ -85,24 +88,47 @@ class PrunableEncoder:
         """See `Prunable.costs`: the mean square of the input that a number is multiplied by (Sun et al., "A Simple and
         Effective Pruning Approach for Large Language Models", ICLR 2024).
 
-        That of a word's row is how often the word occurs per token, once at least. A head that is tied to the
-        embeddings adds as many mean squares of its own input.
+        A word's row is multiplied by 1 where the word occurs, and then divided by the standard deviation of the first
+        LayerNorm and multiplied by its weights; a word that never occurs counts as seen once. A head that is tied to
+        the embeddings adds the mean squares of its own input, as often as the word occurs.
         """
         tokens = tools.calibration()
         check_positions(tokens, self.model, self.folder)
         rows = rows_of(tokens, self.folder, "", tools.seed, ROWS_AT_ONCE)  # without [MASK]
-        decoder = self.model.get_output_embeddings()
-        tied = decoder is not None and decoder.weight is self.model.get_parameter(self.embedding)
-        watched: dict[str, Any] = self.linears | ({self.embedding: decoder} if tied else {})
-        squares = {name: torch.zeros(module.in_features).double() for name, module in watched.items()}
-        model = self.with_weights(weights)
-        watch_inputs(model, watched, rows, outputs, lambda name, x: squares[name].add_(x.square().sum(0)))
         seen = torch.cat([batch.tokens[batch.visible.bool()] for batch in rows])
-        means = {name: (total / len(seen)).float() for name, total in squares.items()}
-        counts = torch.bincount(seen, minlength=len(weights[self.embedding])).clamp(min=1) / len(seen)
-        costs = {name: means[name].expand_as(weights[name]) for name in self.linears}
-        of_words = counts[:, None] * (1 + means.get(self.embedding, torch.zeros(1)))
-        return costs | {self.embedding: of_words.expand_as(weights[self.embedding])}
+        decoder, words = self.model.get_output_embeddings(), weights[self.embedding]
+        tied = decoder is not None and decoder.weight is self.model.get_parameter(self.embedding)
+        norm = self.first_norm()
+        watched: dict[str, Any] = self.linears | ({self.embedding: decoder} if tied else {}) | {NORM: norm}
+        means: dict[str, Tensor] = {}
+        precisions: list[Tensor] = []
+
+        def take(name: str, x: Tensor) -> None:
+            if name == NORM:
+                precisions.append(1 / (x.var(1, correction=0) + norm.eps))
+            else:
+                means[name] = means.get(name, 0) + x.square().sum(0) / len(seen)
+
+        watch_inputs(self.with_weights(weights), watched, rows, outputs, take)
+        by_word = torch.zeros(len(words)).double().index_add(0, seen, torch.cat(precisions))
+        by_word = torch.where(by_word > 0, by_word, torch.cat(precisions).mean()) / len(seen)
+        of_words = by_word[:, None] * norm.weight.double().square()
+        if tied:
+            counts = torch.bincount(seen, minlength=len(words)).clamp(min=1) / len(seen)
+            of_words = of_words + counts[:, None] * means[self.embedding]
+        costs = {name: means[name].float().expand_as(weights[name]) for name in self.linears}
+        return costs | {self.embedding: of_words.float()}
+
+    def first_norm(self) -> nn.LayerNorm:
+        """The LayerNorm that reads the embeddings. Raises BadInput: there is none, or it has another width."""
+        norms = (module for module in self.model.base_model.modules() if isinstance(module, nn.LayerNorm))
+        found = next(norms, None)
+        if found is None or found.normalized_shape != self.model.get_parameter(self.embedding).shape[1:]:
+            raise BadInput(
+                f"prune_weights.method: wanda needs a LayerNorm after the embeddings, and {self.folder} has none; "
+                "use surgeon"
+            )
+        return found
 
     def write(self, weights: dict[str, Tensor], out: Path) -> None:
         """See `Prunable.write`. Zeros are stored: stock transformers knows no other form of them."""

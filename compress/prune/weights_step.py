@@ -92,7 +92,9 @@ class PruneWeights(NeedsNoRows):
             raise BadInput(
                 "prune_weights.sparsity: 0 makes a compact export store the zeros that it has; no other form can"
             )
-        PrunableEncoder(source.folder)
+        encoder = PrunableEncoder(source.folder)
+        if self.method == "wanda":
+            encoder.first_norm()
 
     def check_compact(self, folder: Path) -> None:
         """Raise BadInput where the compact export in `folder` cannot be taken."""

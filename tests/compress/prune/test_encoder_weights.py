@@ -98,6 +98,7 @@ def test_wanda_scores_are_magnitudes_times_norms_of_inputs(tmp_path: Path) -> No
     tokens, model, inputs = tools(tmp_path).calibration(), stock(source, "MaskedLM"), {}
     layer, head = model.bert.encoder.layer[1], model.cls.predictions
     watched = {"output": layer.output.dense, "key": layer.attention.self.key, "head": head.decoder}
+    norm = watched["norm"] = model.bert.embeddings.LayerNorm
     for name, module in watched.items():
         module.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
     with torch.no_grad():
@@ -109,9 +110,12 @@ def test_wanda_scores_are_magnitudes_times_norms_of_inputs(tmp_path: Path) -> No
         norms = real[short].square().mean(0)
         torch.testing.assert_close(costs[f"bert.encoder.layer.1.{name}.weight"][3], norms, rtol=1e-4, atol=1e-5)
     of_head, words = real["head"].square().mean(0), tokens[tokens != 0]
+    precisions = 1 / (real["norm"].var(1, correction=0) + norm.eps)
     for word in (7, 300):  # 300 never occurs
-        often = max(1, int((words == word).sum())) / len(words)
-        torch.testing.assert_close(costs[WORDS][word], often * (1 + of_head), rtol=1e-4, atol=1e-6)
+        here = words == word
+        often = precisions[here].sum() if here.any() else precisions.mean()
+        expected = (often * norm.weight.detach() ** 2 + max(1, int(here.sum())) * of_head) / len(words)
+        torch.testing.assert_close(costs[WORDS][word], expected, rtol=1e-4, atol=1e-6)
     out, _ = pruned(tmp_path, source, sparsity=0.5, scope="matrix")
     name = "bert.encoder.layer.1.output.dense.weight"
     weight = model.get_parameter(name).detach()
@@ -185,6 +189,11 @@ def test_a_source_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
         PruneWeights().result_form("onnx")
     with pytest.raises(BadInput, match=r"rows of 40 tokens, but .* has 32 positions"):
         PruneWeights().apply(open_source(source), tools(tmp_path, 40), tmp_path / "long")
+    other = PrunableEncoder(source)
+    other.model.embeddings.LayerNorm = nn.Identity()
+    other.model.encoder.layer[0].attention.output.LayerNorm = nn.LayerNorm(7)
+    with pytest.raises(BadInput, match="wanda needs a LayerNorm after the embeddings"):
+        other.first_norm()
     tensors = load_file(source / "model.safetensors")
     tensors["word_embeddings"] = tensors.pop("embeddings.word_embeddings.weight")
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
