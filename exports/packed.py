@@ -15,9 +15,6 @@ from sharebert.packed import ROTATED, ROTATION, Packing
 
 LARGE = ("sharebert.word_embeddings.weight", "mlm_head.decoder.weight")
 
-PRUNED = ROTATED
-"""The matrices whose weights the step `prune_weights` sets to zero."""
-
 FACTORS = (*ROTATED, "sharebert.factor_linear.weight", "mlm_head.dense.weight", "mlm_head.decoder.weight")
 """The matrices that are quantised, with those of OWN. All others are vectors, or have a row a position or a type."""
 
@@ -32,6 +29,11 @@ OWN = "sharebert.sharing."
 def is_matrix(name: str) -> bool:
     """Whether a tensor is one of the matrices that are quantised; all others are vectors."""
     return name in FACTORS or name.startswith(OWN)
+
+
+def is_pruned(name: str) -> bool:
+    """Whether the step `prune_weights` sets weights of a tensor to zero: E, W_all, and the layers' own matrices."""
+    return name in ROTATED or (name.startswith(OWN) and not name.removeprefix(OWN).startswith("pooler"))
 
 
 def bits_of(name: str, shape: Sequence[int], bits: int, small_bits: int | None) -> int:

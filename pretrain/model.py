@@ -40,8 +40,9 @@ class ModelRecipe:
     init_from: str | None = None
     """Folder of an export whose weights the model starts with."""
     keep_zeros: bool = False
-    """Weights of E and W_all that are zero at the start stay zero, as after the compression step `prune_weights`; those
-    that it made equal in a column stay equal, where the file of `init_from` is sparse. Not with ZeRO 3."""
+    """Weights of E, of W_all and of the layers' own matrices that are zero at the start stay zero, as after the
+    compression step `prune_weights`; those that it made equal in a column stay equal, where the file of `init_from` is
+    sparse. Not with ZeRO 3."""
     vocab_size: int | None = None
     """Rows V of the embedding. Without it, the words of the dataset's tokenizer."""
     vocab_pad_multiple: int | None = None

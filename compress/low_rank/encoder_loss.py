@@ -1,4 +1,5 @@
-"""What PC-LoRA trains an encoder of Hugging Face on: the model itself as teacher, and its task where it has a head."""
+"""Calibration rows of an encoder of Hugging Face, what gradients are taken of, and what PC-LoRA trains it on: the model
+itself as teacher, and its task where it has a head."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch, batches, losses_of
+from compress.prune.calibrate import Batch, batches, losses_of, random_product
 from compress.source import config_of
+from scoring.architecture import Inputs
+from sharebert_common.errors import BadInput
 
 
 def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: int) -> list[Batch]:
@@ -24,9 +27,24 @@ def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: in
     return [Batch(part, (part != pad).long(), torch.full_like(part, -100)) for part in tokens.split(rows_at_once)]
 
 
+def check_positions(tokens: Tensor, model: Any, folder: Path) -> None:
+    """Raise BadInput where calibration rows [rows, length] have more tokens than the model has positions."""
+    longest = Inputs.of(model, model.config).positions
+    if longest is not None and tokens.shape[1] > longest:
+        raise BadInput(f"calibration.dataset: rows of {tokens.shape[1]} tokens, but {folder} has {longest} positions")
+
+
 def outputs(model: nn.Module, batch: Batch) -> Any:
     """What the model returns, with the hidden states of each layer."""
     return model(input_ids=batch.tokens, attention_mask=batch.visible, output_hidden_states=True)
+
+
+def encoder_objective(model: Any, batch: Batch, head: str, generator: torch.Generator) -> Tensor:
+    """The sum over rows of what gradients are taken of: of a masked language model its loss at the masked words, of any
+    other the product of the hidden states with random numbers; see `calibrate.objective`."""
+    if head == "MaskedLM":
+        return losses_of(outputs(model, batch).logits[batch.labels >= 0], batch)
+    return random_product(outputs(model.base_model, batch).last_hidden_state, batch, generator)
 
 
 def encoder_loss(student: Any, teacher: Any, batch: Batch, head: str, task_weight: float) -> Tensor:

@@ -87,29 +87,39 @@ def ranks_of(linears: Mapping[str, nn.Linear], rank: int, ranks: Mapping[str, in
     return {name: named.get(name, rank) for name in widths}
 
 
-@torch.no_grad()
 def second_moments(
     model: nn.Module, linears: Mapping[str, nn.Linear], rows: Sequence[Batch], call: Callable[[nn.Module, Batch], Any]
 ) -> dict[str, Tensor]:
     """Σ x·xᵀ of what each matrix is multiplied by on the calibration rows, [in, in] float64, without padding."""
     found = {name: torch.zeros(linear.in_features, linear.in_features).double() for name, linear in linears.items()}
+    watch_inputs(model, linears, rows, call, lambda name, x: found[name].addmm_(x.t(), x))
+    return found
+
+
+@torch.no_grad()
+def watch_inputs(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    rows: Sequence[Batch],
+    call: Callable[[nn.Module, Batch], Any],
+    take: Callable[[str, Tensor], object],
+) -> None:
+    """Give `take` the name of each module and its input, [words, in] float64, batch by batch, without padding."""
     seen = torch.zeros(0)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
         def add(_: nn.Module, given: tuple[Tensor]) -> None:
             (x,) = given
-            x = (x[seen] if x.shape[: seen.dim()] == seen.shape else x.flatten(0, -2)).double()
-            found[name].addmm_(x.t(), x)
+            take(name, (x[seen] if x.shape[: seen.dim()] == seen.shape else x.flatten(0, -2)).double())
 
         return add
 
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
     for batch in rows:
         seen = batch.visible.bool()
         call(model, batch)
     for hook in hooks:
         hook.remove()
-    return found
 
 
 def fade(

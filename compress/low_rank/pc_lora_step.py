@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from compress.dense.hub_onnx import head_of, open_for_onnx, write_model_onnx
-from compress.low_rank.encoder_loss import encoder_loss, outputs, rows_of
+from compress.low_rank.encoder_loss import check_positions, encoder_loss, outputs, rows_of
 from compress.low_rank.fading import FadingMatrices, Schedule, base_share
 from compress.low_rank.fading_linears import fade, linears_of, put, ranks_of, second_moments, trained_of
 from compress.low_rank.step import low_rank_config, products, rank_notes, with_products
@@ -26,7 +26,6 @@ from compress.training import batch_order, biases_and_norms, train, with_biases
 from exports.forms import write_export
 from exports.onnx import FILE, OPSET, check_onnx
 from exports.read import load_model, read_export
-from scoring.architecture import Inputs as ModelInputs
 from sharebert.config import ShareBertConfig
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.shared_linear import LowRank
@@ -145,11 +144,7 @@ class PcLora(NeedsNoRows):
         """
         teacher, student = (open_for_onnx(folder).requires_grad_(False) for _ in range(2))
         head, tokens = head_of(folder), tools.calibration()
-        longest = ModelInputs.of(teacher, teacher.config).positions
-        if longest is not None and tokens.shape[1] > longest:
-            raise BadInput(
-                f"calibration.dataset: rows of {tokens.shape[1]} tokens, but {folder} has {longest} positions"
-            )
+        check_positions(tokens, teacher, folder)
         rows = rows_of(tokens, folder, head, tools.seed, self.batch)
         linears = linears_of(student)
         ranks = ranks_of(linears, self.rank, self.ranks, folder)

@@ -7,7 +7,9 @@ latency_table    measured times of some shapes, and what they predict for others
 structure_search the parts that stay within a target, by squared gradients
 hard_concrete    random gates that are exactly 0 or 1, and have gradients
 gate_training    the training of such gates on heads, columns and layers
-weights_step     `prune_weights`: weights of E and W_all become zero, and its keys
+weights_step     `prune_weights`: weights become zero, and its keys
+prunable         what it asks of a model
+prunable_encoder the same of a dense export, or an encoder of Hugging Face
 masks            which weights go, by their scores
 surgeon          Optimal BERT Surgeon: scores from gradients, and how other weights make up
 movement         movement pruning: scores from where a training moves weights

@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCKS_AT_ONCE = 32768
+"""Blocks that are computed with together, so that what is made on the way stays small beside F⁻¹."""
+
 
 def blocked(matrix: Tensor, size: int) -> Tensor:
     """A matrix [rows, columns] as blocks of neighbours of a row, [blocks, size]; the last of a row is filled by 0."""
@@ -32,11 +35,13 @@ class InverseFisher:
 
     def add(self, gradients: Tensor) -> None:
         """Take k more gradients, [k, blocks, size]: F + GᵀG/m has the inverse F⁻¹ - F⁻¹Gᵀ(mI + GF⁻¹Gᵀ)⁻¹GF⁻¹."""
-        g = gradients.transpose(0, 1)  # [blocks, k, size]
-        moved = g @ self.inverse
-        inner = moved @ g.transpose(1, 2)
-        inner.diagonal(dim1=1, dim2=2).add_(self.gradients)
-        self.inverse -= moved.transpose(1, 2) @ torch.linalg.solve(inner, moved)
+        pairs = zip(gradients.split(BLOCKS_AT_ONCE, 1), self.inverse.split(BLOCKS_AT_ONCE), strict=True)
+        for some, inverse in pairs:
+            g = some.transpose(0, 1)  # [blocks, k, size]
+            moved = g @ inverse
+            inner = moved @ g.transpose(1, 2)
+            inner.diagonal(dim1=1, dim2=2).add_(self.gradients)
+            inverse -= moved.transpose(1, 2) @ torch.linalg.solve(inner, moved)
 
     @property
     def diagonal(self) -> Tensor:
@@ -51,9 +56,14 @@ def saliency(weights: Tensor, inverse: InverseFisher) -> Tensor:
 
 def without(weights: Tensor, removed: Tensor, inverse: InverseFisher) -> Tensor:
     """The weights [blocks, size] after those in `removed` (bool) became zero and the others of a block made up."""
+    parts = zip(*(part.split(BLOCKS_AT_ONCE) for part in (weights, removed, inverse.inverse)), strict=True)
+    return torch.cat([_without(*part) for part in parts])
+
+
+def _without(weights: Tensor, removed: Tensor, inverse: Tensor) -> Tensor:
     both = removed[:, :, None] & removed[:, None, :]
-    system = torch.where(both, inverse.inverse, 0.0)
+    system = torch.where(both, inverse, 0.0)
     system.diagonal(dim1=1, dim2=2).add_((~removed).float())
     shares = torch.linalg.solve(system, torch.where(removed, weights, 0.0)[:, :, None])
-    moved = weights - (inverse.inverse @ shares)[:, :, 0]
+    moved = weights - (inverse @ shares)[:, :, 0]
     return torch.where(removed, 0.0, moved)

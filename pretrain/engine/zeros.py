@@ -14,25 +14,31 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from exports.packed import PRUNED
+from exports.packed import is_pruned
 from sharebert import ShareBertForMaskedLM
 
 
 def keep_zeros(model: ShareBertForMaskedLM, sparse: Collection[str] = ()) -> None:
-    """From now on, gradients do not reach weights of E and W_all that are zero.
+    """From now on, gradients do not reach weights that are zero, of the matrices that `prune_weights` takes.
 
-    Those of `sparse`, names of tensors as in `config.json`, do not reach the most frequent number of a column either.
+    Those of `sparse`, names of tensors as in `config.json`, do not reach what several weights of a column are either.
     """
     for name, parameter in model.named_parameters():
-        if name in PRUNED:
-            rows = parameter.detach().mode(0).indices if name in sparse else None
-            parameter.register_hook(partial(_where_kept, parameter, rows))
+        if is_pruned(name):
+            parameter.register_hook(partial(_where_kept, parameter, _fill_rows(parameter) if name in sparse else None))
+
+
+def _fill_rows(parameter: Tensor) -> Tensor:
+    """A row [columns] in which each column has the number that several of its weights are; -1: all differ."""
+    weights = parameter.detach()
+    values, rows = weights.mode(0)
+    return torch.where((weights == values).sum(0) > 1, rows, -1)
 
 
 def _where_kept(parameter: Tensor, rows: Tensor | None, gradient: Tensor) -> Tensor:
-    """The gradient [rows, columns] of the weights that training may move. `rows` [columns] hold a column's fill."""
+    """The gradient [rows, columns] of the weights that training may move; `rows` as `_fill_rows` gives them."""
     weights = parameter.detach()
     kept = weights != 0
     if rows is not None:
-        kept &= weights != weights[rows, torch.arange(len(rows))]
+        kept &= (weights != weights[rows, torch.arange(len(rows))]) | (rows < 0)
     return gradient * kept

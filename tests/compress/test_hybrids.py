@@ -30,9 +30,9 @@ from compress.source import open_source
 from data_prep.shards.reader import open_dataset
 from exports.export import Export
 from exports.forms import write_export
-from exports.packed import PRUNED
 from exports.read import load_model, read_config
 from pretrain.sweep.runner import Stopped
+from sharebert.packed import ROTATED
 from sharebert_common.errors import FAILED, FINISHED, STOPPED, BadInput, CommandError
 from sharebert_common.recipe import load
 from sharebert_common.run_files import peek_state
@@ -202,11 +202,11 @@ def test_what_was_removed_stays_so(dataset: Path, tmp_path: Path) -> None:
     run(source, load(CompressRecipe, file, keys), tmp_path / "out")
     before, after = tmp_path / "out.steps" / "1-prune_weights", tmp_path / "out"
     files = [load_file(folder / "model.safetensors") for folder in (before, after)]
-    for name in PRUNED:
+    for name in ROTATED:
         masks, values = ([stored[f"{name}.{part}"] for stored in files] for part in ("mask", "values"))
         assert masks[0].equal(masks[1])
         assert not values[0].equal(values[1])
-    means = [stored[f"{PRUNED[0]}.fill"] for stored in files]
+    means = [stored[f"{ROTATED[0]}.fill"] for stored in files]
     torch.testing.assert_close(means[1], means[0], rtol=1e-2, atol=0)
     assert not means[1].equal(means[0])
     sizes = [sum(tensor.nbytes for tensor in stored.values()) for stored in files]

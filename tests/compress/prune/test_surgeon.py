@@ -11,14 +11,15 @@ import pytest
 import torch
 from compress_models import tiny_export
 
-from compress.prune import weights_step
+from compress.prune import surgeon, weights_step
 from compress.prune.calibrate import Batch, batches
+from compress.prune.prunable import PrunableCompact
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.prune.weights_step import PruneWeights
 from compress.source import open_source
-from exports.packed import PRUNED
 from exports.read import load_model
 from sharebert import ShareBertForMaskedLM
+from sharebert.packed import ROTATED
 
 
 def tools(scratch: Path) -> Any:
@@ -36,7 +37,9 @@ def problem(gradients: int = 40, blocks: int = 3, size: int = 5) -> tuple[torch.
     return torch.randn(blocks, size, generator=generator), inverse, explicit
 
 
-def test_woodbury_gives_the_explicit_inverse() -> None:
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_woodbury_gives_the_explicit_inverse(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(surgeon, "BLOCKS_AT_ONCE", at_once)
     _, inverse, explicit = problem()
     torch.testing.assert_close(inverse.inverse, torch.linalg.inv(explicit), rtol=1e-4, atol=1e-5)
 
@@ -56,8 +59,10 @@ def test_saliency_and_update_of_one_weight_are_those_of_the_paper() -> None:
             torch.testing.assert_close(without(weights, removed, inverse)[block], by_hand, rtol=1e-3, atol=1e-4)
 
 
-def test_the_update_of_several_weights_costs_least() -> None:
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_the_update_of_several_weights_costs_least(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """The oracle: minimise ½·δᵀFδ over the weights that stay, by their own normal equations."""
+    monkeypatch.setattr(surgeon, "BLOCKS_AT_ONCE", at_once)
     weights, inverse, explicit = problem()
     removed = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
     found = without(weights, removed, inverse)
@@ -82,7 +87,7 @@ def explicit_fisher(
 ) -> dict[str, list[list[torch.Tensor]]]:
     """F of each matrix, by row and by block of neighbours, in float64; the weights that are zero have no gradient.
     λ is `damping` times the mean squared gradient of the first CHUNK batches."""
-    parameters = {name: model.get_parameter(name) for name in PRUNED}
+    parameters = {name: model.get_parameter(name) for name in ROTATED}
     gradients: dict[str, list[torch.Tensor]] = {name: [] for name in parameters}
     for batch in rows:
         logits = model.logits(batch.tokens, batch.visible)
@@ -109,10 +114,12 @@ def test_the_inverse_is_that_of_the_gradients_of_single_batches(tmp_path: Path) 
     assert len(rows) > weights_step.CHUNK
     model = load_model(source)
     with torch.no_grad():
-        for name in PRUNED:
+        for name in ROTATED:
             model.get_parameter(name)[::3, 2:5] = 0
-    weights = {name: model.get_parameter(name).detach() for name in PRUNED}
-    found = PruneWeights(method="surgeon", block=3, damping=0.3).inverse_fisher(model, weights, rows, 0)
+    weights = {name: model.get_parameter(name).detach() for name in ROTATED}
+    step = PruneWeights(method="surgeon", block=3, damping=0.3)
+    centres = {name: torch.zeros(tensor.shape[1]) for name, tensor in weights.items()}
+    found = step.inverse_fisher(PrunableCompact(open_source(source)), weights, centres, rows, 0)
     for name, by_rows in explicit_fisher(model, rows, 3, 0.3).items():
         inverses = iter(found[name].inverse)
         for blocks in by_rows:
@@ -129,7 +136,7 @@ def test_each_recomputation_removes_what_costs_least_and_the_others_make_up(
     source = tiny_export(tmp_path / "source", mlm_head="tied")
     rows = batches(tools(tmp_path).calibration(), source / "tokenizer.json", 0, 3)
     model = load_model(source)
-    saved = [{name: model.get_parameter(name).detach().clone() for name in PRUNED}]
+    saved = [{name: model.get_parameter(name).detach().clone() for name in ROTATED}]
     monkeypatch.setattr(
         weights_step,
         "save_state",

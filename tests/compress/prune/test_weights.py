@@ -26,6 +26,7 @@ from exports.compact import Compact
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model, read_export
+from pretrain.engine.zeros import keep_zeros
 from pretrain.model import ModelRecipe, build_model, choose_model
 from sharebert_common.errors import BadInput
 
@@ -245,6 +246,37 @@ def test_what_was_removed_before_is_removed_again(tmp_path: Path) -> None:
     assert removed(after)[removed(before)].all()
     assert after.mode(0).values.equal(before.mode(0).values)
     assert notes[f"removed of {E}"] == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("keys", "starts", "count"),
+    [
+        ({"sharing": "layers"}, "layers.0.", 6),
+        ({"sharing": "none"}, "layers.", 12),
+        ({"sharing": "low_rank", "rank": 4}, "", 12),
+    ],
+)
+@pytest.mark.parametrize("method", ["magnitude", "surgeon"])
+def test_matrices_that_no_embedding_generates_are_pruned_too(
+    tmp_path: Path, keys: dict[str, Any], starts: str, count: int, method: str
+) -> None:
+    source = tiny_export(tmp_path / "source", **keys)
+    how: dict[str, Any] = {"gradients": 8, "block": 4, "recomputations": 1}
+    out, notes = pruned(tmp_path, source, method=method, sparsity=0.6, scope="matrix", **how)
+    model = load_model(out)
+    own = {name: p for name, p in model.named_parameters() if name.startswith("sharebert.sharing.")}
+    pooler = [own.pop(name) for name in list(own) if ".pooler" in name]
+    matrices = {name: p for name, p in own.items() if name.startswith(f"sharebert.sharing.{starts}")}
+    assert len(matrices) == len(own) == count
+    keep_zeros(model)
+    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    for name, matrix in {**matrices, E: model.get_parameter(E)}.items():
+        assert (matrix == 0).sum() == round(0.6 * matrix.numel())
+        assert matrix.grad is not None
+        assert (matrix.grad == 0).equal(matrix == 0)
+        assert f"{name}.mask" in load_file(out / "model.safetensors")
+    assert all(matrix.all() for matrix in pooler)
+    assert notes["removed of the layers' matrices"] == pytest.approx(0.6, abs=0.005)
 
 
 def test_sparsity_0_stores_the_zeros_that_are_there(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from compress.prune.weights_step import PruneWeights
 from compress.source import open_source
 from exports.export import Export
 from exports.forms import write_export
-from exports.packed import PRUNED
 from exports.read import load_model
 from pretrain.export.consolidate import consolidate
 from pretrain.recipe import TrainRecipe
+from sharebert.packed import ROTATED
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import load
 
@@ -56,14 +56,14 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_zeros_stay_and_other_weights_learn(runs: Path, tmp_path: Path, name: str) -> None:
     trained = consolidate(runs / name, tmp_path / "trained")
     before, after = load_model(runs / "pruned"), load_model(trained)
-    for matrix in PRUNED:
+    for matrix in ROTATED:
         old, new = before.get_parameter(matrix).detach(), after.get_parameter(matrix).detach()
         assert (new == 0).equal(old == 0)
         assert (new != old).any()
     files = [
         load_file(folder / "model.safetensors") for folder in (runs / "pruned", pruned(trained, tmp_path / "out", 0))
     ]
-    for matrix in PRUNED:
+    for matrix in ROTATED:
         assert files[0][f"{matrix}.mask"].equal(files[1][f"{matrix}.mask"])
     sizes = [sum(tensor.nbytes for tensor in file.values()) for file in files]
     assert sizes[0] == sizes[1]
@@ -72,7 +72,7 @@ def test_zeros_stay_and_other_weights_learn(runs: Path, tmp_path: Path, name: st
 @pytest.mark.slow
 def test_without_the_key_they_do_not_stay(runs: Path, tmp_path: Path) -> None:
     model = load_model(consolidate(runs / "not kept", tmp_path / "trained"))
-    zeros = [float((model.get_parameter(matrix) == 0).float().mean()) for matrix in PRUNED]
+    zeros = [float((model.get_parameter(matrix) == 0).float().mean()) for matrix in ROTATED]
     assert max(zeros) < 0.6
 
 
