@@ -119,10 +119,10 @@ def save_smaller(model: Any, source: Path, out: Path) -> None:
     write_json(out / CONFIG, config_of(source) | changed)
 
 
-def milliseconds(rows: list[Row], shape: str) -> list[float]:
+def milliseconds(rows: list[Row], shape: str, vocab_size: int) -> list[float]:
     """Of the processor, for one call of each encoder; see the top of this file."""
     count, length = map(int, shape.split("x"))
-    words = random_words(30_000, count, length)
+    words = random_words(vocab_size, count, length)
     times: list[list[float]] = [[] for _ in rows]
     with torch.no_grad():
         for number in range(ROUNDS + 2):
@@ -177,7 +177,7 @@ def main() -> None:
             folder = place / f"{TORCH_PRUNING}-{importance}"
             save_smaller(half_of(dense, importance, calibration, hidden=True), dense, folder)
             rows.append(saved(f"and hidden size: {TORCH_PRUNING}, {importance}", folder))
-        times = milliseconds(rows, args.timed)
+        times = milliseconds(rows, args.timed, read_export(args.export).config.vocab_size)
         whole = {row.form: own for row, own in zip(rows[:2], times[:2], strict=True)}
         print(f"| half of | form | MLM loss | ms, {args.timed} | of the whole |\n|---|---|---:|---:|---:|")
         for row, own in zip(rows, times, strict=True):
