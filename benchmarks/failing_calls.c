@@ -59,16 +59,28 @@ static int fails(const char *call, const char *path) {
     return found;
 }
 
-/* Append a line to the trace, for paths that belong to it. `content`: an open file whose bytes are kept, or -1. */
-static void note(const char *call, const char *path, const char *other, int content) {
-    const char *trace = getenv("CALLS_TRACE"), *under = getenv("CALLS_TRACE_UNDER");
-    if (!trace || !under || strncmp(path, under, strlen(under))) return;
-    int saved = errno;
-    char name[PATH_MAX], line[3 * PATH_MAX];
+/* Open the trace, for this thread alone until `unlock_trace`: a call and its line must not be parted by another thread's.
+   -1 where nothing is traced. */
+static int lock_trace(void) {
+    const char *trace = getenv("CALLS_TRACE");
+    if (!trace || !getenv("CALLS_TRACE_UNDER")) return -1;
+    char name[PATH_MAX];
     snprintf(name, sizeof name, "%s/log", trace);
     int log = syscall(SYS_openat, AT_FDCWD, name, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     syscall(SYS_flock, log, LOCK_EX);
-    char copied[32] = "";
+    return log;
+}
+
+static void unlock_trace(int log) {
+    if (log >= 0) syscall(SYS_close, log);
+}
+
+/* Append a line to the trace, for paths that belong to it. `content`: an open file whose bytes are kept, or -1. */
+static void note(int log, const char *call, const char *path, const char *other, int content) {
+    const char *trace = getenv("CALLS_TRACE"), *under = getenv("CALLS_TRACE_UNDER");
+    if (log < 0 || strncmp(path, under, strlen(under))) return;
+    int saved = errno;
+    char line[3 * PATH_MAX], copied[32] = "";
     if (content >= 0) {
         struct stat about;
         syscall(SYS_fstat, log, &about);
@@ -85,7 +97,6 @@ static void note(const char *call, const char *path, const char *other, int cont
     }
     int size = snprintf(line, sizeof line, "%s\t%s\t%s\n", call, path, other ? other : "");
     syscall(SYS_write, log, line, (long)size);
-    syscall(SYS_close, log);
     errno = saved;
 }
 
@@ -93,12 +104,14 @@ static int open_at(int at, const char *path, int flags, mode_t mode) {
     char full[PATH_MAX];
     absolute(full, at, path);
     if (fails("open", full)) return -1;
+    int changes = (flags & (O_CREAT | O_TRUNC)) && (flags & O_TMPFILE) != O_TMPFILE, log = changes ? lock_trace() : -1;
     int is_new = (flags & O_CREAT) && syscall(SYS_faccessat, AT_FDCWD, full, F_OK);
     int file = syscall(SYS_openat, at, path, flags, mode);
-    if (file >= 0 && (flags & O_TMPFILE) != O_TMPFILE) {
-        if (is_new) note("create", full, NULL, -1);
-        else if (flags & O_TRUNC) note("truncate", full, NULL, -1);
+    if (file >= 0 && changes) {
+        if (is_new) note(log, "create", full, NULL, -1);
+        else if (flags & O_TRUNC) note(log, "truncate", full, NULL, -1);
     }
+    unlock_trace(log);
     return file;
 }
 
@@ -129,9 +142,10 @@ static int sync_file(int file, long call) {
     char full[PATH_MAX];
     absolute(full, file, "");
     if (fails("fsync", full)) return -1;
-    int result = syscall(call, file);
+    int log = lock_trace(), result = syscall(call, file);
     struct stat about;
-    if (!result && !syscall(SYS_fstat, file, &about)) note("sync", full, NULL, S_ISREG(about.st_mode) ? file : -1);
+    if (!result && !syscall(SYS_fstat, file, &about)) note(log, "sync", full, NULL, S_ISREG(about.st_mode) ? file : -1);
+    unlock_trace(log);
     return result;
 }
 int fsync(int file) { return sync_file(file, SYS_fsync); }
@@ -142,8 +156,9 @@ static int rename_at(int at, const char *from, int to_at, const char *to, unsign
     absolute(old, at, from);
     absolute(new, to_at, to);
     if (fails("rename", old)) return -1;
-    int result = syscall(SYS_renameat2, at, from, to_at, to, flags);
-    if (!result) note("rename", old, new, -1);
+    int log = lock_trace(), result = syscall(SYS_renameat2, at, from, to_at, to, flags);
+    if (!result) note(log, "rename", old, new, -1);
+    unlock_trace(log);
     return result;
 }
 int rename(const char *from, const char *to) { return rename_at(AT_FDCWD, from, AT_FDCWD, to, 0); }
@@ -157,8 +172,9 @@ static int link_at(int at, const char *from, int to_at, const char *to, int flag
     absolute(old, at, from);
     absolute(new, to_at, to);
     if (fails("link", old)) return -1;
-    int result = syscall(SYS_linkat, at, from, to_at, to, flags);
-    if (!result) note("link", old, new, -1);
+    int log = lock_trace(), result = syscall(SYS_linkat, at, from, to_at, to, flags);
+    if (!result) note(log, "link", old, new, -1);
+    unlock_trace(log);
     return result;
 }
 int link(const char *from, const char *to) { return link_at(AT_FDCWD, from, AT_FDCWD, to, 0); }
@@ -170,8 +186,9 @@ static int remove_at(int at, const char *path, int flags) {
     char full[PATH_MAX];
     absolute(full, at, path);
     if (fails("unlink", full)) return -1;
-    int result = syscall(SYS_unlinkat, at, path, flags);
-    if (!result) note("unlink", full, NULL, -1);
+    int log = lock_trace(), result = syscall(SYS_unlinkat, at, path, flags);
+    if (!result) note(log, "unlink", full, NULL, -1);
+    unlock_trace(log);
     return result;
 }
 int unlink(const char *path) { return remove_at(AT_FDCWD, path, 0); }
@@ -182,8 +199,9 @@ static int make_at(int at, const char *path, mode_t mode) {
     char full[PATH_MAX];
     absolute(full, at, path);
     if (fails("mkdir", full)) return -1;
-    int result = syscall(SYS_mkdirat, at, path, mode);
-    if (!result) note("mkdir", full, NULL, -1);
+    int log = lock_trace(), result = syscall(SYS_mkdirat, at, path, mode);
+    if (!result) note(log, "mkdir", full, NULL, -1);
+    unlock_trace(log);
     return result;
 }
 int mkdir(const char *path, mode_t mode) { return make_at(AT_FDCWD, path, mode); }
