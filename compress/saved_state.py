@@ -40,4 +40,6 @@ def naming_damage(path: Path) -> Iterator[None]:
         yield
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
         reason = (str(error) or type(error).__name__).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to run what the file holds
+            reason = "it holds no saved state"
         raise BadInput(f"{path}: damaged ({reason}); remove it, and the step does that part again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,5 +85,13 @@ def open_hub_model(folder: Path, head: str = "", **options: Any) -> Any:
 
 
 def copy_model(folder: Path, out: Path, *without: str) -> None:
-    """Copy the files of a model, but not those of a report, nor those whose name matches a pattern of `without`."""
-    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_A_REPORT, *without))
+    """Copy the files of a model, but not those of a report, nor those whose name matches a pattern of `without`.
+
+    A folder like `2_Dense` is a further module of sentence-transformers: its weights are no other form of the model's.
+    """
+
+    def left_out(where: str, names: list[str]) -> set[str]:
+        module = Path(where) != folder and re.match(r"\d+_", Path(where).name)
+        return shutil.ignore_patterns(*OF_A_REPORT, *(() if module else without))(where, names)
+
+    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=left_out)

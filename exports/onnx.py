@@ -141,6 +141,11 @@ def _name_products(model: Any, config: ShareBertConfig, classifier: OnnxClassifi
         for node in model.graph.all_nodes()
         if node.op_type in ("MatMul", "Gemm") and (matrix := _stored(node.inputs[1])).name in weights
     ]
+    if len(products) != len(names):
+        raise BadInput(
+            "onnx: some matrices of the model are equal, as where all of their weights were removed, and PyTorch's "
+            "exporter joins their products; prune with scope: matrix"
+        )
     for name, (node, matrix) in zip(names, products, strict=True):
         node.name = name
         if matrix.name.startswith("val_"):

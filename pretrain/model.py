@@ -42,7 +42,7 @@ class ModelRecipe:
     keep_zeros: bool = False
     """Weights of E, of W_all and of the layers' own matrices that are zero at the start stay zero, as after the
     compression step `prune_weights`; those that it made equal in a column stay equal, where the file of `init_from` is
-    sparse. Not with ZeRO 3."""
+    sparse. Not with ZeRO 3, nor with Muon."""
     vocab_size: int | None = None
     """Rows V of the embedding. Without it, the words of the dataset's tokenizer."""
     vocab_pad_multiple: int | None = None

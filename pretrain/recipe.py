@@ -180,8 +180,8 @@ class TrainRecipe:
             raise BadInput("quantise: not with zero.stage 3, where no rank holds whole matrices; use stage 2")
         if self.model.keep_zeros and self.zero.stage == 3:
             raise BadInput("model.keep_zeros: not with zero.stage 3, where no rank holds whole matrices; use stage 2")
-        if self.model.keep_zeros and self.optimizer.muon.generated:
-            raise BadInput("model.keep_zeros: not with optimizer.muon.generated, which moves every weight of a matrix")
+        if self.model.keep_zeros and (self.optimizer.muon.generated or self.optimizer.muon.matrices):
+            raise BadInput("model.keep_zeros: not with optimizer.muon, which moves every weight of a matrix")
         if self.distill.teacher is not None and (self.compile or self.quantise.bits):
             raise BadInput("distill: not with compile or quantise; distil first, then quantise with model.init_from")
         if self.distill.teacher is not None and self.data.micro_batch == "auto":

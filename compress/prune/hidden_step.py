@@ -81,14 +81,14 @@ class PruneHidden(NeedsNoRows):
                 "prune_hidden: takes a dense export (megatron_bert), whose LayerNorms stand before the blocks; "
                 f"{source.folder} is of the model type {config_of(source.folder).get('model_type')}"
             )
-        self.result_form(source.form)
-        if self.method == "magnitude" and self.components == "fisher":
-            raise BadInput("prune_hidden.components: fisher is for method: sp3; magnitude keeps channels")
+        self.check_ahead(source.form, None)
         self.sizes(sizes_of(source.folder))
 
     def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
         """See `Step.check_ahead`."""
         self.result_form(form)
+        if self.method == "magnitude" and self.components == "fisher":
+            raise BadInput("prune_hidden.components: fisher is for method: sp3; magnitude keeps channels")
         if config is not None:
             self.sizes(config)
 

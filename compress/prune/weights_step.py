@@ -102,6 +102,8 @@ class PruneWeights(NeedsNoRows):
                     "prune_weights.sparsity: 0 makes a compact export store the zeros that it has; no other form can"
                 )
         elif config is not None:
+            if self.sparsity == 0:  # nothing is scored
+                return
             if self.method == "movement" and config.mlm_head == "none":
                 raise BadInput(
                     "prune_weights.method: movement trains on masked words, and this model has no "
@@ -132,7 +134,9 @@ class PruneWeights(NeedsNoRows):
         centres = {name: torch.zeros(tensor.shape[1]) for name, tensor in weights.items()}
         if self.centre:
             words = weights[model.embedding]
-            centres[model.embedding] = words.mode(0).values if model.is_sparse else words.mean(0)
+            fills = words.mode(0).values
+            filled = (words == fills).sum(0) > 1  # by this step before
+            centres[model.embedding] = torch.where(filled & model.is_sparse, fills, words.mean(0))
         weights = {name: tensor - centres[name] for name, tensor in weights.items()}
         if self.sparsity > 0:
             if self.method == "surgeon":

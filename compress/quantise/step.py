@@ -22,6 +22,7 @@ from exports.packed import Packed, bits_of, is_matrix
 from exports.read import load_model, read_export
 from exports.rounding import Rounded, to_nearest
 from exports.weight_source import TensorWeights, all_tensors, whole
+from sharebert.config import ShareBertConfig
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.packed import ROTATED, ROTATION, Packing, stored, unpack
 from sharebert.stored import full_tensors
@@ -68,12 +69,10 @@ class Quantise(FromCompact):
         """See `Step.needs_calibration`."""
         return self.rounding == "gptq" or self.awq or self.frequent > 0
 
-    def check(self, source: Source) -> None:
-        """See `Step.check`."""
-        self.result_form(source.form)
+    def check_config(self, config: ShareBertConfig) -> None:
+        """See `FromCompact.check_config`."""
         if self.awq and (self.rotate or self.rounding == "gptq"):
             raise BadInput("quantise.awq: not with rotate, nor with rounding: gptq, which weigh errors themselves")
-        config = read_export(source.folder).config
         if self.awq and config.sharing != "veps":
             raise BadInput("quantise.awq: takes a model with sharing: veps")
         if config.altered and (self.awq or self.rounding == "gptq"):

@@ -40,5 +40,6 @@ def _where_kept(parameter: Tensor, rows: Tensor | None, gradient: Tensor) -> Ten
     weights = parameter.detach()
     kept = weights != 0
     if rows is not None:
-        kept &= (weights != weights[rows, torch.arange(len(rows))]) | (rows < 0)
+        rows = rows.to(weights.device)  # the model was built on the CPU
+        kept &= (weights != weights[rows, torch.arange(len(rows), device=rows.device)]) | (rows < 0)
     return gradient * kept

@@ -300,6 +300,14 @@ def test_loss_and_latency(source: Path, dataset: Path, tmp_path: Path) -> None:
         ("[{prune_structure: {columns: 20}}, dense, {prune_hidden: {columns: 21}}]", "21 are to stay, .* has 20"),
         ("[dense, {awq: {group: 32}}]", "awq.group: 32 does not divide hidden_size, which is 24"),
         ("[trim, {onnx: {opset: 99}}]", "opset: 99 is not one of"),
+        (
+            "[{low_rank: {rank: 4, calibrated: false}}, {quantise: {rotate: true}}]",
+            "quantise.rotate: needs W_all .* sharing: low_rank has none",
+        ),
+        (
+            "[dense, {prune_hidden: {method: magnitude, components: fisher}}]",
+            "prune_hidden.components: fisher is for method: sp3",
+        ),
     ],
 )
 def test_a_later_step_is_refused_before_the_first_one_runs(

@@ -177,6 +177,17 @@ def test_dtypes_and_other_tensors_stay_and_a_stored_copy_of_the_words_is_pruned_
     assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in tensors.items()}
 
 
+def test_weights_of_further_modules_stay(tmp_path: Path) -> None:
+    """As in folders of sentence-transformers; an ONNX file of the model before does not."""
+    source = source_of(tmp_path, "")
+    for name in ("2_Dense/model.safetensors", "onnx/model.onnx"):
+        (source / name).parent.mkdir()
+        (source / name).write_bytes(b"weights")
+    out, _ = pruned(tmp_path, source, method="magnitude", sparsity=0.5)
+    assert (out / "2_Dense/model.safetensors").read_bytes() == b"weights"
+    assert not (out / "onnx/model.onnx").exists()
+
+
 def test_a_source_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
     from compress.source import config_of
 

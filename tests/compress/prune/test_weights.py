@@ -324,3 +324,17 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
 
     with pytest.raises(BadInput, match="sparsity"):
         step_of({"prune_weights": {"sparsity": sparsity}}, "steps[0]")
+
+
+@pytest.mark.parametrize("sharing", ["layers", "none", "eps"])
+def test_sparsity_0_scores_nothing_and_takes_every_model(tmp_path: Path, sharing: str) -> None:
+    PruneWeights(sparsity=0).check(open_source(tiny_export(tmp_path / "source", sharing=sharing)))
+
+
+def test_a_column_that_nothing_was_removed_from_gets_its_mean(tmp_path: Path) -> None:
+    """The file is sparse, and holds no zeros."""
+    source = tiny_export(tmp_path / "source")
+    first, _ = pruned(tmp_path, source, method="magnitude", sparsity=0)
+    out, _ = pruned(tmp_path, first, name="again", method="magnitude", sparsity=0.5, scope="matrix", centre=True)
+    means = load_model(source).get_parameter(E).mean(0)
+    torch.testing.assert_close(load_model(out).get_parameter(E).mode(0).values, means)

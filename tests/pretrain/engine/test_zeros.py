@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from tiny_runs import train_arguments, train_many
@@ -16,6 +17,7 @@ from compress.source import open_source
 from exports.export import Export
 from exports.forms import write_export
 from exports.read import load_model
+from pretrain.engine.zeros import _where_kept
 from pretrain.export.consolidate import consolidate
 from pretrain.recipe import TrainRecipe
 from sharebert.packed import ROTATED
@@ -80,10 +82,17 @@ def test_without_the_key_they_do_not_stay(runs: Path, tmp_path: Path) -> None:
     ("keys", "message"),
     [
         ({"zero__stage": 3}, r"model\.keep_zeros: not with zero\.stage 3, .* use stage 2"),
-        ({"optimizer__muon__generated": True}, r"model\.keep_zeros: not with optimizer\.muon\.generated"),
+        ({"optimizer__muon__generated": True}, r"model\.keep_zeros: not with optimizer\.muon, which"),
+        ({"optimizer__muon__matrices": True}, r"model\.keep_zeros: not with optimizer\.muon, which"),
     ],
 )
 def test_what_cannot_keep_them_is_refused(dataset: Path, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     recipe = load(TrainRecipe, None, train_arguments(dataset, tmp_path / "run", model__keep_zeros=True, **keys))
     with pytest.raises(BadInput, match=message):
         recipe.resolve()
+
+
+def test_rows_follow_the_model_to_another_device() -> None:
+    """The model is built on the CPU, and trained elsewhere."""
+    rows, elsewhere = torch.tensor([0, -1, 1]), torch.empty(4, 3, device="meta")
+    assert _where_kept(elsewhere, rows, elsewhere).device.type == "meta"
