@@ -68,7 +68,7 @@ def report(given: argparse.Namespace) -> int:
 def sweep(given: argparse.Namespace) -> int:
     from pretrain.sweep.hparams import write_hparams
     from pretrain.sweep.recipe import SweepRecipe, trials
-    from pretrain.sweep.runner import run_all, unfinished
+    from pretrain.sweep.runner import is_finished, run_all
     from pretrain.sweep.table import rows_of, to_text
     from sharebert_common.files import make_folders, write_atomically
 
@@ -79,10 +79,11 @@ def sweep(given: argparse.Namespace) -> int:
         from cluster.submit import alive_job
         from cluster.submit import submit as submit_trainings
 
-        left = [trial.recipe for trial in unfinished(made) if not alive_job(trial.run)]
+        left = [trial.recipe for trial in made if not is_finished(trial) and not alive_job(trial.run)]
         if not left:
             print("every trial is finished, or has a job already")
-        for run, job in submit_trainings(left, load_cluster(given.submit, [])) if left else ():
+            return FINISHED
+        for run, job in submit_trainings(left, load_cluster(given.submit, [])):
             print(f"{run}: job {job}")
         return FINISHED
     code = FINISHED if given.table else run_all(made, lambda text: print(text, flush=True))

@@ -120,7 +120,7 @@ class ModelChoice:
     init_scale: float | None = None
     """The generated weights start with standard deviation init_scale / √H; None where `init` alone decides."""
     keep_zeros: bool = False
-    """Weights of E and W_all that are zero at the start stay zero, and those that fill a column equal."""
+    """Weights that are zero at the start stay zero, and those that fill a column equal; see `ModelRecipe`."""
 
 
 def choose_model(recipe: ModelRecipe, vocab_size: int | None, seq_len: int | None) -> ModelChoice:

@@ -174,8 +174,8 @@ class PcLora(NeedsNoRows):
         with torch.no_grad():
             made = model.sharebert.layer_weights()
         matrices: dict[str, Any] = {**made.of_layer(0)._asdict(), "pooler": made.pooler}
-        config = low_rank_config("pc_lora", model.config, self.rank, self.ranks)
-        found: dict[str, LowRank] = products(model, config, Inputs(model, rows[:MOMENT_BATCHES]).second_moments)
+        moments = Inputs(model, rows[:MOMENT_BATCHES]).second_moments
+        found: dict[str, LowRank] = products(model, self.result_config(model.config), moments)
         return FadingMatrices(matrices, found, from_zero=self.start == "zero")
 
     def train(

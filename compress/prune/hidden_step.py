@@ -153,7 +153,7 @@ class PruneHidden(NeedsNoRows):
         """The smaller model, and what the report says about it."""
         found = survey(model, rows)
         axes = components(found.moments)
-        scores = gradients(model, rows, tools.seed, axes)
+        scores = gradients(model, rows, tools.seed, axes if self.components == "fisher" else axes[:, :0])
         if self.method == "magnitude":
             directions = largest(channel_magnitudes(model), sizes.hidden)
         elif self.components == "fisher":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from pretrain.sweep.recipe import Trial
@@ -21,9 +21,9 @@ class Stopped(CommandError):
     exit_code = STOPPED
 
 
-def unfinished(trials: Iterable[Trial]) -> Iterator[Trial]:
-    """Those whose run has not reached its last step when it is their turn."""
-    return (trial for trial in trials if peek_state(trial.run)["state"] != "finished")
+def is_finished(trial: Trial) -> bool:
+    """Whether its run has reached its last step."""
+    return bool(peek_state(trial.run)["state"] == "finished")
 
 
 def run_all(trials: Sequence[Trial], report: Callable[[str], None]) -> int:
@@ -34,8 +34,10 @@ def run_all(trials: Sequence[Trial], report: Callable[[str], None]) -> int:
     Returns FINISHED, FAILED where some trial failed, or STOPPED.
     """
     failed = 0
-    for trial in unfinished(trials):
-        report(f"trial {trials.index(trial) + 1} of {len(trials)}: {trial.run}")
+    for number, trial in enumerate(trials, 1):
+        if is_finished(trial):
+            continue
+        report(f"trial {number} of {len(trials)}: {trial.run}")
         code = _train(trial)
         if code == STOPPED or code < 0:
             return STOPPED
