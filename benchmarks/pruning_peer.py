@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.dense_peers import loss
-from compress.prune.calibrate import Batch, batches
+from compress.calibrate import Batch, batches
 from compress.prune.hidden_step import PruneHidden
 from compress.prune.structure_step import PruneStructure
 from compress.recipe import CompressRecipe, RowsRecipe

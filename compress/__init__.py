@@ -11,6 +11,8 @@ measure       what a report says about one model
 as_is         the score of a classifier as it is
 static        the reference of a vector for each word
 saved_state   what a long step saves, so that it goes on after it was killed
+calibrate     the forward pass on calibration rows, with masks on parts
+encoder_loss  such rows of an encoder of Hugging Face, and what it is trained on
 training      the loop of steps that train on calibration rows
 latency       time and memory of a model, in a process of its own
 shape_times   times of several shapes side by side

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch
+from compress.calibrate import Batch
 from compress.saved_state import save_state, saved_state
 from exports.export import Export
 from exports.weight_source import all_tensors

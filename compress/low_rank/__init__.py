@@ -6,7 +6,6 @@ svd           the product that is nearest on calibration rows
 pc_lora_step  `pc_lora`: products that learn while the matrices fade out, and its keys
 fading        matrices that fade out
 fading_linears    linear layers of an encoder of Hugging Face that fade out
-encoder_loss  what such an encoder is trained on
 factor_step   `lower_factor`: fewer columns of E, and its keys
 factor        the product that costs least
 """

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.calibrate import Batch
 from compress.low_rank.ranks import named_ranks
 from compress.low_rank.svd import truncated
-from compress.prune.calibrate import Batch
 from sharebert.shared_linear import LowRank
 from sharebert_common.errors import BadInput
 

@@ -13,12 +13,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from compress.calibrate import Batch, calibration_batches, hidden_states, objective
 from compress.dense.hub_onnx import head_of, open_for_onnx, write_model_onnx
-from compress.low_rank.encoder_loss import check_positions, encoder_loss, outputs, rows_of
+from compress.encoder_loss import check_positions, encoder_loss, outputs, rows_of
 from compress.low_rank.fading import FadingMatrices, Schedule, base_share
 from compress.low_rank.fading_linears import fade, linears_of, put, ranks_of, second_moments, trained_of
 from compress.low_rank.step import low_rank_config, products, rank_notes, with_products
-from compress.prune.calibrate import Batch, calibration_batches, hidden_states, objective
 from compress.prune.structure import Inputs
 from compress.source import WEIGHTS, config_of, copy_model
 from compress.step import FormName, NeedsNoRows, Source, Tools, check_task_weight

@@ -13,9 +13,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from compress.calibrate import calibration_batches
 from compress.low_rank.ranks import named_ranks
 from compress.low_rank.svd import truncated
-from compress.prune.calibrate import calibration_batches
 from compress.prune.structure import Inputs
 from compress.step import FromCompact, Source, Tools, check_one_pair
 from exports.export import Export

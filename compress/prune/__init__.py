@@ -19,5 +19,4 @@ dense_parts      which heads, columns and channels of a dense model matter
 dense_slices     a dense model → a smaller one
 reconstruct      its matrices anew, by least squares
 amount           how much of a kind of part stays
-calibrate        the forward pass on calibration rows, with masks on parts
 """

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch, losses_of, random_product
+from compress.calibrate import Batch, losses_of, random_product
 from compress.prune.structure import least_important
 from exports.dense_model import DenseBert, DenseLayer
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch, hidden_error, hidden_states, objective
+from compress.calibrate import Batch, hidden_error, hidden_states, objective
 from compress.prune.hard_concrete import open_probability, sampled, settled
 from compress.prune.latency_table import LatencyTable
 from compress.prune.structure_search import Structure, by_probability, search

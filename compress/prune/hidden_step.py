@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic.dataclasses import dataclass
 
+from compress.calibrate import calibration_batches
 from compress.prune.amount import Amount, amount
-from compress.prune.calibrate import calibration_batches
 from compress.prune.dense_parts import channel_magnitudes, gradients, survey
 from compress.prune.dense_slices import sliced
 from compress.prune.directions import along, components, largest, strongest

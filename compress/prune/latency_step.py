@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.prune.calibrate import Batch, calibration_batches, check_length
+from compress.calibrate import Batch, calibration_batches, check_length
 from compress.prune.gate_training import GateTraining
 from compress.prune.latency_table import LatencyTable, keep_table, kept_table, measure_table
 from compress.prune.structure import Inputs, fisher

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch, hidden_states, objective
+from compress.calibrate import Batch
 from compress.prune.masks import Scope, smallest, sparsity_after
 from compress.training import train
-from sharebert.heads import ShareBertForMaskedLM
 
 WARM_UP, REACHED = 0.1, 0.8
 """Parts of the steps after which weights begin to go, and after which as many are gone as shall be."""
@@ -30,7 +29,7 @@ class Movement:
 
     def __init__(
         self,
-        model: ShareBertForMaskedLM,
+        model: nn.Module,
         weights: dict[str, Tensor],
         centres: dict[str, Tensor],
         sparsity: float,
@@ -51,9 +50,17 @@ class Movement:
         self._parameters = {name: model.get_parameter(name).requires_grad_() for name in weights}
 
     def run(
-        self, rows: Sequence[Batch], steps: int, lr: float, seed: int, path: Path, say: Callable[[int, float], None]
+        self,
+        rows: Sequence[Batch],
+        training_loss: Callable[[Batch], Tensor],
+        steps: int,
+        lr: float,
+        seed: int,
+        path: Path,
+        say: Callable[[int, float], None],
     ) -> dict[str, Tensor]:
-        """Train in `steps` steps; the weights, with exact zeros. It goes on after the save in `path`."""
+        """Train in `steps` steps on the loss of the model; the weights, with exact zeros. It goes on after the save in
+        `path`."""
         removed: dict[str, Tensor] = {}
 
         def loss_of(step: int, batch: Batch) -> Tensor:
@@ -61,8 +68,7 @@ class Movement:
             if not removed or (step - 1) % CHOOSE_EVERY == 0:
                 removed = self.removed(self.share(step, steps))
             self.put(removed)
-            hidden = hidden_states(self.model, batch)
-            return objective(self.model, batch, hidden, torch.Generator()) / len(batch.tokens)
+            return training_loss(batch)
 
         groups = [
             {"params": list(self.weights.values()), "lr": lr},

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch, calibration_batches, hidden_states, objective
+from compress.calibrate import Batch, calibration_batches, hidden_states, objective
 from compress.quantise.hessians import collect
 from compress.quantise.step import EMBEDDING, error_costs, with_tensors
 from compress.step import Source, Tools
@@ -45,6 +45,11 @@ class Prunable(Protocol):
 
     def objective(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         """The sum over rows of what gradients are taken of; see `calibrate.objective`."""
+        ...
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What `movement` trains the pruned model on, a mean over rows: its loss at the masked words; of a classifier,
+        at the labels that it gave before, and how far its states are from those before."""
         ...
 
     def costs(self, weights: dict[str, Tensor], tools: Tools) -> dict[str, Tensor]:
@@ -85,6 +90,10 @@ class PrunableCompact:
         """See `Prunable.objective`."""
         assert isinstance(model, ShareBertForMaskedLM)
         return objective(model, batch, hidden_states(model, batch), generator)
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See `Prunable.training_loss`."""
+        return self.objective(model, batch, torch.Generator()) / len(batch.tokens)
 
     def costs(self, weights: dict[str, Tensor], tools: Tools) -> dict[str, Tensor]:
         """See `Prunable.costs`."""

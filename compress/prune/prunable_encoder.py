@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.calibrate import Batch, hidden_error
 from compress.dense.hub_onnx import head_of
-from compress.low_rank.encoder_loss import check_positions, encoder_objective, outputs, rows_of
+from compress.encoder_loss import check_positions, encoder_objective, outputs, rows_of
 from compress.low_rank.fading_linears import linears_of, watch_inputs
-from compress.prune.calibrate import Batch
 from compress.source import WEIGHTS, config_of, copy_model, open_hub_model
 from compress.step import Tools
 from exports.weight_files import read_metadata, read_weights, write_weights
@@ -85,6 +87,30 @@ class PrunableEncoder:
     def objective(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         """See `Prunable.objective`."""
         return encoder_objective(model, batch, self.head, generator)
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See `Prunable.training_loss`. A distance from the labels before would have no gradient at the start."""
+        if self.head == "MaskedLM":
+            return self.objective(model, batch, torch.Generator()) / len(batch.tokens)
+        ours = outputs(model, batch)
+        with torch.no_grad():
+            before = outputs(self.before, batch)
+        features = hidden_error(ours.hidden_states[-1], before.hidden_states[-1], batch)
+        return F.cross_entropy(ours.logits, before.logits.argmax(1)) + features
+
+    def check_labels(self) -> None:
+        """Raise BadInput where `training_loss` has nothing to predict."""
+        if self.head == "MaskedLM" or (self.head and self.model.config.num_labels > 1):
+            return
+        raise BadInput(
+            "prune_weights.method: movement trains on masked words or on a classifier's labels, and "
+            f"{self.folder} predicts neither; use surgeon"
+        )
+
+    @cached_property
+    def before(self) -> Any:
+        """The model as the folder holds it, without gradients."""
+        return open_hub_model(self.folder, self.head).requires_grad_(False)
 
     def costs(self, weights: dict[str, Tensor], tools: Tools) -> dict[str, Tensor]:
         """See `Prunable.costs`: the mean square of the input that a number is multiplied by (Sun et al., "A Simple and

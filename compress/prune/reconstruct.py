@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch
+from compress.calibrate import Batch
 from compress.prune.dense_parts import Kept
 from compress.prune.dense_slices import head_channels
 from compress.prune.directions import Directions

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.prune.calibrate import Batch, hidden_states, objective
+from compress.calibrate import Batch, hidden_states, objective
 from sharebert.heads import ShareBertForMaskedLM
 
 DAMPING = 0.01

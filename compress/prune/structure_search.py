@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.prune.calibrate import Batch, hidden_error, hidden_states, objective
+from compress.calibrate import Batch, hidden_error, hidden_states, objective
 from compress.prune.latency_table import LatencyTable, Shape
 from compress.prune.structure import Fisher, least_important
 from sharebert.heads import ShareBertForMaskedLM

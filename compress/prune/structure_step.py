@@ -10,8 +10,8 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from compress.calibrate import calibration_batches
 from compress.prune.amount import Amount, amount
-from compress.prune.calibrate import calibration_batches
 from compress.prune.structure import Inputs, fisher, least_important, rescaled
 from compress.step import FromCompact, Source, Tools, check_one_pair
 from exports.export import model_of

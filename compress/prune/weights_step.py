@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.prune.calibrate import Batch
+from compress.calibrate import Batch
 from compress.prune.masks import Scope, smallest, sparsity_after
 from compress.prune.movement import Movement
 from compress.prune.prunable import Prunable, PrunableCompact
@@ -22,7 +22,6 @@ from compress.saved_state import save_state, saved_state
 from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.read import read_export
 from sharebert.config import ShareBertConfig
-from sharebert.heads import ShareBertForMaskedLM
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
@@ -48,7 +47,8 @@ class PruneWeights(NeedsNoRows):
     method: Literal["magnitude", "wanda", "surgeon", "movement"] = "wanda"
     """How a weight is scored. magnitude: by its size; wanda: by its size and what an error of it costs on calibration
     rows; surgeon: Optimal BERT Surgeon, by gradients on calibration rows, and other weights make up for it; movement:
-    by where a training on calibration rows moves it; the others are those of that training; compact exports alone."""
+    by where a training on calibration rows moves it; the others are those of that training, which is on masked words,
+    or, of an encoder's classifier, on the labels that it gave before."""
     scope: Scope = "global"
     """global: the share is that of all matrices together; matrix: of each; 2:4: two of each four neighbours."""
     centre: bool = False
@@ -84,6 +84,8 @@ class PruneWeights(NeedsNoRows):
         encoder = PrunableEncoder(source.folder)
         if self.method == "wanda":
             encoder.first_norm()
+        if self.method == "movement":
+            encoder.check_labels()
 
     def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
         """See `Step.check_ahead`."""
@@ -93,10 +95,6 @@ class PruneWeights(NeedsNoRows):
         if self.centre and self.scope == "2:4":
             raise BadInput("prune_weights.centre: not with scope 2:4, which is for zeros")
         if form != "compact":
-            if self.method == "movement":
-                raise BadInput(
-                    f"prune_weights.method: movement takes a compact export, this one is {form}; use surgeon"
-                )
             if self.sparsity == 0:
                 raise BadInput(
                     "prune_weights.sparsity: 0 makes a compact export store the zeros that it has; no other form can"
@@ -169,14 +167,16 @@ class PruneWeights(NeedsNoRows):
     ) -> dict[str, Tensor]:
         """The weights, without the centres, after the training."""
         rows, start = model.batches(tools, self.batch), model.with_weights(_restored(weights, centres))
-        assert isinstance(start, ShareBertForMaskedLM)  # `check` refuses others
         movement = Movement(start, weights, centres, self.sparsity, self.scope)
 
         def say(step: int, loss: float) -> None:
             share = movement.share(step, self.steps)
             tools.say(f"prune_weights: step {step} of {self.steps}, {share:.1%} removed, loss {loss:.4f}")
 
-        return movement.run(rows, self.steps, self.lr, tools.seed, tools.scratch / MOVEMENT, say)
+        def loss(batch: Batch) -> Tensor:
+            return model.training_loss(start, batch)
+
+        return movement.run(rows, loss, self.steps, self.lr, tools.seed, tools.scratch / MOVEMENT, say)
 
     def by_surgeon(
         self, model: Prunable, weights: dict[str, Tensor], centres: dict[str, Tensor], tools: Tools

@@ -12,14 +12,14 @@ from compress_models import killed, tiny_export
 from hub_folders import hub_folder
 
 from compress import training
+from compress.calibrate import Batch
 from compress.dense.hub_onnx import head_of, open_for_onnx
 from compress.dense.onnx_int8 import OnnxInt8
 from compress.dense.runtime import OnnxModel
+from compress.encoder_loss import encoder_loss, outputs, rows_of
 from compress.low_rank import pc_lora_step
-from compress.low_rank.encoder_loss import encoder_loss, outputs, rows_of
 from compress.low_rank.fading_linears import FadingLinear, fade, linears_of, put, ranks_of, second_moments
 from compress.low_rank.pc_lora_step import PcLora
-from compress.prune.calibrate import Batch
 from compress.recipe import CompressRecipe
 from compress.report import read_report
 from compress.run import compress as run

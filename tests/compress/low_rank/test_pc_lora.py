@@ -11,9 +11,9 @@ import torch
 from compress_models import killed, tiny_export, tokens_of
 
 from compress import training
+from compress.calibrate import batches, hidden_states, objective
 from compress.low_rank.fading import FadingMatrices, base_share
 from compress.low_rank.pc_lora_step import PcLora
-from compress.prune.calibrate import batches, hidden_states, objective
 from compress.source import open_source
 from exports.read import load_model, read_export
 from sharebert.shared_linear import LowRank

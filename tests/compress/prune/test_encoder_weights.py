@@ -188,11 +188,44 @@ def test_weights_of_further_modules_stay(tmp_path: Path) -> None:
     assert not (out / "onnx/model.onnx").exists()
 
 
+@pytest.mark.parametrize("kind", ["MaskedLM", "SequenceClassification", "dense"])
+def test_movement_trains_what_stays(tmp_path: Path, kind: str) -> None:
+    source = source_of(tmp_path, kind)
+    model = PrunableEncoder(source)
+    rows = model.batches(tools(tmp_path), 8)
+
+    def loss(method: str, **keys: Any) -> float:
+        out, _ = pruned(tmp_path / method, source, method=method, sparsity=0.7, **keys)
+        found = matrices(stock(out, kind))
+        zeros = sum(int((matrix == 0).sum()) for matrix in found.values())
+        assert zeros == round(0.7 * sum(matrix.numel() for matrix in found.values()))
+        with torch.no_grad():
+            return sum(model.training_loss(stock(out, kind), batch).item() for batch in rows)
+
+    assert loss("movement", steps=40, batch=8, lr=1e-2) < loss("magnitude") - 0.1
+
+
+def test_movement_trains_a_classifier_on_the_labels_before(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "SequenceClassification")
+    model, other = PrunableEncoder(source), stock(source, "SequenceClassification")
+    (batch, *_) = model.batches(tools(tmp_path), 8)
+    with torch.no_grad():
+        other.classifier.bias += 0.3 * torch.arange(other.config.num_labels)
+        before = model.before(batch.tokens, batch.visible, output_hidden_states=True)
+        after = other(batch.tokens, batch.visible, output_hidden_states=True)
+        found = model.training_loss(other, batch)
+    by_hand = 0.0
+    for row, logits in enumerate(after.logits):
+        by_hand -= float(logits.log_softmax(0)[int(before.logits[row].argmax())]) / len(batch.tokens)
+    torch.testing.assert_close(float(found), by_hand, rtol=1e-6, atol=0)
+    assert model.training_loss(model.before, batch) > 0.1  # a gradient from the first step on
+
+
 def test_a_source_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
     from compress.source import config_of
 
     source = hub_folder(tmp_path / "source", "")
-    with pytest.raises(BadInput, match=r"movement takes a compact export, this one is hub; use surgeon"):
+    with pytest.raises(BadInput, match=r"movement trains on masked words or on a classifier's labels, and .* neither"):
         pruned(tmp_path, source, method="movement")
     with pytest.raises(BadInput, match=r"sparsity: 0 makes a compact export store the zeros"):
         pruned(tmp_path, source, sparsity=0)

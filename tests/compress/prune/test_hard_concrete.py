@@ -10,7 +10,7 @@ import torch
 from compress_models import tokens_of
 from tiny_models import tiny_model
 
-from compress.prune.calibrate import Batch
+from compress.calibrate import Batch
 from compress.prune.gate_training import GateTraining
 from compress.prune.hard_concrete import open_probability, sampled, settled
 from compress.prune.latency_table import LatencyTable, Shape

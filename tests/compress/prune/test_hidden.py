@@ -14,7 +14,7 @@ from compress_models import tiny_export
 from hub_folders import hub_folder
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch, batches, losses_of
+from compress.calibrate import Batch, batches, losses_of
 from compress.prune.dense_parts import Kept, channel_magnitudes, gradients, survey
 from compress.prune.dense_slices import head_channels, sliced
 from compress.prune.directions import along, components, largest

@@ -14,8 +14,8 @@ import torch
 from compress_models import export_with_dead_parts, killed, tiny_export
 
 from compress import training
+from compress.calibrate import Batch, batches, calibration_batches, hidden_error, hidden_states, objective
 from compress.prune import latency_step, latency_table
-from compress.prune.calibrate import Batch, batches, calibration_batches, hidden_error, hidden_states, objective
 from compress.prune.gate_training import GateTraining
 from compress.prune.hard_concrete import open_probability
 from compress.prune.latency_step import cut

@@ -14,7 +14,7 @@ import torch
 from compress_models import export_with_dead_parts, tiny_export, tokens_of
 from tiny_models import tiny_model, tiny_tokenizer
 
-from compress.prune.calibrate import Batch, batches, hidden_states, objective
+from compress.calibrate import Batch, batches, hidden_states, objective
 from compress.prune.structure import fisher, least_important, rescaled
 from compress.prune.structure_step import PruneStructure, without_layers
 from compress.source import open_source

@@ -11,8 +11,8 @@ import pytest
 import torch
 from compress_models import tiny_export
 
+from compress.calibrate import Batch, batches
 from compress.prune import surgeon, weights_step
-from compress.prune.calibrate import Batch, batches
 from compress.prune.prunable import PrunableCompact
 from compress.prune.surgeon import InverseFisher, blocked, saliency, unblocked, without
 from compress.prune.weights_step import PruneWeights

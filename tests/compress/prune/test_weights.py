@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from tiny_models import tiny_model, tiny_tokenizer
 
 from compress import training
+from compress.calibrate import batches, hidden_states, objective
 from compress.prune import weights_step
-from compress.prune.calibrate import batches, hidden_states, objective
 from compress.prune.masks import smallest, sparsity_after
 from compress.prune.movement import Movement
 from compress.prune.weights_step import PruneWeights
@@ -308,8 +308,8 @@ def test_damage_is_named(tmp_path: Path) -> None:
     ("keys", "changes", "message"),
     [
         ({"scope": "2:4", "sparsity": 0.7}, {}, "scope 2:4 removes half"),
-        ({"method": "wanda"}, {"sharing": "eps"}, "wanda takes a model with sharing: veps"),
         ({"method": "movement"}, {"mlm_head": "none"}, "no masked-language-model head; use surgeon"),
+        ({"method": "wanda"}, {"sharing": "eps"}, "wanda takes a model with sharing: veps"),
         ({"method": "wanda"}, {"intermediate_size": 20, "ffn_pairs": 2}, "and one feed-forward pair; use surgeon"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Calibration rows of an encoder of Hugging Face, what gradients are taken of, and what PC-LoRA trains it on: the model
+"""Calibration rows of an encoder of Hugging Face, what gradients are taken of, and what steps train it on: the model
 itself as teacher, and its task where it has a head."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.prune.calibrate import Batch, batches, losses_of, random_product
+from compress.calibrate import Batch, batches, hidden_error, losses_of, random_product
 from compress.source import config_of
 from scoring.architecture import Inputs
 from sharebert_common.errors import BadInput
@@ -59,10 +59,8 @@ def encoder_loss(student: Any, teacher: Any, batch: Batch, head: str, task_weigh
         theirs = outputs(teacher if head == "SequenceClassification" else teacher.base_model, batch)
     features = torch.zeros(())
     if task_weight < 1:
-        seen = batch.visible.bool()
         pairs = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
-        errors = [F.mse_loss(x[seen], y[seen]) / y[seen].square().mean() for x, y in pairs]
-        features = torch.stack(errors).mean()
+        features = torch.stack([hidden_error(x, y, batch) for x, y in pairs]).mean()
     if task_weight == 0:
         return features
     return task_weight * _task(ours.logits, theirs, batch, head) + (1 - task_weight) * features
