@@ -234,7 +234,7 @@ class SlurmCluster:
             "JobCompType=jobcomp/none",
             "ReturnToService=2",
             "SlurmctldTimeout=10",
-            "SlurmdTimeout=5",
+            "SlurmdTimeout=10",
             "MessageTimeout=5",
             "TCPTimeout=2",
             "InactiveLimit=0",
