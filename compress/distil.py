@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from compress.step import FromCompact, Source, Tools
-from exports.forms import write_export
-from exports.read import read_export, sparse_names
+from exports.read import sparse_names
 from pretrain.distill.recipe import DistillRecipe
 from pretrain.export.consolidate import consolidate
 from pretrain.flops import flops_per_token
@@ -67,11 +65,7 @@ class Distil(FromCompact):
         recipe = self.training(source.folder, tools.calibration_dataset(), tools.teacher(), tools.scratch, tools.seed)
         training = recipe.resolve()
         run_one(Trial("distil", tools.seed, {}, recipe), tools.say)
-        if kept := sparse_names(source.folder):
-            trained = read_export(consolidate(Path(recipe.run), tools.scratch / "trained"))
-            write_export(dataclasses.replace(trained, other_keys={**trained.other_keys, "sparse": kept}), out)
-        else:
-            consolidate(Path(recipe.run), out)
+        consolidate(Path(recipe.run), out)
         tokens = self.steps * self.rows * training.seq_len
         a_token = flops_per_token(
             training.model.config, training.seq_len, recipe.data.highest_mask_rate, self.rows * training.seq_len

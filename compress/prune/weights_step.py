@@ -42,7 +42,7 @@ class PruneWeights(NeedsNoRows):
     embeddings and of the layers' matrices, and the file stays as large until it is compressed."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """The share of the weights that become zero; 0: only store the zeros that are there, as after more training (a
+    """The share of the weights that become zero; 0: only store the zeros that are there (a
     compact export alone)."""
     method: Literal["magnitude", "wanda", "surgeon", "movement"] = "wanda"
     """How a weight is scored. magnitude: by its size; wanda: by its size and what an error of it costs on calibration

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from exports.export import Export, tensor_shapes
 from exports.files import CONFIG, TOKENIZER
 from exports.forms import FORMS, Form, write_export
 from exports.kinds import pretrained_kind
+from exports.packed import is_pruned
 from exports.read import read_config, read_export
 from exports.weight_source import MeanWeights, SelectedWeights, WeightSource
 from pretrain.checkpoint.format import Checkpoint, all_whole, found, read_manifest
@@ -129,7 +131,7 @@ def _of_run(run: RunFolder, average: int, *, ema: bool) -> Export:
         "dataset": newest.training["loader"]["fingerprint"],
         "config": recipe_text(run),
     }
-    return _pretrained(
+    export = _pretrained(
         run.path,
         ShareBertConfig.from_dict(newest.training["model"]),
         weights[0] if average == 1 else MeanWeights(weights),
@@ -137,6 +139,15 @@ def _of_run(run: RunFolder, average: int, *, ema: bool) -> Export:
         sections(run, taken, ema=ema),
         provenance,
     )
+    return dataclasses.replace(export, other_keys={"sparse": sparse}) if (sparse := _sparse(run, export)) else export
+
+
+def _sparse(run: RunFolder, export: Export) -> list[str]:
+    """Names of the tensors to store as sparse: where a run with `model.keep_zeros` kept zeros."""
+    recipe = yaml.safe_load(recipe_text(run)) or {}
+    if not recipe.get("model", {}).get("keep_zeros"):
+        return []
+    return sorted(name for name in export.weights.specs if is_pruned(name))
 
 
 def _of_deepspeed_folder(folder: Path, config: Path | None) -> Export:
