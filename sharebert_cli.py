@@ -160,7 +160,8 @@ def compare(given: argparse.Namespace) -> int:
     from comparison.recipe import CompareRecipe
     from comparison.run import compare
 
-    code, text = compare(load(CompareRecipe, given.config, given.overrides), only_table=given.table)
+    recipe = load(CompareRecipe, given.config, given.overrides)
+    code, text = compare(recipe, only_table=given.table, time_again=given.times)
     print(text)
     return code
 
@@ -510,7 +511,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.set_defaults(help_text="compress.recipe:describe_all", words_are="words")
     sub = verb("compare", compare, "Train, compress and score the rows of a table, or resume it.")
     _with_config(sub, "comparison.recipe:CompareRecipe")
-    sub.add_argument("--table", action="store_true", help="make nothing: the table of what there is now")
+    wanted = sub.add_mutually_exclusive_group()
+    wanted.add_argument("--table", action="store_true", help="make nothing: the table of what there is now")
+    wanted.add_argument("--times", action="store_true", help="time all models again, as when nothing else runs")
     sub = verb("fill", fill, "Fill [MASK] in a text.")
     sub.add_argument("text", help="a text with [MASK]")
     sub.add_argument("export", type=_path, help="directory of an export")

@@ -4,6 +4,7 @@ recipe   what is compared: the rows, the tasks, the published figures, the train
 rows     the rows, checked: what each is made of, and what it needs of the rows before it
 lines    what the table says about a row
 run      makes all rows, one piece after the other; goes on after a kill
+times    the times of all models, taken in turns
 table    the table, computed from the files of the pieces alone
 text     the table as Markdown
 """

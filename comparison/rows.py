@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.recipe import CompareRecipe, Keys, RowRecipe
-from compress.recipe import CompressRecipe, RowsRecipe
+from compress.recipe import CompressRecipe, ReportRecipe, RowsRecipe
 from compress.steps import step_of
 from data_prep.shards.reader import open_dataset
 from pretrain.distill.recipe import DistillRecipe
@@ -23,6 +23,9 @@ from sharebert_common.recipe import load, plain
 AFTER_FINE_TUNING = ("trim", "quantise", "dense", "awq", "onnx", "onnx_int8")
 """Steps whose result cannot be fine-tuned, or would lose by it what they gained: from the first of them on, the steps
 of a recipe are applied to the fine-tuned classifiers."""
+
+UNTIMED = ReportRecipe(latency=[])
+"""Of each piece: all models are timed together, see `times`."""
 
 BEFORE = ".before"
 """Ends the name of a row's model before those steps."""
@@ -78,6 +81,16 @@ class Places:
     def of_seed(seed: int) -> str:
         """The name of one of them."""
         return f"seed-{seed}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece that is whole."""
+
+    folder: Path
+    digest: str
+    """Of the model's files in it."""
+    notes: dict[str, Any]
 
 
 def checked(recipe: CompareRecipe) -> list[Row]:
@@ -187,11 +200,10 @@ def _steps(
         raise BadInput(f"rows.{name}.teacher: the step distil learns from a teacher; name a row above")
     cut = next((number for number, step in enumerate(names) if step in AFTER_FINE_TUNING), len(names))
     validation = RowsRecipe(dataset=recipe.dataset, rows=recipe.validation_rows)
-    whole = dataclasses.replace(asked, validation=validation, report=dataclasses.replace(recipe.report, references=[]))
-    untimed = dataclasses.replace(whole, report=dataclasses.replace(whole.report, latency=[]))
+    whole = dataclasses.replace(asked, validation=validation, report=UNTIMED)
     before, after = asked.steps[:cut], asked.steps[cut:]
     return (
-        dataclasses.replace(untimed if after else whole, steps=before) if before else None,
+        dataclasses.replace(whole, steps=before) if before else None,
         dataclasses.replace(whole, steps=after) if after else None,
     )
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comparison import times
 from comparison.recipe import CompareRecipe
-from comparison.rows import BEFORE, Places, Row, checked, evaluation, saved
+from comparison.rows import BEFORE, UNTIMED, Piece, Places, Row, checked, evaluation, saved
 from comparison.table import write
 from compress.measure import measure
 from compress.recipe import CompressRecipe, RowsRecipe
@@ -29,22 +29,13 @@ from sharebert_common.recipe import load, plain
 from sharebert_common.run_files import peek_state
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A piece that is whole."""
-
-    folder: Path
-    digest: str
-    """Of the model's files in it."""
-    notes: dict[str, Any]
-
-
-def compare(recipe: CompareRecipe, *, only_table: bool = False) -> tuple[int, str]:
-    """Make what is missing of all rows, and write the table after each row.
+def compare(recipe: CompareRecipe, *, only_table: bool = False, time_again: bool = False) -> tuple[int, str]:
+    """Make what is missing of all rows, and write the table after each row. Then time all models in turns.
 
     Args:
         recipe: of the comparison.
         only_table: make nothing, and write the table of what there is.
+        time_again: time all models again, also where that was done.
 
     Returns an exit code (FAILED where some row failed; STOPPED where a training was asked to stop), and the table.
     Raises BadInput before the first row: what is wrong in the recipe.
@@ -63,6 +54,12 @@ def compare(recipe: CompareRecipe, *, only_table: bool = False) -> tuple[int, st
             say(f"{row.name}: {error}")
             code = FAILED
         table = write(recipe, rows)
+    made = makers.models
+    if recipe.report.latency and made and code != STOPPED:
+        timed = times.kept(recipe, {name: piece.digest for name, piece in made.items()})
+        if time_again or timed.keys() != made.keys():
+            times.take(recipe, made, say)
+            table = write(recipe, rows)
     return code, table
 
 
@@ -111,14 +108,10 @@ class Makers:
         def make(place: StepFolder) -> dict[str, Any]:
             consolidate(run, place.model)
             rows = RowsRecipe(dataset=self.recipe.dataset, rows=self.recipe.validation_rows)
-            asked = CompressRecipe(steps=["trim"], validation=rows, report=self.recipe.report)
+            asked = CompressRecipe(steps=["trim"], validation=rows, report=UNTIMED)
             return {"measured": dataclasses.asdict(measure(row.name, place.model, asked, place.scratch, {}))}
 
-        identity = {
-            "train": plain(row.trial.recipe),
-            "report": plain(self.recipe.report),
-            "rows": self.recipe.validation_rows,
-        }
+        identity = {"train": plain(row.trial.recipe), "rows": self.recipe.validation_rows}
         self.models[row.name] = self.piece(self.places.model(row.name, trained=True), identity, make)
 
     def compressed(self, name: str, source: Piece, steps: CompressRecipe) -> Piece:
@@ -156,12 +149,7 @@ class Makers:
     def score_compressed(self, row: Row, after: CompressRecipe, task: str, seed: int) -> None:
         """The score of a classifier after the steps that follow fine-tuning. Only the score is kept."""
         source = self.classifiers[row.tuned, task, seed]
-        recipe = dataclasses.replace(
-            after,
-            task=evaluation(self.recipe, row, task, seed),
-            validation=RowsRecipe(),
-            report=dataclasses.replace(after.report, latency=[]),
-        )
+        recipe = dataclasses.replace(after, task=evaluation(self.recipe, row, task, seed), validation=RowsRecipe())
 
         def make(place: StepFolder) -> dict[str, Any]:
             out = place.scratch / "out"

@@ -15,8 +15,10 @@ from comparison.lines import Line, Planned
 from comparison.recipe import CompareRecipe, Keys
 from comparison.rows import BEFORE, Places, Row
 from comparison.text import to_text
+from comparison.times import kept
 from compress.measure import Measured
-from compress.report import read_report, result_row
+from compress.report import model_files, read_report, result_row
+from compress.step_folders import digest
 from pretrain.distill.recipe import DistillRecipe
 from pretrain.plan.estimate import PLAN_DEFAULTS, Assumptions, flops_of_token, make_plan
 from pretrain.recipe import TrainRecipe
@@ -51,6 +53,10 @@ def lines_of(recipe: CompareRecipe, rows: Sequence[Row]) -> list[Line]:
     for row in rows:
         lines[row.name] = _trained(row, recipe) if row.trial is not None else _compressed(row, recipe, lines[row.of])
         _add_scores(lines[row.name], recipe)
+    digests = {row.name: _digest(row, recipe) for row in rows}
+    for name, times in kept(recipe, digests).items():
+        if name in lines:
+            lines[name].latency_ms = times
     reference = lines[recipe.reference or rows[0].name]
     for row in rows:
         line = lines[row.name]
@@ -129,7 +135,6 @@ def _compressed(row: Row, recipe: CompareRecipe, source: Line) -> Line:
 
 def _add_measured(line: Line, measured: Measured) -> None:
     line.parameters, line.bytes, line.loss = measured.parameters, measured.bytes, measured.loss
-    line.latency_ms = measured.latency_ms
 
 
 def _add_scores(line: Line, recipe: CompareRecipe) -> None:
@@ -152,10 +157,21 @@ def _add_scores(line: Line, recipe: CompareRecipe) -> None:
         line.state = ", ".join(missing)
 
 
+def _digest(row: Row, recipe: CompareRecipe) -> str:
+    """Of the files of a row's model; empty where it is not whole."""
+    record = _record(Places(Path(recipe.folder)).model(row.name, trained=row.trial is not None))
+    return digest(model_files(record["files"])) if record else ""
+
+
 def _notes(folder: Path) -> dict[str, Any] | None:
     """What the record of a piece notes; None where the piece is not whole."""
+    record = _record(folder)
+    return dict(record["notes"]) if record else None
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(folder.with_name(f"{folder.name}.json").read_text(encoding="utf-8"))
-        return dict(record["notes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record: dict[str, Any] = json.loads(folder.with_name(f"{folder.name}.json").read_text(encoding="utf-8"))
+        return record if {"files", "notes"} <= record.keys() else None
+    except (OSError, ValueError, AttributeError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from comparison.recipe import CompareRecipe
 from comparison.rows import checked
 from comparison.run import compare
 from comparison.text import best
+from comparison.times import ROUNDS
+from compress import latency
+from compress.recipe import ReportRecipe
 from compress.step_folders import StepFolder
 from data_prep.shards.reader import open_dataset
 from exports.export import Export
@@ -257,6 +261,33 @@ def test_what_was_not_measured_here_is_marked(recipe: CompareRecipe, trainings: 
     assert "| small | 4,983,040 | 11,776,000,000 |" in estimated
     assert "Published by others, not measured here:\n\n| model | figure | source |" in estimated
     assert "| TinyBERT | 96.8 % | a paper |" in estimated
+
+
+def test_times_are_taken_in_turns_when_all_rows_are_made(
+    whole: tuple[CompareRecipe, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(whole[0], report=ReportRecipe(latency=["1x16"]))
+    timed: list[str] = []
+
+    def measure(folder: Path, runtime: str, *_: Any) -> dict[str, Any]:
+        timed.append(folder.name)
+        return {"ms": {"1x16": float([len(timed), 100, 3][(len(timed) - 1) // len(recipe.rows) % ROUNDS])}}
+
+    def ms() -> list[float]:
+        return [line["latency_ms"]["pytorch"]["1x16"] for line in rows_in(recipe)]
+
+    monkeypatch.setattr(latency, "measure", measure)
+    code, text = compare(recipe)
+    assert code == FINISHED
+    assert timed == ROUNDS * list(recipe.rows)
+    assert ms() == [3, 3, 3, 4]  # the medians of 1, 100, 3; of 2, 100, 3; of 3, 100, 3; of 4, 100, 3
+    assert "| 3.0 (pytorch) |" in text
+    compare(recipe)
+    assert len(timed) == ROUNDS * len(recipe.rows)  # they are there
+    compare(recipe, time_again=True)
+    assert len(timed) == 2 * ROUNDS * len(recipe.rows)
+    other = dataclasses.replace(recipe, report=ReportRecipe(latency=["1x16"], threads=2))
+    assert "(pytorch)" not in compare(other, only_table=True)[1]
 
 
 @pytest.mark.parametrize(
