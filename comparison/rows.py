@@ -5,22 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from comparison.recipe import CompareRecipe, Keys, RowRecipe
 from compress.recipe import CompressRecipe, ReportRecipe, RowsRecipe
+from compress.run import check_steps
+from compress.step import FormName, Step
 from compress.steps import step_of
 from data_prep.shards.reader import open_dataset
+from exports.files import CONFIG, TOKENIZER, write_json
 from pretrain.distill.recipe import DistillRecipe
+from pretrain.recipe import TrainRecipe
 from pretrain.sweep.recipe import SweepRecipe, Trial, trials
-from scoring.recipe import EvaluateRecipe
+from scoring.data import load_task
+from scoring.recipe import BLIMP, PROBE, EvaluateRecipe
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import load, plain
 
-AFTER_FINE_TUNING = ("trim", "quantise", "dense", "awq", "onnx", "onnx_int8")
+AFTER_FINE_TUNING = ("trim", "quantise", "prune_weights", "dense", "awq", "onnx", "onnx_int8")
 """Steps whose result cannot be fine-tuned, or would lose by it what they gained: from the first of them on, the steps
 of a recipe are applied to the fine-tuned classifiers."""
 
@@ -83,16 +91,6 @@ class Places:
         return f"seed-{seed}"
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A piece that is whole."""
-
-    folder: Path
-    digest: str
-    """Of the model's files in it."""
-    notes: dict[str, Any]
-
-
 def checked(recipe: CompareRecipe) -> list[Row]:
     """All rows in order.
 
@@ -117,7 +115,66 @@ def checked(recipe: CompareRecipe) -> list[Row]:
                 raise BadInput(f"rows.{row.name}.{key}: name a row without the steps {steps}; '{other}' has one")
         for task in recipe.tasks:
             evaluation(recipe, row, task, recipe.seeds[0])
+    _check_models(recipe, rows)
     return rows
+
+
+def check_tasks(recipe: CompareRecipe) -> None:
+    """Read the rows of all tasks. Raises BadInput for what is wrong with them, or for a task without fine-tuning."""
+    for task, data in recipe.tasks.items():
+        try:
+            if task in (BLIMP, PROBE):
+                raise BadInput("takes models as they are, and has no score after fine-tuning")
+            if data.path is not None:  # else they are on the hub
+                load_task(task, data)
+        except BadInput as error:
+            raise BadInput(f"tasks.{task}: {error}") from error
+
+
+def _check_models(recipe: CompareRecipe, rows: Sequence[Row]) -> None:
+    """Raise BadInput, naming the row, for steps that cannot take the model of the row that they are given, and for a
+    teacher that does not fit."""
+    models: dict[str, tuple[FormName, ShareBertConfig | None]] = {}
+    for row in rows:
+        try:
+            if row.trial is not None:
+                student, teacher = row.trial.recipe, row.asked.teacher
+                alone = dataclasses.replace(student, distill=DistillRecipe()) if teacher is not None else student
+                models[row.name] = "compact", alone.resolve().model.config
+                if teacher is not None:
+                    _check_teacher(student, recipe.dataset, teacher, models[teacher][1])
+                continue
+            form, config = models[row.of]
+            if row.before is not None:
+                form, config = check_steps(_named(row.before), row.before, form, config)
+            if row.after is not None:
+                if recipe.tasks and config is not None:
+                    try:
+                        check_steps(_named(row.after), row.after, form, dataclasses.replace(config, mlm_head="none"))
+                    except BadInput as error:
+                        steps = ", ".join(AFTER_FINE_TUNING)
+                        raise BadInput(f"from the first of {steps} on, steps are for classifiers: {error}") from error
+                form, config = check_steps(_named(row.after), row.after, form, config)
+            models[row.name] = form, config
+        except BadInput as error:
+            raise BadInput(f"rows.{row.name}: {error}") from error
+
+
+def _check_teacher(student: TrainRecipe, dataset: str, name: str, config: ShareBertConfig | None) -> None:
+    """Raise BadInput where a student cannot learn from the row `name`, whose config stands in for the model."""
+    if config is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / CONFIG, config.to_dict())
+        shutil.copy(open_dataset(dataset).tokenizer_path, Path(folder) / TOKENIZER)
+        try:
+            dataclasses.replace(student, distill=dataclasses.replace(student.distill, teacher=folder)).resolve()
+        except BadInput as error:
+            raise BadInput(str(error).replace(folder, name)) from error
+
+
+def _named(recipe: CompressRecipe) -> list[tuple[str, Step]]:
+    return [step_of(step, f"steps.{number}") for number, step in enumerate(recipe.steps)]
 
 
 def saved(rows: list[Row]) -> set[str]:
@@ -157,6 +214,8 @@ def _check_names(recipe: CompareRecipe) -> None:
             if other is not None and other not in above:
                 raise BadInput(f"{where}.{key}: no row '{other}' above this one{nearest(other, above)}")
         above.append(name)
+    if len(set(recipe.seeds)) < len(recipe.seeds):
+        raise BadInput("seeds: one of them stands there twice; a spread needs different ones")
     if recipe.reference is not None and recipe.reference not in above:
         raise BadInput(f"reference: no row '{recipe.reference}'{nearest(recipe.reference, above)}")
 
@@ -178,7 +237,6 @@ def _trials(recipe: CompareRecipe, places: Places) -> dict[str, Trial]:
     for name, trial in found.items():
         try:
             trial.recipe.check_engine()
-            dataclasses.replace(trial.recipe, distill=DistillRecipe()).resolve()  # the teacher is not there yet
         except BadInput as error:
             raise BadInput(f"rows.{name}: {error}") from error
     return found
@@ -188,6 +246,9 @@ def _steps(
     name: str, row: RowRecipe, recipe: CompareRecipe, places: Places
 ) -> tuple[CompressRecipe | None, CompressRecipe | None]:
     """The steps of a compress recipe before fine-tuning, and those after it."""
+    for key in row.keys:
+        if key.split(".")[0] in ("report", "validation", "task", "teacher"):
+            raise BadInput(f"rows.{name}.keys: {key} is the same for all rows, and no key of one; leave it out")
     keys: Keys = {"calibration.dataset": recipe.dataset, **row.keys}
     if row.teacher is not None:
         keys["teacher"] = str(_model_of(row.teacher, recipe, places))

@@ -7,18 +7,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from pydantic import TypeAdapter
 
 from comparison.lines import Line, Planned
+from comparison.makers import NOT_RUN, Finder
 from comparison.recipe import CompareRecipe, Keys
-from comparison.rows import BEFORE, Places, Row
+from comparison.rows import BEFORE, Row
 from comparison.text import to_text
 from comparison.times import kept
 from compress.measure import Measured
-from compress.report import model_files, read_report, result_row
-from compress.step_folders import digest
+from compress.report import read_report, result_row
 from pretrain.distill.recipe import DistillRecipe
 from pretrain.plan.estimate import PLAN_DEFAULTS, Assumptions, flops_of_token, make_plan
 from pretrain.recipe import TrainRecipe
@@ -48,15 +47,17 @@ def write(recipe: CompareRecipe, rows: Sequence[Row]) -> str:
 
 
 def lines_of(recipe: CompareRecipe, rows: Sequence[Row]) -> list[Line]:
-    """The numbers of all rows, as the files are now."""
+    """The numbers of all rows, as the files are now. Pieces that were made with other keys do not count."""
+    found = Finder(recipe, list(rows))
+    missing = found.find(list(rows))
     lines: dict[str, Line] = {}
     for row in rows:
-        lines[row.name] = _trained(row, recipe) if row.trial is not None else _compressed(row, recipe, lines[row.of])
-        _add_scores(lines[row.name], recipe)
-    digests = {row.name: _digest(row, recipe) for row in rows}
-    for name, times in kept(recipe, digests).items():
-        if name in lines:
-            lines[name].latency_ms = times
+        why = missing.get(row.name, "")
+        line = _trained(row, found, why) if row.trial is not None else _compressed(row, found, why, lines[row.of])
+        lines[row.name] = line
+        _add_scores(line, found)
+    for name, times in kept(recipe, {name: piece.digest for name, piece in found.models.items()}).items():
+        lines[name].latency_ms = times
     reference = lines[recipe.reference or rows[0].name]
     for row in rows:
         line = lines[row.name]
@@ -96,36 +97,39 @@ def plan(name: str, keys: Keys, recipe: CompareRecipe) -> Planned:
     )
 
 
-def _trained(row: Row, recipe: CompareRecipe) -> Line:
+def _trained(row: Row, found: Finder, why: str) -> Line:
     assert row.trial is not None
     learns = f", teacher {row.asked.teacher}" if row.asked.teacher else ""
     line = Line(name=row.name, made=f"{row.asked.train}{learns}")
-    run = row.trial.run
-    state = peek_state(run)
-    if state["state"] == "finished":
-        asked, training = row.trial.recipe, dataclasses.replace(row.trial.recipe, distill=DistillRecipe()).resolve()
-        line.tokens = asked.steps * asked.data.global_batch * training.seq_len
-        line.flops = line.tokens * flops_of_token(asked, training)
-    notes = _notes(Places(Path(recipe.folder)).model(row.name, trained=True))
-    if notes is None:
-        line.state = f"training, step {state['step']:,} of {row.trial.recipe.steps:,}" if state["step"] else "not run"
-    else:
-        _add_measured(line, TypeAdapter(Measured).validate_python(notes["measured"]))
+    piece = found.models.get(row.name)
+    if piece is None:
+        state = peek_state(row.trial.run)
+        progress = f"training, step {state['step']:,} of {row.trial.recipe.steps:,}"
+        line.state = progress if state["step"] and why == NOT_RUN else why
+        return line
+    asked, training = row.trial.recipe, dataclasses.replace(row.trial.recipe, distill=DistillRecipe()).resolve()
+    line.tokens = asked.steps * asked.data.global_batch * training.seq_len
+    line.flops = line.tokens * flops_of_token(asked, training)
+    _add_measured(line, TypeAdapter(Measured).validate_python(piece.notes["measured"]))
     return line
 
 
-def _compressed(row: Row, recipe: CompareRecipe, source: Line) -> Line:
+def _compressed(row: Row, found: Finder, why: str, source: Line) -> Line:
     learns = f", teacher {row.asked.teacher}" if row.asked.teacher else ""
     line = Line(name=row.name, made=f"{row.of}, {row.asked.compress}{learns}", source=row.of)
-    places = Places(Path(recipe.folder))
-    folder = places.model(row.name, trained=False)
-    if _notes(folder) is None:
-        line.state = "not run"
+    piece = found.models.get(row.name)
+    if piece is None:
+        line.state = why
         return line
-    _, _, steps = read_report(folder)
-    _add_measured(line, result_row(steps))
-    if row.before is not None and row.after is not None:
-        steps = [*read_report(places.model(f"{row.name}{BEFORE}", trained=False))[2], *steps]
+    try:
+        _, _, steps = read_report(piece.folder)
+        result = result_row(steps)
+        if row.before is not None and row.after is not None:
+            steps = [*read_report(found.places.model(f"{row.name}{BEFORE}", trained=False))[2], *steps]
+    except BadInput as error:
+        line.state = str(error)
+        return line
+    _add_measured(line, result)
     for key in ("tokens", "flops"):
         before = getattr(source, key)
         if before is not None:
@@ -137,41 +141,20 @@ def _add_measured(line: Line, measured: Measured) -> None:
     line.parameters, line.bytes, line.loss = measured.parameters, measured.bytes, measured.loss
 
 
-def _add_scores(line: Line, recipe: CompareRecipe) -> None:
-    places, missing = Places(Path(recipe.folder)), []
+def _add_scores(line: Line, found: Finder) -> None:
+    recipe, missing = found.recipe, []
     for task in recipe.tasks:
-        found = []
+        values = []
         for seed in recipe.seeds:
-            notes = _notes(places.classifiers(line.name, task) / Places.of_seed(seed))
-            if notes is not None:
-                one = Measured(name="", folder="", form="", scores=notes["scores"]).headline
+            if (piece := found.classifiers.get((line.name, task, seed))) is not None:
+                one = Measured(name="", folder="", form="", scores=piece.notes["scores"]).headline
                 assert one is not None
-                found.append(one[0])
-        if found:
-            line.scores[task] = found
-        if len(found) < len(recipe.seeds):
-            missing.append(f"{task} {len(found)} of {len(recipe.seeds)} seeds")
+                values.append(one[0])
+        if values:
+            line.scores[task] = values
+        if len(values) < len(recipe.seeds):
+            missing.append(f"{task} {len(values)} of {len(recipe.seeds)} seeds")
     if recipe.tasks and not missing:
         line.score = mean(mean(values) for values in line.scores.values())
     if not line.state and missing:
         line.state = ", ".join(missing)
-
-
-def _digest(row: Row, recipe: CompareRecipe) -> str:
-    """Of the files of a row's model; empty where it is not whole."""
-    record = _record(Places(Path(recipe.folder)).model(row.name, trained=row.trial is not None))
-    return digest(model_files(record["files"])) if record else ""
-
-
-def _notes(folder: Path) -> dict[str, Any] | None:
-    """What the record of a piece notes; None where the piece is not whole."""
-    record = _record(folder)
-    return dict(record["notes"]) if record else None
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(folder.with_name(f"{folder.name}.json").read_text(encoding="utf-8"))
-        return record if {"files", "notes"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None

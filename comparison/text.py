@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 
 from comparison.lines import Line, Planned
+from comparison.makers import NOT_RUN
 from comparison.recipe import CompareRecipe
-
-NOT_RUN = "not run"
 
 ENOUGH = 0.97
 """Share of its source's score that a row must have to be named as the smallest or the fastest."""
@@ -45,8 +44,15 @@ def table(lines: Sequence[Line], recipe: CompareRecipe) -> str:
     """The rows; scores are means over the dev metrics times 100, mean ± standard deviation over the seeds."""
     shapes = list(recipe.report.latency)
     reference = recipe.reference or lines[0].name
-    head = ["row", "made from", "parameters", f"of {reference}", "MB", "MLM loss", *recipe.tasks]
-    head += ["mean", f"of {reference}", "of its source", *(f"{shape}, ms" for shape in shapes), "tokens", "FLOPs"]
+    head = ["row", "made from", "parameters", f"parameters / {reference}", "MB", "MLM loss", *recipe.tasks]
+    head += [
+        "mean",
+        f"mean / {reference}",
+        "mean / its source",
+        *(f"{shape}, ms" for shape in shapes),
+        "tokens",
+        "FLOPs",
+    ]
     return _markdown(head, [_cells(line, recipe, shapes) for line in lines])
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from comparison.makers import Piece
 from comparison.recipe import CompareRecipe
-from comparison.rows import Piece
 from compress import latency
 from compress.source import open_source
 from sharebert_common.errors import BadInput

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from compress.measure import OF_A_FOLDER, Measured, is_baseline, measure, measur
 from compress.recipe import CompressRecipe, RowsRecipe
 from compress.report import STEP, model_files, table, write_report
 from compress.source import JSON, open_source
-from compress.step import Source, Step
+from compress.step import FormName, Source, Step
 from compress.step_folders import StepFolder, checksums, digest
 from compress.steps import step_of
 from compress.tools import RecipeTools, open_rows
 from data_prep.shards.reader import open_dataset
 from exports.read import read_config
 from scoring.recipe import BLIMP, PROBE
+from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, whole_or_absent_folder, write_atomically
 from sharebert_common.recipe import plain
@@ -74,18 +75,7 @@ def steps_of(out: Path) -> Path:
 def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Step]], out: Path) -> None:
     """Raise BadInput for what can be known before the first step."""
     steps[0][1].check(source)
-    form = source.form
-    config = read_config(source.folder) if form == "compact" else None
-    for name, step in steps:
-        step.check_ahead(form, config)
-        form = step.result_form(form)
-        config = step.result_config(config) if config is not None and form in ("compact", "dense") else None
-        if step.needs_calibration and recipe.calibration.dataset is None:
-            raise BadInput(f"calibration.dataset: {name} looks at rows of text as it is set here; name a dataset")
-        if step.needs_validation and recipe.validation.dataset is None:
-            raise BadInput(f"validation.dataset: {name} looks at the loss as it is set here; name a dataset")
-        if step.needs_teacher and recipe.teacher is None:
-            raise BadInput(f"teacher: {name} learns from a teacher; name its folder")
+    check_steps(steps, recipe, source.form, read_config(source.folder) if source.form == "compact" else None)
     if recipe.teacher is not None:
         open_source(Path(recipe.teacher))
     for key in ("calibration", "validation"):
@@ -116,6 +106,26 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
     free = shutil.disk_usage(nearest).free
     if free < needed:
         raise BadInput(f"{out}: its disk has {free / 1e6:,.0f} MB left, and this may need {needed / 1e6:,.0f} MB")
+
+
+def check_steps(
+    steps: Sequence[tuple[str, Step]], recipe: CompressRecipe, form: FormName, config: ShareBertConfig | None
+) -> tuple[FormName, ShareBertConfig | None]:
+    """Raise BadInput for a step that cannot take what those before it make of a model of a form and a config.
+
+    Returns form and config of the result. A config is None where it is not known.
+    """
+    for name, step in steps:
+        step.check_ahead(form, config)
+        form = step.result_form(form)
+        config = step.result_config(config) if config is not None and form in ("compact", "dense") else None
+        if step.needs_calibration and recipe.calibration.dataset is None:
+            raise BadInput(f"calibration.dataset: {name} looks at rows of text as it is set here; name a dataset")
+        if step.needs_validation and recipe.validation.dataset is None:
+            raise BadInput(f"validation.dataset: {name} looks at the loss as it is set here; name a dataset")
+        if step.needs_teacher and recipe.teacher is None:
+            raise BadInput(f"teacher: {name} learns from a teacher; name its folder")
+    return form, config
 
 
 def run_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,11 +13,11 @@ from typing import Any
 import pytest
 from small_comparison import QUANTISE, base_recipe, small
 
-import comparison.run
+import comparison.makers
 import compress.report
 import pretrain.sweep.runner
 from comparison.lines import Line
-from comparison.recipe import CompareRecipe
+from comparison.recipe import CompareRecipe, RowRecipe
 from comparison.rows import checked
 from comparison.run import compare
 from comparison.text import best
@@ -72,7 +73,7 @@ def trainings() -> Iterator[Trainings]:
     made = Trainings()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain.sweep.runner, "run_all", made.run_all)
-        patch.setattr(comparison.run, "consolidate", made.consolidate)
+        patch.setattr(comparison.makers, "consolidate", made.consolidate)
         patch.setattr(compress.report, "write_picture", lambda *_: None)  # seconds, and not looked at here
         yield made
 
@@ -236,6 +237,100 @@ def test_a_run_of_other_keys_is_refused(
     assert "was trained with other keys than the row has now; remove it" in capsys.readouterr().err
 
 
+def test_a_run_that_was_begun_with_other_keys_is_not_resumed(
+    recipe: CompareRecipe, trainings: Trainings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.tasks, recipe.rows = {}, {"bert": recipe.rows["bert"]}
+    run = checked(recipe)[0].trial.run  # type: ignore[union-attr]
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(checked(recipe)[0].trial.recipe))  # type: ignore[union-attr]
+    recipe.rows["bert"].keys["optimizer.lr"] = 0.5
+    code, text = compare(recipe)
+    assert code == FAILED
+    assert trainings.begun == []
+    assert "was trained with other keys than the row has now; remove it" in capsys.readouterr().err
+    assert "- bert: was trained with other keys than the row has now" in text
+
+
+def test_the_table_has_no_numbers_of_other_keys(whole: tuple[CompareRecipe, str], tmp_path: Path) -> None:
+    recipe = dataclasses.replace(whole[0], folder=str(shutil.copytree(whole[0].folder, tmp_path / "copy")))
+    scored, losses = dataclasses.replace(recipe, seeds=[1, 2]), dataclasses.replace(recipe, validation_rows=8)
+    scored.finetune = dataclasses.replace(recipe.finetune, epochs=2)
+    for other, cell in ((scored, "sst2"), (losses, "loss")):
+        compare(other, only_table=True)
+        for found in rows_in(other):
+            assert found["state"]
+            assert not found["scores"]
+            assert (found["loss"] is None) == (cell == "loss")
+    compare(recipe, only_table=True)
+    assert all(not found["state"] and found["scores"] for found in rows_in(recipe))
+
+
+@pytest.mark.parametrize("damage", ["no folder", "a short report"])
+def test_a_damaged_model_is_made_again(
+    whole: tuple[CompareRecipe, str], tmp_path: Path, damage: str, trainings: Trainings
+) -> None:
+    recipe = dataclasses.replace(whole[0], folder=str(shutil.copytree(whole[0].folder, tmp_path / "copy")))
+    result = Path(recipe.folder) / "compressed" / "veps-int4"
+    report = (result / "report.json").read_text()
+    if damage == "no folder":
+        shutil.rmtree(result)
+    else:
+        (result / "report.json").write_text(report[:-20])
+    assert "- veps-int4:" in compare(recipe, only_table=True)[1]
+    code, text = compare(recipe)
+    assert code == FINISHED
+    assert "- veps-int4:" not in text
+    assert json.loads((result / "report.json").read_text())["rows"]
+
+
+def test_what_learns_from_a_row_is_made_again_with_it(
+    recipe: CompareRecipe, trainings: Trainings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert, base = recipe.rows["bert"], recipe.rows["veps"].train
+    learns = {"distill.logits": 1.0}
+    recipe.rows = {
+        "bert": bert,
+        "student": RowRecipe(train=base, teacher="bert", keys=learns),
+        "taught": RowRecipe(train=base, task_teacher="bert", finetune={"distill.hidden": 1.0}),
+    }
+    recipe.seeds = [1]
+    assert compare(recipe)[0] == FINISHED
+    notes = {
+        name: json.loads((Path(recipe.folder) / f"classifiers/{name}/sst2/seed-1.json").read_text())["identity"]
+        for name in recipe.rows
+    }
+    teacher = notes["taught"]["evaluate"]["finetune"]["distill"]["teacher"]
+    assert teacher == "classifiers/bert/sst2/seed-1"
+    assert (Path(recipe.folder) / teacher / "model.safetensors").is_file()
+    assert notes["taught"]["teacher"]
+    assert notes["bert"]["teacher"] is None
+    shutil.rmtree(Path(recipe.folder) / "runs" / "bert,seed=0")
+    bert.keys["model.hidden_dropout_prob"] = 0.25
+    code, _ = compare(recipe)
+    assert code == FAILED  # a run that learnt from the other is not thrown away
+    said = capsys.readouterr().err
+    assert "student: " in said
+    assert "learnt from a 'bert' that was made anew since; remove it to train it again" in said
+    again = json.loads((Path(recipe.folder) / "classifiers/taught/sst2/seed-1.json").read_text())["identity"]
+    assert again["teacher"] != notes["taught"]["teacher"]
+    assert [row["name"] for row in rows_in(recipe) if row["scores"]] == ["bert", "taught"]
+
+
+def test_a_row_without_its_teachers_classifier_is_left_out(
+    recipe: CompareRecipe, trainings: Trainings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taught = RowRecipe(train=recipe.rows["veps"].train, task_teacher="bert")
+    recipe.rows = {"bert": recipe.rows["bert"], "taught": taught}
+
+    def fails(*_: Any, **__: Any) -> str:
+        raise BadInput("no room")
+
+    monkeypatch.setattr(comparison.makers, "evaluate", fails)
+    assert compare(recipe)[0] == FAILED
+    assert "taught: not made, because bert has no classifier for sst2 with seed 1" in capsys.readouterr().err
+
+
 def line(name: str, **values: Any) -> Line:
     return Line(name=name, made="x", source="veps", **values)
 
@@ -302,14 +397,52 @@ def test_times_are_taken_in_turns_when_all_rows_are_made(
         ({"train": "demo", "keys": {"stepz": 3}}, r"stepz: unknown key; did you mean 'steps'"),
         ({"train": "demo", "teacher": "nobody"}, r"rows\.x\.teacher: no row 'nobody' above"),
         ({"of": "veps", "compress": "compress/int8", "finetune": {"epochz": 1}}, r"rows\.x\.finetune: .*epochz"),
+        ({"train": "BASE", "keys": {"distill.logits": 1.0}}, r"rows\.x: distill\.logits: .*teacher is not given"),
+        ({"train": "BASE", "teacher": "bert"}, r"rows\.x: distill\.teacher: no loss with it has a weight"),
+        (
+            {"train": "BASE", "teacher": "bert", "keys": {"distill.hidden": 1.0, "distill.layers": [[1, 7]]}},
+            r"rows\.x: distill\.layers: the teacher has layers .*, and no 7",
+        ),
+        (
+            {"of": "veps", "compress": "compress/prune-distil", "teacher": "bert"},
+            r"rows\.x: from the first of .* on, steps are for classifiers: distil: takes a model with a masked",
+        ),
+        (
+            {"of": "veps", "compress": "compress/pc-lora", "keys": {"steps": [{"pc_lora": {"rank": 999}}]}},
+            r"rows\.x: pc_lora",
+        ),
+        (
+            {"of": "veps", "compress": "compress/int8", "keys": {"report.repeats": 3}},
+            r"keys: report\.repeats is the same",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_made(
     recipe: CompareRecipe, dataset: Path, tmp_path: Path, trainings: Trainings, row: dict[str, Any], message: str
 ) -> None:
     content = json.loads((tmp_path / "table.yaml").read_text())
-    content["rows"]["x"] = row
+    base = {"train": str(tmp_path / "train.yaml")} if row.get("train") == "BASE" else {}
+    content["rows"]["x"] = row | base
     (tmp_path / "wrong.yaml").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=message):
+        compare(load(CompareRecipe, tmp_path / "wrong.yaml"))
+    assert trainings.begun == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tasks": {"sst2": {"path": "nowhere"}}}, r"tasks\.sst2: data\.path: nowhere: no such file or folder"),
+        ({"tasks": {"sst3": {"path": "nowhere"}}}, r"tasks\.sst3: "),
+        ({"tasks": {"blimp": {"path": "nowhere"}}}, r"tasks\.blimp: takes models as they are"),
+        ({"seeds": [1, 1]}, "seeds: one of them stands there twice"),
+    ],
+)
+def test_wrong_tasks_are_said_before_anything_is_made(
+    recipe: CompareRecipe, tmp_path: Path, trainings: Trainings, keys: dict[str, Any], message: str
+) -> None:
+    content = json.loads((tmp_path / "table.yaml").read_text())
+    (tmp_path / "wrong.yaml").write_text(json.dumps(content | keys))
     with pytest.raises(BadInput, match=message):
         compare(load(CompareRecipe, tmp_path / "wrong.yaml"))
     assert trainings.begun == []
