@@ -138,6 +138,7 @@ class Makers:
                     dataclasses.replace(recipe, output=str(scores)),
                     [str(model.folder)],
                     save=place.model if keep else None,
+                    augmented_rows=self.places.folder / "augmented" / task,
                 )
                 (result,) = read_results(scores / file_name(task))
                 return {"scores": result.flat(), "lr": result.lr}

@@ -32,13 +32,16 @@ AUGMENTED = "augmented"
 BASELINES: dict[str, Callable[[TaskData], Baseline]] = {MAJORITY: fit_majority, TFIDF: fit_tfidf}
 
 
-def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = None) -> str:
+def evaluate(
+    recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = None, augmented_rows: Path | None = None
+) -> str:
     """Score each of `models`, after fine-tuning for all tasks but BLiMP. Results go into `recipe.output`/task.
 
     Args:
         recipe: task, rows and settings.
         models: folders of encoders, `random:FOLDER`, `majority`, `tfidf`.
         save: a folder for the best fine-tuned classifier, if there is one encoder in `models`.
+        augmented_rows: the folder that keeps further train rows; None for one beside the results.
 
     Returns: the table of all results of the task, with those of earlier calls with the same output.
 
@@ -62,7 +65,8 @@ def evaluate(recipe: EvaluateRecipe, models: Sequence[str], save: Path | None = 
         _check_save(save, list(encoders))
     folder = Path(recipe.output) / file_name(data.task.name)
     if recipe.data.augment.model is not None:
-        data = augmented(data, recipe.data.augment, device, folder / AUGMENTED, recipe.finetune.max_length)
+        kept = augmented_rows or folder / AUGMENTED
+        data = augmented(data, recipe.data.augment, device, kept, recipe.finetune.max_length)
     for note in data.notes:
         print(note, file=sys.stderr)
     rows = {spec: encode(encoder, data) for spec, encoder in encoders.items()}

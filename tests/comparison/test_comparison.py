@@ -31,6 +31,8 @@ from exports.forms import write_export
 from pretrain.flops import flops_per_token
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.recipe import Trial
+from scoring.distill import augment
+from scoring.recipe import AugmentRecipe, TaskDataRecipe
 from sharebert import ShareBertForMaskedLM, initialize
 from sharebert_common.errors import FAILED, FINISHED, STOPPED, BadInput
 from sharebert_common.recipe import load, to_yaml
@@ -315,6 +317,22 @@ def test_what_learns_from_a_row_is_made_again_with_it(
     again = json.loads((Path(recipe.folder) / "classifiers/taught/sst2/seed-1.json").read_text())["identity"]
     assert again["teacher"] != notes["taught"]["teacher"]
     assert [row["name"] for row in rows_in(recipe) if row["scores"]] == ["bert", "taught"]
+
+
+def test_further_rows_are_made_once(
+    recipe: CompareRecipe, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, copies_of = [], augment.copies_of
+    monkeypatch.setattr(augment, "copies_of", lambda *given: made.append(1) or copies_of(*given))
+    recipe.rows = {"bert": recipe.rows["bert"]}
+    recipe.seeds, recipe.tasks = [1], {}
+    assert compare(recipe)[0] == FINISHED
+    model = str(Path(recipe.folder) / "exports" / "bert")
+    data = TaskDataRecipe(path=str(Path(recipe.folder).parent / "SST-2"), augment=AugmentRecipe(model=model, copies=2))
+    again = dataclasses.replace(recipe, seeds=[1, 2], tasks={"sst2": data})
+    assert compare(again)[0] == FINISHED
+    assert len(list((Path(recipe.folder) / "augmented" / "sst2").iterdir())) == 1
+    assert len(made) == 1
 
 
 def test_a_row_without_its_teachers_classifier_is_left_out(
