@@ -3,7 +3,7 @@
 recipe   what is compared: the rows, the tasks, the published figures, the trainings that are only planned
 rows     the rows, checked: what each is made of, and what it needs of the rows before it
 lines    what the table says about a row
-makers   makes the pieces of rows, or finds those that are there
+maker    makes the pieces of rows, or finds those that are there
 run      makes all rows, one piece after the other; goes on after a kill
 times    the times of all models, taken in turns
 table    the table, computed from the files of the pieces alone

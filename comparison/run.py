@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from comparison import times
-from comparison.makers import Makers, say
+from comparison.maker import Maker, say
 from comparison.recipe import CompareRecipe
 from comparison.rows import check_tasks, checked
 from comparison.table import write
@@ -30,10 +30,10 @@ def compare(recipe: CompareRecipe, *, only_table: bool = False, time_again: bool
     if not only_table:
         check_tasks(recipe)
     make_folders(Path(recipe.folder))
-    code, makers, table = FINISHED, Makers(recipe, rows), write(recipe, rows)
+    code, maker, table = FINISHED, Maker(recipe, rows), write(recipe, rows)
     for row in [] if only_table else rows:
         try:
-            makers.make(row)
+            maker.make(row)
         except Stopped as error:
             say(f"{row.name}: {error}")
             code = STOPPED
@@ -42,7 +42,7 @@ def compare(recipe: CompareRecipe, *, only_table: bool = False, time_again: bool
             say(f"{row.name}: {error}")
             code = FAILED
         table = write(recipe, rows)
-    made = makers.models
+    made = maker.models
     if recipe.report.latency and made and code != STOPPED:
         timed = times.kept(recipe, {name: piece.digest for name, piece in made.items()})
         if time_again or timed.keys() != made.keys():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from small_comparison import QUANTISE, base_recipe, small
 
-import comparison.makers
+import comparison.maker
 import compress.report
 import pretrain.sweep.runner
 from comparison.lines import Line
@@ -75,7 +75,7 @@ def trainings() -> Iterator[Trainings]:
     made = Trainings()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain.sweep.runner, "run_all", made.run_all)
-        patch.setattr(comparison.makers, "consolidate", made.consolidate)
+        patch.setattr(comparison.maker, "consolidate", made.consolidate)
         patch.setattr(compress.report, "write_picture", lambda *_: None)  # seconds, and not looked at here
         yield made
 
@@ -344,7 +344,7 @@ def test_a_row_without_its_teachers_classifier_is_left_out(
     def fails(*_: Any, **__: Any) -> str:
         raise BadInput("no room")
 
-    monkeypatch.setattr(comparison.makers, "evaluate", fails)
+    monkeypatch.setattr(comparison.maker, "evaluate", fails)
     assert compare(recipe)[0] == FAILED
     assert "taught: not made, because bert has no classifier for sst2 with seed 1" in capsys.readouterr().err
 

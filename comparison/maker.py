@@ -45,7 +45,7 @@ class Piece:
         return cls(folder, digest(model_files(record["files"])), record["notes"])
 
 
-class Makers:
+class Maker:
     """Makes the pieces of rows, one after the other. A piece is known by what it is made from: keys, and checksums of
     the models that it needs."""
 
@@ -189,7 +189,7 @@ class Makers:
         return value[len(f"{self.places.folder}/") :] if inside else value
 
 
-class Finder(Makers):
+class Finder(Maker):
     """Finds the pieces that are whole and up to date by their records alone, and makes none."""
 
     def find(self, rows: list[Row]) -> dict[str, str]:
@@ -203,13 +203,13 @@ class Finder(Makers):
         return missing
 
     def finish_training(self, row: Row, teacher: str | None) -> None:
-        """See `Makers.finish_training`."""
+        """See `Maker.finish_training`."""
         assert row.trial is not None
         if why := differs(row, row.trial.run):
             raise CommandError(why)
 
     def piece(self, folder: Path, identity: dict[str, Any], make: Callable[[StepFolder], dict[str, Any]]) -> Piece:
-        """See `Makers.piece`. Raises CommandError where it is not there."""
+        """See `Maker.piece`. Raises CommandError where it is not there."""
         try:
             record = json.loads(folder.with_name(f"{folder.name}.json").read_text(encoding="utf-8"))
             same, piece = record["identity"] == self.movable(identity), Piece.of_record(folder, record)
