@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.step import FromCompact, Source, Tools
 from exports.read import sparse_names
-from pretrain.distill.recipe import DistillRecipe
+from pretrain.distill.recipe import LOSSES, DistillRecipe
 from pretrain.export.consolidate import consolidate
 from pretrain.flops import flops_per_token
 from pretrain.recipe import TrainRecipe
@@ -53,7 +53,8 @@ class Distil(FromCompact):
 
     def check_config(self, config: ShareBertConfig) -> None:
         """See `FromCompact.check_config`."""
-        parse(DistillRecipe, self.losses, "distil.losses")
+        if not parse(DistillRecipe, self.losses, "distil.losses").weights:
+            raise BadInput(f"distil.losses: no loss with the teacher has a weight; give one of {', '.join(LOSSES)}")
         if config.mlm_head == "none":
             raise BadInput("distil: takes a model with a masked-language-model head, and this one has none")
 

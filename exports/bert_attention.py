@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from sharebert_common.errors import BadInput
+
+DISTILBERT = {"query": "q_lin", "key": "k_lin", "value": "v_lin"}
+"""How DistilBERT calls the projections."""
 
 
 def keep_projections(
@@ -16,9 +20,9 @@ def keep_projections(
     """Write what the layers' projections give in each forward pass into `seen`, from now on.
 
     Args:
-        model: a model of transformers whose layers have `attention.self.query`, `key` and `value`, as BERT's have.
+        model: a model of transformers like BERT, RoBERTa, ELECTRA, DistilBERT or ALBERT.
         layers: numbers of layers, from 1.
-        names: of the projections.
+        names: of the projections: `query`, `key`, `value`.
         seen: (layer, name) → [B, heads, T, d] of the last forward pass.
         where: begins the message: the key that asks for this, and the model's folder.
 
@@ -32,16 +36,21 @@ def keep_projections(
     return float((model.config.hidden_size // heads) ** -0.5)
 
 
-def _keep(
-    model: nn.Module, place: tuple[int, str], heads: int, seen: dict[tuple[int, str], Tensor], where: str
-) -> None:
+def _keep(model: Any, place: tuple[int, str], heads: int, seen: dict[tuple[int, str], Tensor], where: str) -> None:
     layer, name = place
-    wanted = f"layer.{layer - 1}.attention.self.{name}"
-    found = [module for path, module in model.named_modules() if path.endswith(wanted)]
+    ends = [f"layer.{layer - 1}.attention.self.{name}", f"layer.{layer - 1}.attention.{DISTILBERT[name]}"]
+    first, calls = 0, 1
+    if model.config.model_type == "albert" and model.config.inner_group_num == 1:
+        calls = model.config.num_hidden_layers // model.config.num_hidden_groups
+        group, first = divmod(layer - 1, calls)
+        ends = [f"albert_layer_groups.{group}.albert_layers.0.attention.{name}"]
+    found = [module for path, module in model.named_modules() if path.endswith(tuple(ends))]
     if len(found) != 1:
-        raise BadInput(f"{where} has no module {wanted}; attention and relations need a model like BERT")
+        raise BadInput(f"{where} has no module {ends[0]}; attention and relations need a model like BERT")
+    call = itertools.count()
 
     def keep(module: nn.Module, given: Any, output: Tensor) -> None:
-        seen[place] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
+        if next(call) % calls == first:  # the layers of an ALBERT are calls of one module
+            seen[place] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     found[0].register_forward_hook(keep)

@@ -81,6 +81,14 @@ def attention_loss(student: Tensor, teacher: Tensor, weights: Tensor, visible: T
     return (weights * of_query).sum()
 
 
+def attention_kl_loss(student: Tensor, teacher: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
+    """Σ w · mean over heads of KL(teacher ‖ student) of what a query gives to the keys that it sees (MobileBERT, Sun et
+    al., 2020, equation 3). Args as in `attention_loss`."""
+    found, expected = (_distributions(scores, visible) for scores in (student, teacher))
+    divergence = F.kl_div(found, expected, log_target=True, reduction="none").masked_fill(~visible[:, None], 0)
+    return (weights * divergence.sum(-1).mean(1)).sum()
+
+
 def relations_loss(student: Projections, teacher: Projections, heads: int, weights: Tensor, visible: Tensor) -> Tensor:
     """Σ w · mean over the relations of queries, keys and values of KL(teacher ‖ student) (MiniLMv2, Wang et al., 2021).
 
@@ -107,6 +115,10 @@ def _relation(x: Tensor, heads: int, visible: Tensor) -> Tensor:
     """Logarithms of the relation [B, heads, T, T] of vectors [B, heads of attention, T, d]."""
     joined = x.float().transpose(1, 2).flatten(2)
     regrouped = joined.unflatten(-1, (heads, -1)).transpose(1, 2)
-    scores = regrouped @ regrouped.transpose(-1, -2) / regrouped.shape[-1] ** 0.5
+    return _distributions(regrouped @ regrouped.transpose(-1, -2) / regrouped.shape[-1] ** 0.5, visible)
+
+
+def _distributions(scores: Tensor, visible: Tensor) -> Tensor:
+    """Logarithms of the softmax of scores [B, heads, T, T] over the keys that a query sees."""
     # A position that sees nothing has weight 0; a finite number keeps NaN out of its gradient.
-    return F.log_softmax(scores.masked_fill(~visible[:, None], torch.finfo(torch.float32).min), -1)
+    return F.log_softmax(scores.float().masked_fill(~visible[:, None], torch.finfo(torch.float32).min), -1)

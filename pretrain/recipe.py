@@ -123,7 +123,7 @@ class TrainRecipe:
         model = choose_model(self.model, datasets[0].vocab_size, datasets[0].seq_len)
         self._check_sharing(model.config)
         refuse_other_tokenizer(model, datasets[0])
-        distill = plan_distillation(self.distill, model.config, datasets[0].tokenizer_path)
+        distill = plan_distillation(self.distill, model.config, datasets[0].tokenizer_path, datasets[0].seq_len)
         cache = None if distill is None else self._open_cache(distill, datasets)
         return ResolvedTraining(datasets, model, datasets[0].seq_len, micro_batches, micro_rows, distill, cache)
 

@@ -34,11 +34,18 @@ MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 OPEN_SHARDS = 4
 """Shards that a reader keeps mapped. Positions come in order, so two would do."""
 
+CHECKSUMS = {
+    "data": "of other rows: of another dataset, or with another data.window_shards",
+    "tokenizer": "with another tokenizer",
+    "teacher": "with another distill.teacher",
+}
+"""Key of a cache's identity whose value is a checksum → how the cache was made, where it differs."""
+
+KEYS = ("format", "identity", "arrays", "rows", "shard_rows", "shards", "temperature", "score_scale", "precision")
+"""Of a manifest."""
+
 WHAT = {
-    "data": "datasets or data.window_shards",
     "seed": "seed",
-    "tokenizer": "tokenizer",
-    "teacher": "distill.teacher",
     "mask_rate": "data.mask_rate",
     "masked": "data.mask_schedule.masked",
     "random": "data.mask_schedule.random",
@@ -175,18 +182,22 @@ def refuse_other(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     """Raise BadInput where a cache has another identity, naming the first difference."""
     for name, value in wanted.items():
         if found.get(name) != value:
-            raise BadInput(
-                f"distill.cache: {folder} was made with another {WHAT[name]} ({found.get(name)}, this run has "
-                f"{value}); make a cache for this run in another folder"
-            )
+            of_keys = f"with another {WHAT.get(name)} ({found.get(name)}, this run has {value})"
+            how = CHECKSUMS.get(name, of_keys)
+            raise BadInput(f"distill.cache: {folder} was made {how}; make a cache for this run in another folder")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a cache. Raises BadInput, naming the file."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        assert {"format", "identity", "arrays", "rows", "shard_rows", "shards"} <= manifest.keys()
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        if missing := [key for key in KEYS if key not in manifest]:
+            raise ValueError(f"it has no {missing[0]}")
+        if len(manifest["shards"]) != -(-manifest["rows"] // manifest["shard_rows"]):
+            raise ValueError(f"it names {len(manifest['shards'])} shards for {manifest['rows']} rows")
+        if path.name == MANIFEST and None in manifest["shards"]:
+            raise ValueError("a shard is missing")
+    except (OSError, ValueError, TypeError, ArithmeticError) as error:
         raise BadInput(f"distill.cache: {path}: no manifest of a cache ({error}); remove the folder") from error
     return dict(manifest)
 

@@ -140,7 +140,7 @@ def _begin(folder: Path, manifest: dict[str, Any]) -> list[ShardEntry | None]:
     else:
         there = read_manifest(found)
         refuse_other(folder, there["identity"], manifest["identity"])
-        for name in ("format", "rows", "arrays", "temperature", "shard_rows"):
+        for name in ("format", "precision", "rows", "arrays", "temperature", "shard_rows"):
             if there[name] != manifest[name]:
                 raise BadInput(
                     f"distill.cache: {folder} holds a cache with {name} {there[name]}, and this one would have "

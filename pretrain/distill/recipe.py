@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,15 @@ from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
 
 Weight = Annotated[float, Field(ge=0)]
+
+LOSSES = ("logits", "hidden", "cosine", "attention", "attention_kl", "relations")
+"""The losses with a teacher."""
+
+NAMES = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
+"""Keys of a config, and how DistilBERT calls them."""
+
+COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "data2vec-text")
+"""Kinds of models whose first position is that behind the id of padding."""
 
 
 @recipe_dataclass(config=STRICT, kw_only=True)
@@ -34,18 +43,24 @@ class DistillRecipe:
     hidden: Weight = 0.0
     """Weight of the mean squared difference between the teacher's hidden states and a learned projection of the
     student's, for each pair of `layers` (TinyBERT)."""
+    project: bool = True
+    """Whether `hidden` has the learned projection; false: the states are compared as they are, and widths must be equal
+    (MobileBERT)."""
     cosine: Weight = 0.0
     """Weight of 1 - cosine between hidden states, for each pair of `layers`; widths must be equal (DistilBERT)."""
     attention: Weight = 0.0
     """Weight of the mean squared difference of attention scores before softmax, for each pair of `layers`; numbers of
     heads must be equal (TinyBERT)."""
+    attention_kl: Weight = 0.0
+    """Weight of the KL between attention probabilities, for each pair of `layers`; numbers of heads must be equal
+    (MobileBERT)."""
     relations: Weight = 0.0
     """Weight of the KL between the relations of queries, keys and values, for the last pair of `layers` (MiniLMv2)."""
     relation_heads: Annotated[int, Field(ge=1)] | None = None
     """Into how many heads both models' vectors are regrouped for relations; none: the student's heads."""
     layers: list[tuple[int, int]] | None = None
-    """Pairs of a student's and a teacher's layer, from 1 (0: the embeddings); none: each of the student's layers i with
-    the teacher's layer i · teacher's layers / student's layers."""
+    """Pairs of a student's and a teacher's layer, from 1 (0: the embeddings, which count for `hidden` and `cosine`
+    alone); none: each of the student's layers i with the teacher's layer i · teacher's layers / student's layers."""
     cache: str | None = None
     """Folder of the teacher's outputs, made by `sharebert cache-teacher`; training reads them and loads no teacher.
     none: the teacher runs in each step."""
@@ -55,7 +70,12 @@ class DistillRecipe:
     @property
     def uses_projections(self) -> bool:
         """Whether queries, keys and values are needed."""
-        return bool(self.attention or self.relations)
+        return bool(self.attention or self.attention_kl or self.relations)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The losses with a teacher that have a weight."""
+        return {name: weight for name in LOSSES if (weight := getattr(self, name))}
 
 
 @dataclass(frozen=True)
@@ -78,10 +98,16 @@ class DistillPlan:
         return sorted({theirs for _, theirs in self.layers}) if wanted else []
 
     @property
+    def projection_pairs(self) -> tuple[tuple[int, int], ...]:
+        """The pairs of layers whose queries and keys are needed; with relations, the last pair's values too."""
+        if self.recipe.attention or self.recipe.attention_kl:
+            return tuple(pair for pair in self.layers if 0 not in pair)
+        return self.layers[-1:] if self.recipe.relations else ()
+
+    @property
     def projection_layers(self) -> list[int]:
-        """The teacher's layers whose queries and keys are needed; with relations, the last pair's values too."""
-        pairs = self.layers if self.recipe.attention else self.layers[-1:] if self.recipe.relations else ()
-        return sorted({theirs for _, theirs in pairs})
+        """The teacher's layers of these pairs."""
+        return sorted({theirs for _, theirs in self.projection_pairs})
 
 
 @dataclass(frozen=True)
@@ -90,36 +116,55 @@ class _Shape:
     layers: int
     heads: int
     has_mlm_head: bool
+    positions: int
+    words: int
+    """Rows of the word embeddings."""
 
 
-def plan_distillation(recipe: DistillRecipe, student: ShareBertConfig, tokenizer: Path) -> DistillPlan | None:
-    """Check a recipe against the models and the dataset's tokenizer; None where there is no teacher.
+def plan_distillation(
+    recipe: DistillRecipe, student: ShareBertConfig, tokenizer: Path, seq_len: int
+) -> DistillPlan | None:
+    """Check a recipe against the models and the dataset's tokenizer and row length; None where there is no teacher.
 
     Raises BadInput, naming the key.
     """
-    weights = {name: getattr(recipe, name) for name in ("logits", "hidden", "cosine", "attention", "relations")}
-    used = [name for name, weight in weights.items() if weight]
     if recipe.teacher is None:
-        if used:
-            raise BadInput(f"distill.{used[0]}: has a weight, but distill.teacher is not given")
+        for name in recipe.weights:
+            raise BadInput(f"distill.{name}: has a weight, but distill.teacher is not given")
         if recipe.cache is not None:
             raise BadInput("distill.cache: distill.teacher is not given; name the teacher that the cache was made with")
+        for field in fields(DistillRecipe):
+            if getattr(recipe, field.name) != field.default:
+                raise BadInput(f"distill.{field.name}: does nothing without distill.teacher, which is not given")
         return None
-    if not used:
-        raise BadInput(f"distill.teacher: no loss with it has a weight; give one of {', '.join(weights)}")
+    if not recipe.weights:
+        raise BadInput(f"distill.teacher: no loss with it has a weight; give one of {', '.join(LOSSES)}")
     teacher = Path(recipe.teacher)
     theirs, ours = _shape_of(teacher), _shape(student)
     words = _words(teacher, tokenizer)
+    if theirs.words < words:
+        raise BadInput(
+            f"distill.teacher: {teacher} has {theirs.words} word embeddings, and its vocabulary {words} words"
+        )
+    if theirs.positions < seq_len:
+        raise BadInput(
+            f"distill.teacher: {teacher} has {theirs.positions} positions, and the dataset rows of {seq_len} tokens"
+        )
     if recipe.logits and not theirs.has_mlm_head:
         raise BadInput(f"distill.logits: {teacher} has no MLM head; use distill.relations or distill.hidden")
     if recipe.cosine and theirs.width != ours.width:
         raise BadInput(
             f"distill.cosine: the teacher's width is {theirs.width}, the student's {ours.width}; use distill.hidden"
         )
-    if recipe.attention and theirs.heads != ours.heads:
+    if recipe.hidden and not recipe.project and theirs.width != ours.width:
         raise BadInput(
-            f"distill.attention: the teacher has {theirs.heads} heads, the student {ours.heads}; use distill.relations"
+            f"distill.project: the teacher's width is {theirs.width}, the student's {ours.width}; it must be true"
         )
+    for name in ("attention", "attention_kl"):
+        if name in recipe.weights and theirs.heads != ours.heads:
+            raise BadInput(
+                f"distill.{name}: the teacher has {theirs.heads} heads, the student {ours.heads}; use distill.relations"
+            )
     heads = recipe.relation_heads or ours.heads
     for name, shape in (("teacher", theirs), ("student", ours)) if recipe.relations else ():
         if shape.width % heads:
@@ -130,18 +175,31 @@ def plan_distillation(recipe: DistillRecipe, student: ShareBertConfig, tokenizer
 def _layers(recipe: DistillRecipe, ours: _Shape, theirs: _Shape) -> tuple[tuple[int, int], ...]:
     if recipe.layers is None:
         return tuple((i, max(1, round(i * theirs.layers / ours.layers))) for i in range(1, ours.layers + 1))
-    least = 1 if recipe.uses_projections else 0
     for pair in recipe.layers:
         for layer, whose, shape in zip(pair, ("student", "teacher"), (ours, theirs), strict=True):
-            if not least <= layer <= shape.layers:
-                raise BadInput(f"distill.layers: the {whose} has layers {least} to {shape.layers}, and no {layer}")
+            if not 0 <= layer <= shape.layers:
+                raise BadInput(
+                    f"distill.layers: the {whose} has layers 1 to {shape.layers} and embeddings (0), and no {layer}"
+                )
     if not recipe.layers:
         raise BadInput("distill.layers: names no pair; leave it out for a pair for each layer of the student")
+    if recipe.uses_projections and (0 in recipe.layers[-1] or all(0 in pair for pair in recipe.layers)):
+        raise BadInput(
+            "distill.layers: attention and relations need queries and keys, and embeddings (0) have none; name a pair "
+            "of layers last"
+        )
     return tuple(recipe.layers)
 
 
 def _shape(config: ShareBertConfig) -> _Shape:
-    return _Shape(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.mlm_head != "none")
+    return _Shape(
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.mlm_head != "none",
+        config.max_position_embeddings,
+        config.vocab_size,
+    )
 
 
 def _shape_of(teacher: Path) -> _Shape:
@@ -149,11 +207,16 @@ def _shape_of(teacher: Path) -> _Shape:
     if values.get("model_type") == "sharebert":
         return _shape(read_config(teacher))
     try:
+        width, layers, heads = (int(values[other if other in values else name]) for name, other in NAMES.items())
+        # RoBERTa counts positions from the id of padding on.
+        before = int(values.get("pad_token_id") or 0) + 1 if values["model_type"] in COUNT_FROM_PADDING else 0
         return _Shape(
-            int(values["hidden_size"]),
-            int(values["num_hidden_layers"]),
-            int(values["num_attention_heads"]),
+            width,
+            layers,
+            heads,
             any(str(name).endswith(("ForMaskedLM", "ForPreTraining")) for name in values.get("architectures") or ()),
+            int(values["max_position_embeddings"]) - before,
+            int(values["vocab_size"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"distill.teacher: {teacher / 'config.json'}: no encoder like BERT ({error})") from error

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exports.distill_losses import (
+    attention_kl_loss,
     attention_loss,
     cosine_loss,
     hidden_loss,
@@ -27,13 +28,13 @@ NOT_EXPORTED = "hidden_projection."
 
 class DistilledForMaskedLM(RecordingForMaskedLM):
     """A student. It has one parameter more than the plain model where `distill.hidden` has a weight: the projection of
-    its hidden states to the teacher's width, which exports leave out."""
+    its hidden states to the teacher's width, which exports leave out. `distill.project: false` has none."""
 
     def __init__(self, config: ShareBertConfig, plan: DistillPlan) -> None:
         super().__init__(config)
         self.plan = plan
         self.hidden_projection: nn.Linear | None = None
-        if plan.recipe.hidden:
+        if plan.recipe.hidden and plan.recipe.project:
             projection = nn.Linear(config.hidden_size, plan.width)
             uniform = Uniform(config.hidden_size**-0.5)
             bias = Start(Constant(0.0), Constant(0.0))
@@ -107,8 +108,7 @@ class DistilledForMaskedLM(RecordingForMaskedLM):
         for ours, theirs in layers if recipe.hidden or recipe.cosine else ():
             state, wanted = encoded.states[ours], taught.states[theirs]
             if recipe.hidden:
-                assert self.hidden_projection is not None
-                projected = self.hidden_projection(state)
+                projected = state if self.hidden_projection is None else self.hidden_projection(state)
                 total = total + recipe.hidden / len(layers) * hidden_loss(projected, wanted, token_weights)
             if recipe.cosine:
                 total = total + recipe.cosine / len(layers) * cosine_loss(state, wanted, token_weights)
@@ -120,12 +120,16 @@ class DistilledForMaskedLM(RecordingForMaskedLM):
     def _projection_losses(self, taught: TeacherOutput, token_weights: Tensor, visible: Tensor) -> Tensor:
         recipe, layers = self.plan.recipe, self.plan.layers
         total = token_weights.new_zeros(())
-        pairs = layers if recipe.attention else layers[-1:]
-        projections = {ours: self.sharebert.take(ours) for ours in {ours for ours, _ in pairs}}
-        for ours, theirs in layers if recipe.attention else ():
+        projections = {ours: self.sharebert.take(ours) for ours in {ours for ours, _ in self.plan.projection_pairs}}
+        pairs = self.plan.projection_pairs if recipe.attention or recipe.attention_kl else ()
+        for ours, theirs in pairs:
             found = scores_of(projections[ours], self.config.score_scale)
             wanted = scores_of(taught.projections[theirs], taught.score_scale)
-            total = total + recipe.attention / len(layers) * attention_loss(found, wanted, token_weights, visible)
+            seen = found, wanted, token_weights, visible
+            if recipe.attention:
+                total = total + recipe.attention / len(pairs) * attention_loss(*seen)
+            if recipe.attention_kl:
+                total = total + recipe.attention_kl / len(pairs) * attention_kl_loss(*seen)
         if recipe.relations:
             ours, theirs = layers[-1]
             total = total + recipe.relations * relations_loss(

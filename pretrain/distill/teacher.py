@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from exports.bert_attention import keep_projections
@@ -101,7 +102,7 @@ class ShareBertTeacher(_Frozen):
 
 
 class BertTeacher(_Frozen):
-    """An encoder of transformers whose layers have `attention.self.query`, `key` and `value`, as BERT's have."""
+    """An encoder of transformers. Queries, keys and values are found in those that `keep_projections` names."""
 
     def __init__(self, plan: DistillPlan, device: torch.device, within_documents: bool, precision: str) -> None:
         super().__init__(plan, device, within_documents, precision)
@@ -140,5 +141,5 @@ def _from_transformers(teacher: Path, *, masked_lm: bool) -> Any:
     try:
         kind = AutoModelForMaskedLM if masked_lm else AutoModel
         return kind.from_pretrained(teacher, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"distill.teacher: {teacher}: {' '.join(str(error).split())[:200]}") from error

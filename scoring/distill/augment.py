@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,20 +58,36 @@ def augmented(
         )
     lm = open_masked_lm(recipe.model, device, needed_by="data.augment.model")
     file = folder / f"{_fingerprint(lm, data.train.texts, recipe, max_length)}.jsonl"
-    if not file.is_file():
+    if (kept := _read(file, len(data.train))) is None:
         make_folders(folder)
         copies = progress(copies_of(lm, data.train.texts, recipe, max_length), "augment", len(data.train))
-        write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in copies))
+        kept = [json.dumps(row, ensure_ascii=False) for row in copies]
+        write_atomically(file, "".join(f"{line}\n" for line in kept))
     texts, labels = list(data.train.texts), [data.train.labels]
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            found = [tuple(text) for text in json.loads(line)]
-            texts += found
-            labels.append(np.repeat(data.train.labels[number], len(found)))
+    for line, label in zip(kept, data.train.labels, strict=True):
+        found = [tuple(text) for text in json.loads(line)]
+        texts += found
+        labels.append(np.repeat(label, len(found)))
     train = Split(data.train.where, texts, np.concatenate(labels))
     added = len(train) - len(data.train)
     note = f"{data.train.where}: {len(data.train):,} rows, and {added:,} copies by {recipe.model}"
     return replace(data, train=train, notes=[*data.notes, note])
+
+
+def _read(file: Path, rows: int) -> list[str] | None:
+    """The lines that were kept for `rows` rows; None where there are none, or the file is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        *lines, rest = file.read_text(encoding="utf-8").split("\n")
+        for line in lines:
+            json.loads(line)
+    except ValueError:
+        lines, rest = [], ""
+    if len(lines) == rows and not rest:
+        return lines
+    print(f"{file}: damaged; the copies are made again", file=sys.stderr)
+    return None
 
 
 @dataclass(frozen=True)

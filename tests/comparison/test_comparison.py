@@ -426,6 +426,15 @@ def test_times_are_taken_in_turns_when_all_rows_are_made(
             r"rows\.x: from the first of .* on, steps are for classifiers: distil: takes a model with a masked",
         ),
         (
+            {
+                "of": "veps",
+                "compress": "compress/smallest",
+                "teacher": "bert",
+                "keys": {"steps": [{"distil": {"losses": {"mlm": 1.0}}}]},
+            },
+            r"rows\.x: distil\.losses: no loss with the teacher has a weight; give one of logits",
+        ),
+        (
             {"of": "veps", "compress": "compress/pc-lora", "keys": {"steps": [{"pc_lora": {"rank": 999}}]}},
             r"rows\.x: pc_lora",
         ),

@@ -134,6 +134,35 @@ def test_attention_scores() -> None:
     same(ours, by_loops, made(B, heads, T, d))
 
 
+def test_attention_probabilities() -> None:
+    heads, d, scale = 2, 3, 0.7
+    keys, teacher = made(B, heads, T, d), made(B, heads, T, T)
+
+    def by_loops(query: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for b in range(B):
+            for i in range(T):
+                seen = [j for j in range(T) if VISIBLE[b, i, j]]
+                for h in range(heads):
+                    scores = [scale * sum(query[b, h, i, k] * keys[b, h, j, k] for k in range(d)) for j in seen]
+                    p, q = softmax([teacher[b, h, i, j] for j in seen]), softmax(scores)  # type: ignore[arg-type]
+                    divergence = sum(x * (x / y).log() for x, y in zip(p, q, strict=True))
+                    total = total + WEIGHTS[b, i] * divergence / heads
+        return total
+
+    def ours(query: Tensor) -> Tensor:
+        return losses.attention_kl_loss(losses.scores_of((query, keys, keys), scale), teacher, WEIGHTS, VISIBLE)
+
+    same(ours, by_loops, made(B, heads, T, d))
+    nothing = torch.zeros(B, T, T, dtype=torch.bool)
+    query = made(B, heads, T, d).requires_grad_()
+    losses.attention_kl_loss(
+        losses.scores_of((query, keys, keys), scale), teacher, torch.zeros(B, T), nothing
+    ).backward()
+    assert query.grad is not None
+    assert query.grad.isfinite().all()
+
+
 def test_relations_of_models_with_other_widths_and_heads() -> None:
     """A student of 2 heads of 6 and a teacher of 4 heads of 2, regrouped to 4 relation heads of 3 and of 2."""
     relation_heads = 4

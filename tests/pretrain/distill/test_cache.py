@@ -211,7 +211,7 @@ def test_what_was_cut_off_goes_on_and_what_is_damaged_is_made_anew(
     [
         ({"seed": 3}, r"was made with another seed \(0, this run has 3\)"),
         ({"data__mask_rate": 0.2}, r"another data\.mask_rate \(0\.15, this run has 0\.2\)"),
-        ({"data__window_shards": 2}, r"another datasets or data\.window_shards \("),
+        ({"data__window_shards": 2}, r"small was made of other rows: of another dataset, or with another data\.window"),
         ({"data__within_documents": True}, r"another data\.within_documents \(False, this run has True\)"),
         ({"data__mask_schedule__masked": 0.9}, r"another data\.mask_schedule\.masked"),
         ({"data__mask_schedule__last_rate": 0.2}, r"not with data\.mask_schedule\.last_rate"),
@@ -238,11 +238,9 @@ def test_another_teacher_another_dataset_and_a_folder_without_a_cache_are_refuse
 ) -> None:
     with pytest.raises(BadInput, match=r"was made with another distill\.teacher"):
         recipe_of(dataset, export, caches / "bert", distill__layers="[[1,1]]").resolve()
-    shutil.copytree(dataset, tmp_path / "other")
-    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "f" * 64}))
-    with pytest.raises(BadInput, match=r"(another datasets or data\.window_shards|fingerprint)"):
-        recipe_of(tmp_path / "other", bert, caches / "bert").resolve()
+    other = other_dataset(dataset, tmp_path)
+    with pytest.raises(BadInput, match=r"^distill\.cache: .*bert was made of other rows: of another dataset, or with"):
+        recipe_of(other, bert, caches / "bert").resolve()
     with pytest.raises(BadInput, match=r"there is no cache; make it with sharebert cache-teacher"):
         recipe_of(dataset, bert, tmp_path / "nowhere").resolve()
     with pytest.raises(BadInput, match=r"distill\.cache: distill\.teacher is not given"):
@@ -257,6 +255,45 @@ def test_another_teacher_another_dataset_and_a_folder_without_a_cache_are_refuse
     (tmp_path / "recipe.yaml").write_text("{}")
     assert main(["cache-teacher", str(tmp_path / "recipe.yaml"), *words]) == 2
     assert "distill.cache: not given; name the folder" in capsys.readouterr().err
+
+
+def other_dataset(dataset: Path, folder: Path) -> Path:
+    """Other texts with the same tokenizer and row length."""
+    (folder / "texts.txt").write_text("".join(f"word{i % 7} word{i % 11} word{i % 5}\n\n" for i in range(400)))
+    words = [f"source.paths={folder / 'texts.txt'}", f"output={folder / 'other'}", "seq_len=32", "validation=0.1"]
+    words.append("source.document=paragraph")
+    assert main(["prep", "corpus", *words, f"tokenizer.path={dataset / 'tokenizer.json'}"]) == 0
+    return folder / "other"
+
+
+def test_a_cache_that_another_precision_began_is_not_gone_on_with(
+    caches: Path, bert: Path, dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(caches / "small", tmp_path / "cache")
+    (tmp_path / "cache" / "shard-000001.tar").unlink()
+    recipe = recipe_of(dataset, bert, tmp_path / "cache", precision="bf16")
+    with pytest.raises(BadInput, match=r"holds a cache with precision fp32, and this one would have bf16"):
+        make_cache(recipe, CacheSettings(top_words=16))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda m: m.pop("temperature"), r"manifest\.json: no manifest of a cache \(it has no temperature\)"),
+        (lambda m: m["shards"].pop(), r"it names 2 shards for 40 rows"),
+        (lambda m: m.update(shards=[None, *m["shards"][1:]]), r"a shard is missing"),
+        (lambda m: m.update(shard_rows=0), r"manifest\.json: no manifest of a cache"),
+    ],
+)
+def test_a_damaged_manifest_is_one_line(
+    caches: Path, bert: Path, dataset: Path, tmp_path: Path, damage: Any, said: str
+) -> None:
+    shutil.copytree(caches / "small", tmp_path / "cache")
+    manifest = json.loads((tmp_path / "cache" / MANIFEST).read_text())
+    damage(manifest)
+    (tmp_path / "cache" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match=said):
+        recipe_of(dataset, bert, tmp_path / "cache").resolve()
 
 
 def test_a_longer_run_goes_over_the_cached_rows_again(caches: Path, bert: Path, dataset: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import losses, train_arguments, train_many
+from torch import Tensor
 
-from exports.distill_losses import cosine_loss, hidden_loss, logits_loss, relations_loss, scores_of
+from exports.distill_losses import hidden_loss, logits_loss, relations_loss, scores_of
 from pretrain.checkpoint import format as checkpoint
 from pretrain.data.batches import MicroBatch
+from pretrain.data.loader import Loader
+from pretrain.distill.cache_maker import CacheSettings, make_cache
+from pretrain.distill.cached_teacher import CachedTeacher
 from pretrain.distill.objective import Distillation, real_positions
-from pretrain.distill.recipe import DistillRecipe, plan_distillation
+from pretrain.distill.recipe import DistillPlan, DistillRecipe, plan_distillation
 from pretrain.distill.student import DistilledForMaskedLM
 from pretrain.distill.teacher import load_teacher
 from pretrain.export.consolidate import consolidate
@@ -71,7 +77,7 @@ def test_the_loss_is_the_weighted_sum_of_what_the_recipe_names(
         recipe = dataclasses.replace(recipe, logits=2.0)
     relations = dataclasses.replace(recipe, layers=[(1, 2), (2, 3)], relations=3.0, hidden=0.0)
     for given in (recipe, relations):
-        plan = plan_distillation(given, config, dataset / "tokenizer.json")
+        plan = plan_distillation(given, config, dataset / "tokenizer.json", 32)
         assert plan is not None
         student = DistilledForMaskedLM(config, plan)
         initialize(student, "variance", 0)
@@ -114,7 +120,7 @@ def test_a_teacher_of_transformers_says_what_its_own_forward_pass_says(bert: Pat
     recipe = DistillRecipe(
         teacher=str(bert), logits=1.0, hidden=1.0, relations=1.0, relation_heads=8, layers=[(1, 1), (2, 4)]
     )
-    plan = plan_distillation(recipe, student_config(), dataset / "tokenizer.json")
+    plan = plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
     assert plan is not None
     batch = micro_batch()
     said = load_teacher(plan, CPU, within_documents=False, precision="fp32")(batch)
@@ -128,23 +134,162 @@ def test_a_teacher_of_transformers_says_what_its_own_forward_pass_says(bert: Pat
     torch.testing.assert_close(scores.softmax(-1), made.attentions[3], rtol=1e-4, atol=1e-5)
 
 
-def test_cosine_and_attention_need_equal_sizes_and_work_then(bert: Path, dataset: Path) -> None:
-    config = student_config(hidden_size=24, num_attention_heads=3, intermediate_size=40)
-    recipe = DistillRecipe(teacher=str(bert), cosine=1.0, attention=1.0, mlm=0.0)
-    plan = plan_distillation(recipe, config, dataset / "tokenizer.json")
-    assert plan is not None
-    assert plan.layers == ((1, 2), (2, 4))
-    student = DistilledForMaskedLM(config, plan)
-    initialize(student, "variance", 0)
-    teacher = load_teacher(plan, CPU, within_documents=False, precision="fp32")
-    batch = micro_batch()
-    loss = Distillation(MaskedLanguageModelling(CPU), teacher, 0.15)(student, batch).loss
+LAYERWISE = {"hidden": 0.5, "cosine": 2.0, "attention": 3.0, "attention_kl": 4.0, "relations": 5.0}
+
+
+def of_layer(teacher: Any, made: Any, layer: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values [B, T, H] of a BERT's layer, from the states before it."""
+    attention = teacher.bert.encoder.layer[layer - 1].attention.self
+    state = made.hidden_states[layer - 1]
+    return attention.query(state), attention.key(state), attention.value(state)
+
+
+def divergence(expected: list[float], found: list[float]) -> float:
+    return sum(p * math.log(p / q) for p, q in zip(expected, found, strict=True))
+
+
+def softmax(scores: list[float]) -> list[float]:
+    return torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def layerwise_by_loops(student: DistilledForMaskedLM, teacher: Any, plan: DistillPlan, batch: MicroBatch) -> float:
+    """The sum of `LAYERWISE` times the losses of layers, position by position. Both models have equal sizes."""
+    mask = (batch.document_ids != 0).long()
     kept = student.sharebert(batch.tokens, batch.document_ids, pool=False, keep_states=True)
-    taught, weights = teacher(batch), 0.15 * real_positions(batch)
-    cosine = sum(cosine_loss(kept.states[i], taught.states[j], weights) / 2 for i, j in plan.layers)
-    assert 0 < cosine < loss
-    loss.backward()
+    made = teacher(batch.tokens, attention_mask=mask, output_hidden_states=True)
+    ours, theirs = {}, {}
+    for i, j in plan.layers:
+        if i and j:
+            ours[i] = [x.transpose(1, 2).flatten(2) for x in student.sharebert.take(i)]
+            theirs[j] = of_layer(teacher, made, j)
+    heads, width = student.config.num_attention_heads, student.config.hidden_size
+
+    def products(x: Tensor, y: Tensor, t: int, seen: list[int], head: int, heads: int, scale: float) -> list[float]:
+        part = slice(head * width // heads, (head + 1) * width // heads)
+        return [float(x[t, part] @ y[k, part]) * scale for k in seen]
+
+    total = 0.0
+    for b, row in enumerate(batch.document_ids.tolist()):
+        seen = [k for k, document in enumerate(row) if document]
+        for t in seen:
+            for i, j in plan.layers:
+                x, y = kept.states[i][b, t], made.hidden_states[j][b, t]
+                total += LAYERWISE["hidden"] / len(plan.layers) * float((x - y).square().mean())
+                total += LAYERWISE["cosine"] / len(plan.layers) * (1 - float(x @ y / x.norm() / y.norm()))
+                for head in range(heads) if i and j else ():
+                    (q, k, _), scale = ours[i], student.config.score_scale
+                    found = products(q[b], k[b], t, seen, head, heads, scale)
+                    q, k, _ = theirs[j]
+                    expected = products(q[b], k[b], t, seen, head, heads, (width / heads) ** -0.5)
+                    share = 1 / len(ours) / heads
+                    squares = sum((one - other) ** 2 for one, other in zip(found, expected, strict=True))
+                    total += LAYERWISE["attention"] * share * squares / len(seen)
+                    total += LAYERWISE["attention_kl"] * share * divergence(softmax(expected), softmax(found))
+            i, j = plan.layers[-1]
+            for x, y in zip(ours[i], theirs[j], strict=True):
+                for head in range(plan.relation_heads):
+                    scale = (width / plan.relation_heads) ** -0.5
+                    found, expected = (
+                        softmax(products(a[b], a[b], t, seen, head, plan.relation_heads, scale)) for a in (x, y)
+                    )
+                    total += LAYERWISE["relations"] / 3 / plan.relation_heads * divergence(expected, found)
+    return 0.15 * total
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_losses_of_layers_are_those_of_loops(bert: Path, dataset: Path, tmp_path: Path, cached: bool) -> None:
+    """Through the real model, with a pair of embeddings that attention leaves out."""
+    keys: dict[str, Any] = {"model__hidden_size": 24, "model__num_attention_heads": 3, "model__intermediate_size": 40}
+    keys |= {f"distill__{name}": weight for name, weight in LAYERWISE.items()}
+    keys |= {"distill__mlm": 0.0, "distill__project": False, "distill__relation_heads": 6}
+    keys |= {"distill__layers": "[[0,0],[1,2],[2,3]]", "steps": 1, "data__global_batch": 2, "data__micro_batch": 2}
+    keys |= {"distill__cache": tmp_path / "cache"} if cached else {}
+    recipe = load(TrainRecipe, None, train_arguments(dataset, tmp_path / "run", distill=bert, **keys))
+    if cached:
+        make_cache(recipe, CacheSettings(dtype="fp32"))
+    training = recipe.resolve()
+    plan, cache = training.distill, training.teacher_cache
+    assert plan is not None
+    student = DistilledForMaskedLM(training.model.config, plan)
+    initialize(student, "variance", 0)
+    student.eval()
+    teacher: Any = load_teacher(plan, CPU, within_documents=False, precision="fp32")
+    if cached:
+        assert cache is not None
+        teacher = CachedTeacher(plan, cache.score_scale)
+    loader = Loader(training.datasets, recipe.data, recipe.seed, 0, 1, beside=cache)
+    (batch,) = next(loader).micro_batches
+    loader.close()
+    found = Distillation(MaskedLanguageModelling(CPU), teacher, 0.15)(student, batch).loss
+    model = transformers.BertForMaskedLM.from_pretrained(bert).eval()
+    assert float(found.detach()) == pytest.approx(layerwise_by_loops(student, model, plan, batch), rel=1e-4)
+    found.backward()
     assert student.sharebert.word_embeddings.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert", "albert"])
+def test_kinds_of_teachers(dataset: Path, tmp_path: Path, kind: str) -> None:
+    """Logits, states and attention of each are those that its own forward pass returns."""
+    names = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 40}
+    if kind == "distilbert":
+        names = {"dim": 24, "n_layers": 4, "n_heads": 3, "hidden_dim": 40}
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 301, "max_position_embeddings": 40, "initializer_range": 0.2, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **names)
+    transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    shutil.copy(dataset / "tokenizer.json", tmp_path)
+    weights = {"logits": 1.0, "hidden": 1.0, "attention_kl": 1.0, "relations": 1.0}
+    recipe = DistillRecipe(teacher=str(tmp_path), layers=[(1, 2), (2, 3)], **weights)
+    student = student_config(hidden_size=24, num_attention_heads=3, intermediate_size=40)
+    plan = plan_distillation(recipe, student, dataset / "tokenizer.json", 32)
+    assert plan is not None
+    batch = micro_batch()
+    teacher = load_teacher(plan, CPU, within_documents=False, precision="fp32")
+    said = [teacher(batch), teacher(batch)][1]
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    mask = (batch.document_ids != 0).long()[:2]
+    with torch.no_grad():
+        made = model(batch.tokens[:2], attention_mask=mask, output_hidden_states=True, output_attentions=True)
+    assert said.logits is not None
+    torch.testing.assert_close(said.logits[:4], made.logits.flatten(0, 1)[batch.positions[:4]], rtol=1e-4, atol=1e-5)
+    for layer in (2, 3):
+        torch.testing.assert_close(said.states[layer][:2], made.hidden_states[layer], rtol=1e-4, atol=1e-5)
+        scores = scores_of(said.projections[layer], said.score_scale)[:2].masked_fill(mask[:, None, None] == 0, -1e9)
+        torch.testing.assert_close(scores.softmax(-1), made.attentions[layer - 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_position_embeddings": 31}, r"has 31 positions, and the dataset rows of 32 tokens"),
+        ({"model_type": "roberta", "pad_token_id": 1}, r"has 30 positions, and the dataset rows of 32 tokens"),
+        ({"vocab_size": 300}, r"has 300 word embeddings, and its vocabulary 301 words"),
+    ],
+)
+def test_a_teacher_that_is_too_small_is_refused(
+    bert: Path, dataset: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    folder = shutil.copytree(bert, tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    recipe = DistillRecipe(teacher=str(folder), logits=1.0)
+    with pytest.raises(BadInput, match=said):
+        plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
+
+
+@pytest.mark.parametrize("kind", ["bert", "export"])
+def test_weights_of_a_teacher_that_were_cut_off_are_one_line(
+    dataset: Path, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "cut")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    recipe = DistillRecipe(teacher=str(folder), logits=1.0)
+    plan = plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
+    assert plan is not None
+    with pytest.raises(BadInput, match=r"cut[:/]"):
+        load_teacher(plan, CPU, within_documents=False, precision="fp32")
 
 
 @pytest.mark.parametrize(
@@ -155,8 +300,22 @@ def test_cosine_and_attention_need_equal_sizes_and_work_then(bert: Path, dataset
         ({"cosine": 1.0}, r"distill\.cosine: the teacher's width is 24, the student's 32"),
         ({"attention": 1.0}, r"distill\.attention: the teacher has 3 heads, the student 4"),
         ({"relations": 1.0, "relation_heads": 5}, r"distill\.relation_heads: 5 do not divide the teacher's width 24"),
-        ({"hidden": 1.0, "layers": [(3, 1)]}, r"distill\.layers: the student has layers 0 to 2, and no 3"),
-        ({"relations": 1.0, "layers": [(1, 5)]}, r"distill\.layers: the teacher has layers 1 to 4, and no 5"),
+        (
+            {"hidden": 1.0, "layers": [(3, 1)]},
+            r"the student has layers 1 to 2 and embeddings \(0\), and no 3",
+        ),
+        (
+            {"relations": 1.0, "layers": [(1, 5)]},
+            r"the teacher has layers 1 to 4 and embeddings \(0\), and no 5",
+        ),
+        (
+            {"relations": 1.0, "layers": [(1, 1), (0, 0)]},
+            r"distill\.layers: .* \(0\) have none; name a pair",
+        ),
+        ({"attention_kl": 1.0}, r"distill\.attention_kl: the teacher has 3 heads, the student 4"),
+        ({"hidden": 1.0, "project": False}, r"distill\.project: the teacher's width is 24, the student's 32"),
+        ({"mlm": 0.5, "teacher": None}, r"distill\.mlm: does nothing without distill\.teacher"),
+        ({"layers": [(1, 1)], "teacher": None}, r"distill\.layers: does nothing without distill\.teacher"),
         ({"hidden": 1.0, "layers": []}, r"distill\.layers: names no pair"),
         ({"hidden": 1.0, "teacher": "nowhere"}, r"distill\.teacher: nowhere/config\.json: not readable"),
     ],
@@ -164,7 +323,7 @@ def test_cosine_and_attention_need_equal_sizes_and_work_then(bert: Path, dataset
 def test_what_does_not_fit_is_refused(bert: Path, dataset: Path, keys: dict[str, Any], said: str) -> None:
     recipe = DistillRecipe(**({"teacher": str(bert)} | keys))
     with pytest.raises(BadInput, match=said):
-        plan_distillation(recipe, student_config(), dataset / "tokenizer.json")
+        plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
 
 
 def test_a_teacher_with_another_vocabulary_or_without_a_head_is_refused(
@@ -175,12 +334,12 @@ def test_a_teacher_with_another_vocabulary_or_without_a_head_is_refused(
     (tmp_path / "other" / "tokenizer.json").write_text(text.replace('"word7"', '"wort7"'))
     recipe = DistillRecipe(teacher=str(tmp_path / "other"), logits=1.0)
     with pytest.raises(BadInput, match=r"another vocabulary than the dataset \(1 of 301 words have other ids, 'word7'"):
-        plan_distillation(recipe, student_config(), dataset / "tokenizer.json")
+        plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
     (tmp_path / "other" / "tokenizer.json").write_text(text)
     config = (bert / "config.json").read_text()
     (tmp_path / "other" / "config.json").write_text(config.replace("BertForMaskedLM", "BertModel"))
     with pytest.raises(BadInput, match=r"distill\.logits: .*has no MLM head; use distill\.relations"):
-        plan_distillation(recipe, student_config(), dataset / "tokenizer.json")
+        plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
 
 
 @pytest.mark.parametrize(

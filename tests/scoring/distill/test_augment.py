@@ -92,6 +92,12 @@ def test_copies_keep_labels_and_the_bound_is_kept(models: dict[str, Path], tmp_p
         assert label == (1 if count == 3 and " 7 " in text else lengths[count] if count != 3 else 0)
     again = augmented(data, recipe, CPU, tmp_path / "kept")
     assert again.train.texts == made.train.texts
+    (file,) = (tmp_path / "kept").iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[: whole.index(b"\n") + 1], whole[:-1], b""):
+        file.write_bytes(damaged)
+        assert augmented(data, recipe, CPU, tmp_path / "kept").train.texts == made.train.texts
+        assert file.read_bytes() == whole
     other = augmented(data, AugmentRecipe(model=str(models["export"]), copies=5, seed=1), CPU, tmp_path / "kept")
     assert other.train.texts != made.train.texts
     assert len(list((tmp_path / "kept").iterdir())) == 2

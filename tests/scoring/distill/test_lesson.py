@@ -202,6 +202,10 @@ def test_regression_learns_the_scores(export: Path, tmp_path: Path) -> None:
     found = Lesson(teacher, encoder, model)(output, batch, [3, 5])
     wanted = 2.0 * ((output.logits - teacher.logits[[3, 5]]) ** 2).sum() / 2
     torch.testing.assert_close(found, wanted)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ours, theirs = (torch.autograd.grad(x, weights, retain_graph=True, allow_unused=True) for x in (found, wanted))
+    torch.testing.assert_close(ours, theirs)
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in ours)
 
 
 def test_a_student_learns_from_the_teacher_alone(
@@ -226,6 +230,16 @@ def test_a_student_learns_from_the_teacher_alone(
     again = json.loads(file.read_text())
     assert again["scores"] == result["scores"]
     assert kept.stat().st_mtime_ns == before
+
+
+def test_an_update_of_a_low_rank_learns_from_the_teacher_alone(
+    task: Path, export: Path, teacher: Path, tmp_path: Path
+) -> None:
+    words = [str(export), "finetune.lora.rank=4", "finetune.epochs=6", "finetune.batch=16", "finetune.lr=3e-2"]
+    words += [f"finetune.distill.teacher={teacher}", "finetune.distill.labels=0", "seeds=1", f"output={tmp_path}"]
+    assert main(["evaluate", *words, "--task", "sst2", "--data", str(task)]) == 0
+    (file,) = (tmp_path / "sst2").glob("*.json")
+    assert json.loads(file.read_text())["scores"]["dev"]["accuracy"][0] > 0.75
 
 
 @pytest.mark.parametrize(
