@@ -6,17 +6,19 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from comparison.recipe import CompareRecipe
-from comparison.rows import BEFORE, UNTIMED, Places, Row, evaluation, saved
+from comparison.rows import BEFORE, UNTIMED, Places, Row, evaluation, of_classifier, saved
 from compress.measure import measure
 from compress.recipe import CompressRecipe, RowsRecipe
 from compress.report import model_files, read_report, result_row
 from compress.run import compress
-from compress.step_folders import StepFolder, digest
+from compress.step_folders import StepFolder, checksums, digest
+from exports.files import CONFIG
 from pretrain.export.consolidate import consolidate
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.runner import run_one
@@ -54,6 +56,8 @@ class Maker:
         self.models: dict[str, Piece] = {}
         self.classifiers: dict[tuple[str, str, int], Piece] = {}
         """Of a row (with BEFORE: before the steps that follow), a task and a seed."""
+        self.digests: dict[str, str] = {}
+        """Of folders of models that make further rows."""
 
     def make(self, row: Row) -> None:
         """Make what is missing of a row. Raises CommandError: something failed, or a row that it needs did."""
@@ -106,8 +110,13 @@ class Maker:
         if not (run / "config.yaml").is_file():
             make_folders(note.parent)
             write_atomically(note, json.dumps(teacher) + "\n")
-        elif (json.loads(note.read_text()) if note.is_file() else None) != teacher:
-            raise BadInput(f"{run}: learnt from a '{other}' that was made anew since; remove it to train it again")
+        elif other is not None and (learnt := _noted(note)) != teacher:
+            how = (
+                f"learnt from a '{other}' that was made anew since"
+                if learnt
+                else f"does not say which '{other}' it has"
+            )
+            raise BadInput(f"{run}: {how}; remove it to train it again")
         run_one(row.trial, say)
 
     def teacher(self, row: Row) -> str | None:
@@ -128,9 +137,10 @@ class Maker:
         """The classifiers of a row for a task. Later seeds have the learning rate that the first one chose."""
         lr, keep, teacher = None, row.tuned in self.saved, row.asked.task_teacher
         learns = self.classifier(teacher, task, self.recipe.seeds[0]).digest if teacher is not None else None
+        copies = self.digest_of(self.recipe.tasks[task].augment.model)
         for seed in self.recipe.seeds:
             recipe = evaluation(self.recipe, row, task, seed, lr)
-            identity = {"evaluate": plain(recipe), "model": model.digest, "kept": keep, "teacher": learns}
+            identity = {"evaluate": plain(recipe), "model": model.digest, "teacher": learns, "augment": copies}
 
             def make(place: StepFolder, recipe: Any = recipe) -> dict[str, Any]:
                 scores = place.scratch / "scores"
@@ -144,6 +154,8 @@ class Maker:
                 return {"scores": result.flat(), "lr": result.lr}
 
             place = self.places.classifiers(row.tuned, task) / Places.of_seed(seed)
+            if keep and not (place / CONFIG).is_file():  # it was scored when no row needed it
+                StepFolder(place.parent, place.name).remove()
             piece = self.piece(place, identity, make)
             lr = piece.notes["lr"]
             self.classifiers[row.tuned, task, seed] = piece
@@ -151,7 +163,7 @@ class Maker:
     def score_compressed(self, row: Row, after: CompressRecipe, task: str, seed: int) -> None:
         """The score of a classifier after the steps that follow fine-tuning. Only the score is kept."""
         source = self.classifier(row.tuned, task, seed)
-        recipe = dataclasses.replace(after, task=evaluation(self.recipe, row, task, seed), validation=RowsRecipe())
+        recipe = dataclasses.replace(of_classifier(after), task=evaluation(self.recipe, row, task, seed))
 
         def make(place: StepFolder) -> dict[str, Any]:
             out = place.scratch / "out"
@@ -162,6 +174,12 @@ class Maker:
         identity = {"compress": plain(recipe), "source": source.digest}
         place = self.places.classifiers(row.name, task) / Places.of_seed(seed)
         self.classifiers[row.name, task, seed] = self.piece(place, identity, make)
+
+    def digest_of(self, model: str | None) -> str | None:
+        """The checksum of the files of a model that makes further rows."""
+        if model is not None and model not in self.digests:
+            self.digests[model] = digest(model_files(checksums(Path(model))))
+        return self.digests[model] if model is not None else None
 
     def classifier(self, name: str, task: str, seed: int) -> Piece:
         """A classifier of a row. Raises CommandError where it was not made."""
@@ -193,7 +211,7 @@ class Finder(Maker):
     """Finds the pieces that are whole and up to date by their records alone, and makes none."""
 
     def find(self, rows: list[Row]) -> dict[str, str]:
-        """Note what there is of all rows; what keeps others from being whole, by row."""
+        """Note what there is of all rows; what keeps models from being whole, by row."""
         missing = {}
         for row in rows:
             try:
@@ -201,6 +219,16 @@ class Finder(Maker):
             except CommandError as error:
                 missing[row.name] = str(error)
         return missing
+
+    def fine_tune(self, row: Row, model: Piece, task: str) -> None:
+        """See `Maker.fine_tune`. It ends at the first seed that is missing."""
+        with suppress(CommandError):
+            super().fine_tune(row, model, task)
+
+    def score_compressed(self, row: Row, after: CompressRecipe, task: str, seed: int) -> None:
+        """See `Maker.score_compressed`."""
+        with suppress(CommandError):
+            super().score_compressed(row, after, task, seed)
 
     def finish_training(self, row: Row, teacher: str | None) -> None:
         """See `Maker.finish_training`."""
@@ -227,6 +255,14 @@ def differs(row: Row, run: Path) -> str:
         return ""
     same = _keys(load(TrainRecipe, run / "config.yaml"), row) == _keys(row.trial.recipe, row)
     return "" if same else "was trained with other keys than the row has now"
+
+
+def _noted(note: Path) -> Any:
+    """The checksum that was noted of a run's teacher; None where it cannot be read."""
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _keys(recipe: TrainRecipe, row: Row) -> dict[str, Any]:

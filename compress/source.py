@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from compress.step import FormName, Source
+from exports.bert_attention import has_mlm_head
 from exports.dense import MODEL_TYPE as DENSE
 from exports.onnx import FILE as ONNX_FILE
 from scoring.architecture import read_model_type
@@ -56,7 +57,7 @@ def has_class(folder: Path, *endings: str) -> bool:
 
 def is_masked_lm(folder: Path) -> bool:
     """Whether the model in `folder` has a masked-language-model head."""
-    return has_class(folder, "ForMaskedLM", "ForPreTraining")
+    return has_mlm_head(config_of(folder))
 
 
 def is_classifier(folder: Path) -> bool:

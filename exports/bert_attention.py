@@ -1,14 +1,21 @@
-"""The queries, keys and values of a BERT-like encoder of transformers, which does not return them."""
+"""What a BERT-like encoder of transformers has: its head, and queries, keys and values, which it does not return."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from sharebert_common.errors import BadInput
+
+
+def has_mlm_head(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` names a class with a masked-language-model head; ELECTRA's pretraining has another."""
+    endings = ("ForMaskedLM",) if config.get("model_type") == "electra" else ("ForMaskedLM", "ForPreTraining")
+    return any(str(name).endswith(endings) for name in config.get("architectures") or ())
+
 
 DISTILBERT = {"query": "q_lin", "key": "k_lin", "value": "v_lin"}
 """How DistilBERT calls the projections."""
@@ -28,21 +35,24 @@ def keep_projections(
 
     Returns the factor 1/√d on products of queries and keys. Raises BadInput: the model has other layers.
     """
-    heads = int(model.config.num_attention_heads)
+    heads, width = int(model.config.num_attention_heads), int(model.config.hidden_size)
     names = tuple(names)
     for layer in layers:
         for name in names:
-            _keep(model, (layer, name), heads, seen, where)
-    return float((model.config.hidden_size // heads) ** -0.5)
+            width = _keep(model, (layer, name), heads, seen, where)
+    return float((width // heads) ** -0.5)
 
 
-def _keep(model: Any, place: tuple[int, str], heads: int, seen: dict[tuple[int, str], Tensor], where: str) -> None:
+def _keep(model: Any, place: tuple[int, str], heads: int, seen: dict[tuple[int, str], Tensor], where: str) -> int:
+    """See `keep_projections`; the width of all heads together."""
     layer, name = place
     ends = [f"layer.{layer - 1}.attention.self.{name}", f"layer.{layer - 1}.attention.{DISTILBERT[name]}"]
     first, calls = 0, 1
     if model.config.model_type == "albert" and model.config.inner_group_num == 1:
-        calls = model.config.num_hidden_layers // model.config.num_hidden_groups
-        group, first = divmod(layer - 1, calls)
+        count = model.config.num_hidden_layers
+        groups = [int(i / (count / model.config.num_hidden_groups)) for i in range(count)]
+        group = groups[layer - 1]
+        first, calls = groups[: layer - 1].count(group), groups.count(group)
         ends = [f"albert_layer_groups.{group}.albert_layers.0.attention.{name}"]
     found = [module for path, module in model.named_modules() if path.endswith(tuple(ends))]
     if len(found) != 1:
@@ -54,3 +64,4 @@ def _keep(model: Any, place: tuple[int, str], heads: int, seen: dict[tuple[int, 
             seen[place] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     found[0].register_forward_hook(keep)
+    return int(found[0].out_features)  # of MobileBERT less than the hidden size

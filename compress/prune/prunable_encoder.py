@@ -100,10 +100,12 @@ class PrunableEncoder:
 
     def check_labels(self) -> None:
         """Raise BadInput where `training_loss` has nothing to predict."""
-        if self.head == "MaskedLM" or (self.head and self.model.config.num_labels > 1):
+        config = self.model.config
+        one_label = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+        if self.head == "MaskedLM" or (self.head and one_label):
             return
         raise BadInput(
-            "prune_weights.method: movement trains on masked words or on a classifier's labels, and "
+            "prune_weights.method: movement trains on masked words or on one label for each row, and "
             f"{self.folder} predicts neither; use surgeon"
         )
 

@@ -191,6 +191,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a cache. Raises BadInput, naming the file."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
+            raise ValueError("it has no identity")
         if missing := [key for key in KEYS if key not in manifest]:
             raise ValueError(f"it has no {missing[0]}")
         if len(manifest["shards"]) != -(-manifest["rows"] // manifest["shard_rows"]):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
+from exports.bert_attention import has_mlm_head
 from exports.read import read_config
 from exports.tokenizer import load_tokenizer
 from sharebert import ShareBertConfig
@@ -24,7 +25,10 @@ LOSSES = ("logits", "hidden", "cosine", "attention", "attention_kl", "relations"
 NAMES = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
 """Keys of a config, and how DistilBERT calls them."""
 
-COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "data2vec-text")
+COUNT_FROM_PADDING = (
+    "roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "data2vec-text", "mpnet", "longformer", "xmod",
+    "roberta-prelayernorm",
+)  # fmt: skip
 """Kinds of models whose first position is that behind the id of padding."""
 
 
@@ -214,7 +218,7 @@ def _shape_of(teacher: Path) -> _Shape:
             width,
             layers,
             heads,
-            any(str(name).endswith(("ForMaskedLM", "ForPreTraining")) for name in values.get("architectures") or ()),
+            has_mlm_head(values),
             int(values["max_position_embeddings"]) - before,
             int(values["vocab_size"]),
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from scoring.blimp.masked_lm import MaskedLM, open_masked_lm
 from scoring.data import Split, TaskData, Texts
@@ -31,6 +32,9 @@ BATCH = 64
 """Masked rows in one forward pass; each needs a float for every word."""
 
 Text = tuple[str, ...]
+
+KEPT: TypeAdapter[list[Text]] = TypeAdapter(list[Text])
+"""A line of a file of copies: the copies of a row."""
 
 
 def augmented(
@@ -81,7 +85,7 @@ def _read(file: Path, rows: int) -> list[str] | None:
     try:
         *lines, rest = file.read_text(encoding="utf-8").split("\n")
         for line in lines:
-            json.loads(line)
+            KEPT.validate_json(line)
     except ValueError:
         lines, rest = [], ""
     if len(lines) == rows and not rest:

@@ -291,12 +291,15 @@ def test_what_learns_from_a_row_is_made_again_with_it(
 ) -> None:
     bert, base = recipe.rows["bert"], recipe.rows["veps"].train
     learns = {"distill.logits": 1.0}
+    int4 = recipe.rows["veps-int4"].compress
     recipe.rows = {
         "bert": bert,
         "student": RowRecipe(train=base, teacher="bert", keys=learns),
         "taught": RowRecipe(train=base, task_teacher="bert", finetune={"distill.hidden": 1.0}),
+        "small": RowRecipe(of="taught", compress=int4, teacher="bert"),
     }
     recipe.seeds = [1]
+    small = Path(recipe.folder) / "compressed" / "small.json"
     assert compare(recipe)[0] == FINISHED
     notes = {
         name: json.loads((Path(recipe.folder) / f"classifiers/{name}/sst2/seed-1.json").read_text())["identity"]
@@ -307,6 +310,8 @@ def test_what_learns_from_a_row_is_made_again_with_it(
     assert (Path(recipe.folder) / teacher / "model.safetensors").is_file()
     assert notes["taught"]["teacher"]
     assert notes["bert"]["teacher"] is None
+    of_small = json.loads(small.read_text())["identity"]["teacher"]
+    assert of_small
     shutil.rmtree(Path(recipe.folder) / "runs" / "bert,seed=0")
     bert.keys["model.hidden_dropout_prob"] = 0.25
     code, _ = compare(recipe)
@@ -316,7 +321,35 @@ def test_what_learns_from_a_row_is_made_again_with_it(
     assert "learnt from a 'bert' that was made anew since; remove it to train it again" in said
     again = json.loads((Path(recipe.folder) / "classifiers/taught/sst2/seed-1.json").read_text())["identity"]
     assert again["teacher"] != notes["taught"]["teacher"]
-    assert [row["name"] for row in rows_in(recipe) if row["scores"]] == ["bert", "taught"]
+    assert [row["name"] for row in rows_in(recipe) if row["scores"]] == ["bert", "taught", "small"]
+    assert json.loads(small.read_text())["identity"]["teacher"] != of_small
+    (Path(recipe.folder) / "runs" / "student,seed=0.teacher.json").write_text("")
+    compare(recipe)
+    assert "does not say which 'bert' it has; remove it to train it again" in capsys.readouterr().err
+
+
+def test_more_seeds_keep_what_there_is(whole: tuple[CompareRecipe, str], tmp_path: Path) -> None:
+    recipe = dataclasses.replace(whole[0], folder=str(shutil.copytree(whole[0].folder, tmp_path / "copy")))
+    sst2 = recipe.tasks["sst2"]
+    compare(dataclasses.replace(recipe, seeds=[1, 2, 3], tasks={"mine": sst2, "sst2": sst2}), only_table=True)
+    assert {row["state"] for row in rows_in(recipe)} == {"mine 0 of 3 seeds, sst2 2 of 3 seeds"}
+
+
+def test_a_classifier_that_no_row_needs_any_more_counts(whole: tuple[CompareRecipe, str], tmp_path: Path) -> None:
+    """And one that was not kept is made again when a row needs it."""
+    recipe = dataclasses.replace(whole[0], folder=str(shutil.copytree(whole[0].folder, tmp_path / "copy")))
+    recipe.rows = {name: row for name, row in recipe.rows.items() if name == "veps"}
+    compare(recipe, only_table=True)
+    assert [row["state"] for row in rows_in(recipe)] == [""]
+    kept = Path(recipe.folder) / "classifiers" / "veps" / "sst2" / "seed-1"
+    record = kept.with_name("seed-1.json")
+    shutil.rmtree(kept)
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"files": {}}))
+    assert compare(recipe)[0] == FINISHED
+    assert not kept.exists()
+    again = dataclasses.replace(recipe, rows=whole[0].rows)
+    assert compare(again)[0] == FINISHED
+    assert (kept / "config.json").is_file()
 
 
 def test_further_rows_are_made_once(
@@ -401,6 +434,14 @@ def test_times_are_taken_in_turns_when_all_rows_are_made(
     assert len(timed) == 2 * ROUNDS * len(recipe.rows)
     other = dataclasses.replace(recipe, report=ReportRecipe(latency=["1x16"], threads=2))
     assert "(pytorch)" not in compare(other, only_table=True)[1]
+    file = Path(recipe.folder) / "times.json"
+    taken = json.loads(file.read_text())
+    taken["rows"]["veps"]["digest"] = "of another model"
+    file.write_text(json.dumps(taken))
+    compare(recipe, only_table=True)
+    assert [row["name"] for row in rows_in(recipe) if not row["latency_ms"]] == ["veps"]
+    compare(recipe)
+    assert len(timed) == 3 * ROUNDS * len(recipe.rows)
 
 
 @pytest.mark.parametrize(
@@ -435,6 +476,23 @@ def test_times_are_taken_in_turns_when_all_rows_are_made(
             r"rows\.x: distil\.losses: no loss with the teacher has a weight; give one of logits",
         ),
         (
+            {
+                "of": "veps",
+                "compress": "compress/smallest",
+                "teacher": "bert",
+                "keys": {"steps": [{"distil": {"losses": {"hidden": 1.0, "layers": [[1, 7]]}}}]},
+            },
+            r"rows\.x: distill\.layers: the teacher has layers .*, and no 7",
+        ),
+        (
+            {
+                "of": "veps",
+                "compress": "compress/onnx-int8",
+                "keys": {"steps": ["onnx", {"onnx_int8": {"max_loss_increase": 0.5}}]},
+            },
+            r"rows\.x: .*steps are for classifiers: validation\.dataset: onnx_int8 looks at the loss",
+        ),
+        (
             {"of": "veps", "compress": "compress/pc-lora", "keys": {"steps": [{"pc_lora": {"rank": 999}}]}},
             r"rows\.x: pc_lora",
         ),
@@ -462,6 +520,8 @@ def test_what_is_wrong_is_said_before_anything_is_made(
         ({"tasks": {"sst2": {"path": "nowhere"}}}, r"tasks\.sst2: data\.path: nowhere: no such file or folder"),
         ({"tasks": {"sst3": {"path": "nowhere"}}}, r"tasks\.sst3: "),
         ({"tasks": {"blimp": {"path": "nowhere"}}}, r"tasks\.blimp: takes models as they are"),
+        ({"tasks": {"sst3": {}}}, r"tasks\.sst3: "),
+        ({"tasks": {"sst2": {"path": "PATH", "augment": {"model": "nowhere"}}}}, r"nowhere: no model there"),
         ({"seeds": [1, 1]}, "seeds: one of them stands there twice"),
     ],
 )
@@ -469,7 +529,8 @@ def test_wrong_tasks_are_said_before_anything_is_made(
     recipe: CompareRecipe, tmp_path: Path, trainings: Trainings, keys: dict[str, Any], message: str
 ) -> None:
     content = json.loads((tmp_path / "table.yaml").read_text())
-    (tmp_path / "wrong.yaml").write_text(json.dumps(content | keys))
+    path = content["tasks"]["sst2"]["path"]
+    (tmp_path / "wrong.yaml").write_text(json.dumps(content | keys).replace("PATH", path))
     with pytest.raises(BadInput, match=message):
         compare(load(CompareRecipe, tmp_path / "wrong.yaml"))
     assert trainings.begun == []

@@ -225,8 +225,12 @@ def test_a_source_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
     from compress.source import config_of
 
     source = hub_folder(tmp_path / "source", "")
-    with pytest.raises(BadInput, match=r"movement trains on masked words or on a classifier's labels, and .* neither"):
+    with pytest.raises(BadInput, match=r"movement trains on masked words or on one label for each row, and .* neither"):
         pruned(tmp_path, source, method="movement")
+    classifier = hub_folder(tmp_path / "classifier", "SequenceClassification")
+    write_json(classifier / "config.json", config_of(classifier) | {"problem_type": "multi_label_classification"})
+    with pytest.raises(BadInput, match=r"on one label for each row, and .*classifier predicts neither"):
+        pruned(tmp_path, classifier, method="movement")
     with pytest.raises(BadInput, match=r"sparsity: 0 makes a compact export store the zeros"):
         pruned(tmp_path, source, sparsity=0)
     with pytest.raises(BadInput, match="not an ONNX file"):

@@ -282,6 +282,7 @@ def test_a_cache_that_another_precision_began_is_not_gone_on_with(
         (lambda m: m.pop("temperature"), r"manifest\.json: no manifest of a cache \(it has no temperature\)"),
         (lambda m: m["shards"].pop(), r"it names 2 shards for 40 rows"),
         (lambda m: m.update(shards=[None, *m["shards"][1:]]), r"a shard is missing"),
+        (lambda m: m.update(identity=[]), r"manifest\.json: no manifest of a cache \(it has no identity\)"),
         (lambda m: m.update(shard_rows=0), r"manifest\.json: no manifest of a cache"),
     ],
 )

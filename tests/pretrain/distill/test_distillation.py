@@ -228,19 +228,26 @@ def test_losses_of_layers_are_those_of_loops(bert: Path, dataset: Path, tmp_path
     assert student.sharebert.word_embeddings.weight.grad is not None
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert", "albert"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # of a MobileBERT without a wider embedding
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "electra", "distilbert", "albert", "albert of groups", "mobilebert"]
+)
 def test_kinds_of_teachers(dataset: Path, tmp_path: Path, kind: str) -> None:
     """Logits, states and attention of each are those that its own forward pass returns."""
     names = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 40}
     if kind == "distilbert":
         names = {"dim": 24, "n_layers": 4, "n_heads": 3, "hidden_dim": 40}
+    elif kind == "albert of groups":  # layers 1 to 3 and 4 to 5
+        kind, names = "albert", names | {"num_hidden_layers": 5, "num_hidden_groups": 2}
+    elif kind == "mobilebert":
+        names |= {"true_hidden_size": 12, "intra_bottleneck_size": 12, "embedding_size": 24}
     torch.manual_seed(0)
     sizes = {"vocab_size": 301, "max_position_embeddings": 40, "initializer_range": 0.2, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(kind, **sizes, **names)
     transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
     shutil.copy(dataset / "tokenizer.json", tmp_path)
     weights = {"logits": 1.0, "hidden": 1.0, "attention_kl": 1.0, "relations": 1.0}
-    recipe = DistillRecipe(teacher=str(tmp_path), layers=[(1, 2), (2, 3)], **weights)
+    recipe = DistillRecipe(teacher=str(tmp_path), layers=[(1, 2), (2, 4)], **weights)
     student = student_config(hidden_size=24, num_attention_heads=3, intermediate_size=40)
     plan = plan_distillation(recipe, student, dataset / "tokenizer.json", 32)
     assert plan is not None
@@ -253,7 +260,7 @@ def test_kinds_of_teachers(dataset: Path, tmp_path: Path, kind: str) -> None:
         made = model(batch.tokens[:2], attention_mask=mask, output_hidden_states=True, output_attentions=True)
     assert said.logits is not None
     torch.testing.assert_close(said.logits[:4], made.logits.flatten(0, 1)[batch.positions[:4]], rtol=1e-4, atol=1e-5)
-    for layer in (2, 3):
+    for layer in (2, 4):
         torch.testing.assert_close(said.states[layer][:2], made.hidden_states[layer], rtol=1e-4, atol=1e-5)
         scores = scores_of(said.projections[layer], said.score_scale)[:2].masked_fill(mask[:, None, None] == 0, -1e9)
         torch.testing.assert_close(scores.softmax(-1), made.attentions[layer - 1], rtol=1e-4, atol=1e-5)
@@ -264,6 +271,10 @@ def test_kinds_of_teachers(dataset: Path, tmp_path: Path, kind: str) -> None:
     [
         ({"max_position_embeddings": 31}, r"has 31 positions, and the dataset rows of 32 tokens"),
         ({"model_type": "roberta", "pad_token_id": 1}, r"has 30 positions, and the dataset rows of 32 tokens"),
+        (
+            {"model_type": "electra", "architectures": ["ElectraForPreTraining"]},
+            r"distill\.logits: .* has no MLM head",
+        ),
         ({"vocab_size": 300}, r"has 300 word embeddings, and its vocabulary 301 words"),
     ],
 )
