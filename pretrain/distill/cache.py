@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_prep.shards.reader import Dataset
 from pretrain.data.datasets import DataRecipe
@@ -41,9 +43,6 @@ CHECKSUMS = {
 }
 """Key of a cache's identity whose value is a checksum → how the cache was made, where it differs."""
 
-KEYS = ("format", "identity", "arrays", "rows", "shard_rows", "shards", "temperature", "score_scale", "precision")
-"""Of a manifest."""
-
 WHAT = {
     "seed": "seed",
     "mask_rate": "data.mask_rate",
@@ -53,6 +52,29 @@ WHAT = {
     "within_documents": "data.within_documents",
 }
 """Key of a cache's identity → the key of the recipe that it comes from."""
+
+
+@checked_dataclass(config=ConfigDict(strict=True))
+class _Shard:
+    name: str
+    bytes: int
+    sha256: str
+    rows: int
+
+
+@checked_dataclass(config=ConfigDict(strict=True))
+class _Manifest:
+    """What a manifest must have; `shards` has None for those that are not made yet."""
+
+    format: int
+    identity: dict[str, Any]
+    arrays: dict[str, Any]
+    rows: PositiveInt
+    shard_rows: PositiveInt
+    shards: list[_Shard | None]
+    temperature: float
+    score_scale: float
+    precision: str
 
 
 def cache_identity(plan: DistillPlan, datasets: Sequence[Dataset], data: DataRecipe, seed: int) -> dict[str, Any]:
@@ -190,18 +212,23 @@ def refuse_other(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a cache. Raises BadInput, naming the file."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
-            raise ValueError("it has no identity")
-        if missing := [key for key in KEYS if key not in manifest]:
-            raise ValueError(f"it has no {missing[0]}")
-        if len(manifest["shards"]) != -(-manifest["rows"] // manifest["shard_rows"]):
-            raise ValueError(f"it names {len(manifest['shards'])} shards for {manifest['rows']} rows")
-        if path.name == MANIFEST and None in manifest["shards"]:
+        text = path.read_text(encoding="utf-8")
+        manifest = TypeAdapter(_Manifest).validate_json(text)
+        if len(manifest.shards) != -(-manifest.rows // manifest.shard_rows):
+            raise ValueError(f"it names {len(manifest.shards)} shards for {manifest.rows} rows")
+        if path.name == MANIFEST and None in manifest.shards:
             raise ValueError("a shard is missing")
-    except (OSError, ValueError, TypeError, ArithmeticError) as error:
-        raise BadInput(f"distill.cache: {path}: no manifest of a cache ({error}); remove the folder") from error
-    return dict(manifest)
+    except (OSError, ValueError) as error:
+        why = _first(error) if isinstance(error, ValidationError) else error
+        raise BadInput(f"distill.cache: {path}: no manifest of a cache ({why}); remove the folder") from error
+    return dict(json.loads(text))
+
+
+def _first(error: ValidationError) -> str:
+    """The first of the errors, in one line."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    return f"it has no {key}" if first["type"] == "missing" else f"{key}: {first['msg']}".removeprefix(": ")
 
 
 def _teacher_sha256(folder: Path) -> str:

@@ -282,8 +282,14 @@ def test_a_cache_that_another_precision_began_is_not_gone_on_with(
         (lambda m: m.pop("temperature"), r"manifest\.json: no manifest of a cache \(it has no temperature\)"),
         (lambda m: m["shards"].pop(), r"it names 2 shards for 40 rows"),
         (lambda m: m.update(shards=[None, *m["shards"][1:]]), r"a shard is missing"),
-        (lambda m: m.update(identity=[]), r"manifest\.json: no manifest of a cache \(it has no identity\)"),
-        (lambda m: m.update(shard_rows=0), r"manifest\.json: no manifest of a cache"),
+        (lambda m: m.update(identity=[]), r"manifest\.json: no manifest of a cache \(identity: "),
+        (lambda m: m.update(shard_rows=0), r"manifest\.json: no manifest of a cache \(shard_rows: "),
+        (lambda m: m.update(arrays=None), r"\(arrays: "),
+        (lambda m: m.update(temperature="warm"), r"\(temperature: "),
+        (lambda m: m.update(score_scale=None), r"\(score_scale: "),
+        (lambda m: m["shards"][1].pop("sha256"), r"\(it has no shards\.1\.sha256\); remove the folder"),
+        (lambda m: m["shards"].__setitem__(0, "shard"), r"\(shards\.0: "),
+        (lambda m: m.clear(), r"\(it has no format\)"),
     ],
 )
 def test_a_damaged_manifest_is_one_line(
@@ -293,7 +299,20 @@ def test_a_damaged_manifest_is_one_line(
     manifest = json.loads((tmp_path / "cache" / MANIFEST).read_text())
     damage(manifest)
     (tmp_path / "cache" / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BadInput, match=said):
+    recipe = recipe_of(dataset, bert, tmp_path / "cache")
+    with pytest.raises(BadInput, match=said) as refused:
+        recipe.resolve()
+    with pytest.raises(BadInput) as again:
+        make_cache(recipe, CacheSettings(top_words=16))
+    assert str(again.value) == str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_manifest_that_was_cut_off_is_one_line(caches: Path, bert: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(caches / "small", tmp_path / "cache")
+    file = tmp_path / "cache" / MANIFEST
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(BadInput, match=r"^[^\n]*manifest\.json: no manifest of a cache [^\n]*$"):
         recipe_of(dataset, bert, tmp_path / "cache").resolve()
 
 
