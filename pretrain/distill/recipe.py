@@ -123,6 +123,8 @@ class _Shape:
     positions: int
     words: int
     """Rows of the word embeddings."""
+    vectors: int
+    """Width of the queries, keys and values of all heads together; of MobileBERT less than `width`."""
 
 
 def plan_distillation(
@@ -171,8 +173,8 @@ def plan_distillation(
             )
     heads = recipe.relation_heads or ours.heads
     for name, shape in (("teacher", theirs), ("student", ours)) if recipe.relations else ():
-        if shape.width % heads:
-            raise BadInput(f"distill.relation_heads: {heads} do not divide the {name}'s width {shape.width}")
+        if shape.vectors % heads:
+            raise BadInput(f"distill.relation_heads: {heads} do not divide the {name}'s width {shape.vectors}")
     return DistillPlan(recipe, teacher, theirs.width, words, _layers(recipe, ours, theirs), heads)
 
 
@@ -203,6 +205,7 @@ def _shape(config: ShareBertConfig) -> _Shape:
         config.mlm_head != "none",
         config.max_position_embeddings,
         config.vocab_size,
+        config.hidden_size,
     )
 
 
@@ -221,6 +224,7 @@ def _shape_of(teacher: Path) -> _Shape:
             has_mlm_head(values),
             int(values["max_position_embeddings"]) - before,
             int(values["vocab_size"]),
+            int(values.get("true_hidden_size", width)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"distill.teacher: {teacher / 'config.json'}: no encoder like BERT ({error})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,7 +45,8 @@ class Teacher(Protocol):
 def load_teacher(plan: DistillPlan, device: torch.device, *, within_documents: bool, precision: str) -> Teacher:
     """Load the teacher of `plan`.
 
-    Raises BadInput: not readable, or of a kind whose queries, keys and values are not found.
+    Raises BadInput: not readable, of a kind whose queries, keys and values are not found, or with `within_documents`
+    one that joins neighbouring words before its layers, as MobileBERT does.
     """
     kind = ShareBertTeacher if read_teacher_config(plan.teacher).get("model_type") == "sharebert" else BertTeacher
     return kind(plan, device, within_documents, precision)
@@ -109,6 +111,11 @@ class BertTeacher(_Frozen):
         self.model = (
             _from_transformers(plan.teacher, masked_lm=self.wants_logits).to(device).eval().requires_grad_(False)
         )
+        if within_documents and getattr(self.model.config, "trigram_input", False):
+            raise BadInput(
+                f"distill.teacher: {plan.teacher} joins each word with the words beside it (trigram_input), also those "
+                "of another document; set data.within_documents=false"
+            )
         self._seen: dict[tuple[int, str], Tensor] = {}
         self._scale = keep_projections(
             self.model, self.projections, ("query", "key", "value"), self._seen, f"distill: {plan.teacher}"
@@ -141,5 +148,7 @@ def _from_transformers(teacher: Path, *, masked_lm: bool) -> Any:
     try:
         kind = AutoModelForMaskedLM if masked_lm else AutoModel
         return kind.from_pretrained(teacher, dtype=torch.float32)
+    except (EOFError, UnpicklingError) as error:  # of a .bin file; torch's own words advise to load it unsafely
+        raise BadInput(f"distill.teacher: {teacher}: its weights are damaged or cut short") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"distill.teacher: {teacher}: {' '.join(str(error).split())[:200]}") from error
