@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from pretrain.export.consolidate import consolidate
 from pretrain.objective import MaskedLanguageModelling
 from pretrain.recipe import TrainRecipe
 from sharebert import ShareBertConfig, initialize
+from sharebert_cli import main
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import load
 
@@ -137,75 +137,101 @@ def test_a_teacher_of_transformers_says_what_its_own_forward_pass_says(bert: Pat
 LAYERWISE = {"hidden": 0.5, "cosine": 2.0, "attention": 3.0, "attention_kl": 4.0, "relations": 5.0}
 
 
-def of_layer(teacher: Any, made: Any, layer: int) -> tuple[Tensor, ...]:
+def of_layer(teacher: Any, states: list[Tensor], layer: int) -> tuple[Tensor, ...]:
     """Queries, keys and values [B, T, H] of a BERT's layer, from the states before it."""
     attention = teacher.bert.encoder.layer[layer - 1].attention.self
-    state = made.hidden_states[layer - 1]
-    return attention.query(state), attention.key(state), attention.value(state)
-
-
-def divergence(expected: list[float], found: list[float]) -> float:
-    return sum(p * math.log(p / q) for p, q in zip(expected, found, strict=True))
-
-
-def softmax(scores: list[float]) -> list[float]:
-    return torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()  # type: ignore[no-any-return]
+    return tuple(getattr(attention, kind)(states[layer - 1]) for kind in ("query", "key", "value"))
 
 
 @torch.no_grad()
-def layerwise_by_loops(student: DistilledForMaskedLM, teacher: Any, plan: DistillPlan, batch: MicroBatch) -> float:
+def states_of(teacher: Any, batch: MicroBatch, within: bool) -> list[Tensor]:
+    """Its hidden states; with `within` from one forward pass for each document, which hides all others."""
+    ids = batch.document_ids
+    groups = [ids == document for document in ids.unique() if document] if within else [ids != 0]
+    states: list[Tensor] = []
+    for group in groups:
+        made = teacher(batch.tokens, attention_mask=group.long(), output_hidden_states=True).hidden_states
+        states = [torch.where(group[..., None], x, y) for x, y in zip(made, states or made, strict=True)]
+    return states
+
+
+def divergence(expected: Tensor, found: Tensor) -> Tensor:
+    return sum((p * (p / q).log() for p, q in zip(expected, found, strict=True)), torch.zeros(()))
+
+
+def layerwise_by_loops(
+    student: DistilledForMaskedLM, teacher: Any, plan: DistillPlan, batch: MicroBatch, within: bool
+) -> Tensor:
     """The sum of `LAYERWISE` times the losses of layers, position by position. Both models have equal sizes."""
-    mask = (batch.document_ids != 0).long()
-    kept = student.sharebert(batch.tokens, batch.document_ids, pool=False, keep_states=True)
-    made = teacher(batch.tokens, attention_mask=mask, output_hidden_states=True)
+    ids = batch.document_ids
+    hide = None if within else ids
+    kept = student.sharebert(batch.tokens, hide, document_ids=ids if within else None, pool=False, keep_states=True)
+    states = states_of(teacher, batch, within)
     ours, theirs = {}, {}
     for i, j in plan.layers:
         if i and j:
             ours[i] = [x.transpose(1, 2).flatten(2) for x in student.sharebert.take(i)]
-            theirs[j] = of_layer(teacher, made, j)
+            theirs[j] = of_layer(teacher, states, j)
     heads, width = student.config.num_attention_heads, student.config.hidden_size
 
-    def products(x: Tensor, y: Tensor, t: int, seen: list[int], head: int, heads: int, scale: float) -> list[float]:
+    def products(x: Tensor, y: Tensor, t: int, seen: list[int], head: int, heads: int, scale: float) -> Tensor:
         part = slice(head * width // heads, (head + 1) * width // heads)
-        return [float(x[t, part] @ y[k, part]) * scale for k in seen]
+        return torch.stack([x[t, part] @ y[k, part] * scale for k in seen])
 
-    total = 0.0
-    for b, row in enumerate(batch.document_ids.tolist()):
-        seen = [k for k, document in enumerate(row) if document]
-        for t in seen:
+    total = torch.zeros(())
+    for b, row in enumerate(ids.tolist()):
+        for t in (t for t, document in enumerate(row) if document):
+            seen = [k for k, document in enumerate(row) if document and (document == row[t] or not within)]
             for i, j in plan.layers:
-                x, y = kept.states[i][b, t], made.hidden_states[j][b, t]
-                total += LAYERWISE["hidden"] / len(plan.layers) * float((x - y).square().mean())
-                total += LAYERWISE["cosine"] / len(plan.layers) * (1 - float(x @ y / x.norm() / y.norm()))
+                x, y = kept.states[i][b, t], states[j][b, t]
+                total = total + LAYERWISE["hidden"] / len(plan.layers) * (x - y).square().sum() / width
+                total = total + LAYERWISE["cosine"] / len(plan.layers) * (1 - x @ y / x.norm() / y.norm())
                 for head in range(heads) if i and j else ():
                     (q, k, _), scale = ours[i], student.config.score_scale
                     found = products(q[b], k[b], t, seen, head, heads, scale)
                     q, k, _ = theirs[j]
                     expected = products(q[b], k[b], t, seen, head, heads, (width / heads) ** -0.5)
                     share = 1 / len(ours) / heads
-                    squares = sum((one - other) ** 2 for one, other in zip(found, expected, strict=True))
-                    total += LAYERWISE["attention"] * share * squares / len(seen)
-                    total += LAYERWISE["attention_kl"] * share * divergence(softmax(expected), softmax(found))
+                    total = total + LAYERWISE["attention"] * share * (found - expected).square().sum() / len(seen)
+                    total = total + LAYERWISE["attention_kl"] * share * divergence(
+                        expected.softmax(0), found.softmax(0)
+                    )
             i, j = plan.layers[-1]
             for x, y in zip(ours[i], theirs[j], strict=True):
                 for head in range(plan.relation_heads):
                     scale = (width / plan.relation_heads) ** -0.5
                     found, expected = (
-                        softmax(products(a[b], a[b], t, seen, head, plan.relation_heads, scale)) for a in (x, y)
+                        products(a[b], a[b], t, seen, head, plan.relation_heads, scale).softmax(0) for a in (x, y)
                     )
-                    total += LAYERWISE["relations"] / 3 / plan.relation_heads * divergence(expected, found)
+                    total = total + LAYERWISE["relations"] / 3 / plan.relation_heads * divergence(expected, found)
     return 0.15 * total
 
 
+@pytest.fixture(scope="module")
+def packed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of one row: three documents and padding."""
+    folder = tmp_path_factory.mktemp("packed")
+    lines = (" ".join(f"word{i + j}" for j in range(7 + i)) for i in range(3))
+    (folder / "texts.txt").write_text("".join(f"{line}\n\n" for line in lines))
+    words = [f"source.paths={folder / 'texts.txt'}", "source.document=paragraph", f"output={folder / 'dataset'}"]
+    words += ["seq_len=32", "validation=0", f"tokenizer.path={dataset / 'tokenizer.json'}"]
+    assert main(["prep", "corpus", *words]) == 0
+    return folder / "dataset"
+
+
 @pytest.mark.parametrize("cached", [False, True])
-def test_losses_of_layers_are_those_of_loops(bert: Path, dataset: Path, tmp_path: Path, cached: bool) -> None:
-    """Through the real model, with a pair of embeddings that attention leaves out."""
+@pytest.mark.parametrize("within", [False, True])
+def test_losses_of_layers_are_those_of_loops(
+    bert: Path, packed: Path, tmp_path: Path, cached: bool, within: bool
+) -> None:
+    """Through the real model, gradients included, with a pair of embeddings that attention leaves out."""
     keys: dict[str, Any] = {"model__hidden_size": 24, "model__num_attention_heads": 3, "model__intermediate_size": 40}
     keys |= {f"distill__{name}": weight for name, weight in LAYERWISE.items()}
     keys |= {"distill__mlm": 0.0, "distill__project": False, "distill__relation_heads": 6}
-    keys |= {"distill__layers": "[[0,0],[1,2],[2,3]]", "steps": 1, "data__global_batch": 2, "data__micro_batch": 2}
+    keys |= {"distill__layers": "[[0,0],[1,2],[2,3]]", "steps": 1, "data__global_batch": 1, "data__micro_batch": 1}
     keys |= {"distill__cache": tmp_path / "cache"} if cached else {}
-    recipe = load(TrainRecipe, None, train_arguments(dataset, tmp_path / "run", distill=bert, **keys))
+    keys |= {"data__within_documents": within}
+    recipe = load(TrainRecipe, None, train_arguments(packed, tmp_path / "run", distill=bert, **keys))
     if cached:
         make_cache(recipe, CacheSettings(dtype="fp32"))
     training = recipe.resolve()
@@ -213,19 +239,42 @@ def test_losses_of_layers_are_those_of_loops(bert: Path, dataset: Path, tmp_path
     assert plan is not None
     student = DistilledForMaskedLM(training.model.config, plan)
     initialize(student, "variance", 0)
-    student.eval()
-    teacher: Any = load_teacher(plan, CPU, within_documents=False, precision="fp32")
+    teacher: Any = load_teacher(plan, CPU, within_documents=within, precision="fp32")
     if cached:
         assert cache is not None
         teacher = CachedTeacher(plan, cache.score_scale)
     loader = Loader(training.datasets, recipe.data, recipe.seed, 0, 1, beside=cache)
     (batch,) = next(loader).micro_batches
     loader.close()
-    found = Distillation(MaskedLanguageModelling(CPU), teacher, 0.15)(student, batch).loss
-    model = transformers.BertForMaskedLM.from_pretrained(bert).eval()
-    assert float(found.detach()) == pytest.approx(layerwise_by_loops(student, model, plan, batch), rel=1e-4)
-    found.backward()
-    assert student.sharebert.word_embeddings.weight.grad is not None
+    assert batch.document_ids.unique().tolist() == [0, 1, 2, 3]
+    found = Distillation(MaskedLanguageModelling(CPU, within_documents=within), teacher, 0.15)(student, batch).loss
+    model = transformers.BertForMaskedLM.from_pretrained(bert).eval().requires_grad_(False)
+    wanted = layerwise_by_loops(student, model, plan, batch, within)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    weights = list(student.parameters())
+    ours, theirs = (torch.autograd.grad(x, weights, allow_unused=True) for x in (found, wanted))
+    for gradient, expected in zip(ours, theirs, strict=True):
+        if expected is None:
+            assert gradient is None or not gradient.any()  # the weight of masked words is 0
+        else:
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-3))
+
+
+def projections_of(model: Any, states: tuple[Tensor, ...], layer: int) -> list[Tensor]:
+    """Queries, keys and values [B, T, H] of a layer of any of the kinds below, from the states before it."""
+    encoder, kind = model.base_model, model.config.model_type
+    inputs, names = [states[layer - 1]] * 3, ("query", "key", "value")
+    if kind == "distilbert":
+        attention, names = encoder.transformer.layer[layer - 1].attention, ("q_lin", "k_lin", "v_lin")
+    elif kind == "albert":
+        group = int(model.config.num_hidden_groups == 2 and layer > 3)
+        attention = encoder.encoder.albert_layer_groups[group].albert_layers[0].attention
+    elif kind == "mobilebert":
+        inputs = encoder.encoder.layer[layer - 1].bottleneck(inputs[0])
+        attention = encoder.encoder.layer[layer - 1].attention.self
+    else:
+        attention = encoder.encoder.layer[layer - 1].attention.self
+    return [getattr(attention, name)(x) for name, x in zip(names, inputs[:3], strict=True)]
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # of a MobileBERT without a wider embedding
@@ -264,6 +313,28 @@ def test_kinds_of_teachers(dataset: Path, tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(said.states[layer][:2], made.hidden_states[layer], rtol=1e-4, atol=1e-5)
         scores = scores_of(said.projections[layer], said.score_scale)[:2].masked_fill(mask[:, None, None] == 0, -1e9)
         torch.testing.assert_close(scores.softmax(-1), made.attentions[layer - 1], rtol=1e-4, atol=1e-5)
+    headless = dataclasses.replace(plan, recipe=dataclasses.replace(recipe, logits=0.0))
+    alone = load_teacher(headless, CPU, within_documents=False, precision="fp32")(batch)
+    with torch.no_grad():
+        wanted = projections_of(model, made.hidden_states, 4)
+    for found in (said.projections[4], alone.projections[4]):
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours[:2].transpose(1, 2).flatten(2), theirs, rtol=1e-4, atol=1e-5)
+    if kind == "mobilebert":
+        with pytest.raises(
+            BadInput, match=r"joins each word with the words beside it .*; set data\.within_documents=f"
+        ):
+            load_teacher(plan, CPU, within_documents=True, precision="fp32")
+        too_many = dataclasses.replace(recipe, relation_heads=8)
+        with pytest.raises(BadInput, match=r"distill\.relation_heads: 8 do not divide the teacher's width 12"):
+            plan_distillation(too_many, student, dataset / "tokenizer.json", 32)
+        return
+    within = load_teacher(plan, CPU, within_documents=True, precision="fp32")(batch)
+    first = (batch.document_ids == 1).long()[:2]  # the first document, with all others hidden
+    with torch.no_grad():
+        made = model(batch.tokens[:2], attention_mask=first, output_hidden_states=True)
+    found_state, wanted_state = (x[:2][first == 1] for x in (within.states[4], made.hidden_states[4]))
+    torch.testing.assert_close(found_state, wanted_state, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -289,18 +360,24 @@ def test_a_teacher_that_is_too_small_is_refused(
         plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
 
 
-@pytest.mark.parametrize("kind", ["bert", "export"])
+@pytest.mark.parametrize("left", [0.5, 0.0])
+@pytest.mark.parametrize(("kind", "file"), [("bert", "model.safetensors"), ("bert", "pytorch_model.bin"),
+                                            ("export", "model.safetensors")])  # fmt: skip
 def test_weights_of_a_teacher_that_were_cut_off_are_one_line(
-    dataset: Path, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+    dataset: Path, tmp_path: Path, kind: str, file: str, left: float, request: pytest.FixtureRequest
 ) -> None:
     folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "cut")
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    if file.endswith(".bin"):
+        torch.save(transformers.BertForMaskedLM.from_pretrained(folder).state_dict(), folder / file)
+        (folder / "model.safetensors").unlink()
+    weights = (folder / file).read_bytes()
+    (folder / file).write_bytes(weights[: int(left * len(weights))])
     recipe = DistillRecipe(teacher=str(folder), logits=1.0)
     plan = plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
     assert plan is not None
-    with pytest.raises(BadInput, match=r"cut[:/]"):
+    with pytest.raises(BadInput, match=r"cut[:/].*$") as refused:
         load_teacher(plan, CPU, within_documents=False, precision="fp32")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +460,10 @@ def runs(bert: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) ->
     cut = arguments("cut")
     train_many([{"overrides": arguments("whole")}, {"overrides": cut, "stop_after": 6}, {"overrides": cut}], 1, folder)
     stages = [{"overrides": arguments(f"two-{s}", zero__stage=s, data__micro_batch=5)} for s in range(4)]
+    cut_teacher = shutil.copytree(bert, folder / "teacher")
+    (cut_teacher / "model.safetensors").write_bytes(b"")
+    # A Refused is known to all ranks, and rank 0 alone says it.
+    stages.append({"overrides": arguments("no-teacher", distill=cut_teacher), "error": "Refused: distill.teacher: "})
     train_many(stages, 2, folder)
     return folder
 

@@ -80,7 +80,9 @@ def test_copies_are_those_of_the_transcription(
         assert copies
 
 
-def test_copies_keep_labels_and_the_bound_is_kept(models: dict[str, Path], tmp_path: Path) -> None:
+def test_copies_keep_labels_and_the_bound_is_kept(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = TaskData(TASKS["sst2"], Split("made", TEXTS, np.array([0, 1, 1, 0])), {})
     recipe = AugmentRecipe(model=str(models["export"]), copies=5)
     made = augmented(data, recipe, CPU, tmp_path / "kept")
@@ -94,10 +96,12 @@ def test_copies_keep_labels_and_the_bound_is_kept(models: dict[str, Path], tmp_p
     assert again.train.texts == made.train.texts
     (file,) = (tmp_path / "kept").iterdir()
     whole = file.read_bytes()
+    assert "damaged" not in capsys.readouterr().err
     for damaged in (whole[: len(whole) // 2], whole[: whole.index(b"\n") + 1], whole[:-1], b"", b"null\n" * 4):
         file.write_bytes(damaged)
         assert augmented(data, recipe, CPU, tmp_path / "kept").train.texts == made.train.texts
         assert file.read_bytes() == whole
+        assert f"{file}: damaged; the copies are made again\n" in capsys.readouterr().err
     other = augmented(data, AugmentRecipe(model=str(models["export"]), copies=5, seed=1), CPU, tmp_path / "kept")
     assert other.train.texts != made.train.texts
     assert len(list((tmp_path / "kept").iterdir())) == 2
