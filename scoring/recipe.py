@@ -113,8 +113,8 @@ class TaskDistillRecipe:
     """Weight of the mean squared difference of attention scores before softmax, for each pair of `layers` (TinyBERT).
     It needs the student's tokenizer and number of heads."""
     layers: list[tuple[int, int]] | None = None
-    """Pairs of a student's and a teacher's layer, from 1 (0: the embeddings); none: each of the student's layers i with
-    the teacher's layer i · teacher's layers / student's layers."""
+    """Pairs of a student's and a teacher's layer, from 1 (0: the embeddings, which count for `hidden` alone); none:
+    each of the student's layers i with the teacher's layer i · teacher's layers / student's layers."""
 
     @property
     def uses_layers(self) -> bool:

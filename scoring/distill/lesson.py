@@ -32,7 +32,9 @@ class Lesson(nn.Module):
         self.projection = nn.Linear(config.hidden_size, teacher.width) if recipe.hidden else None
         self._scores = None
         if recipe.attention:
-            self._scores = AttentionScores(model, [ours for ours, _ in self.pairs], str(encoder.folder))
+            self._scores = AttentionScores(
+                model, [ours for ours, _ in teacher.attended(self.pairs)], str(encoder.folder)
+            )
         self.arguments: dict[str, Any] = {"output_hidden_states": True} if recipe.hidden else {}
         """Further arguments of the student's forward pass."""
 
@@ -56,7 +58,7 @@ class Lesson(nn.Module):
         return total + self._of_layers(output, batch, rows) if self.pairs else total
 
     def _of_layers(self, output: Any, batch: dict[str, Tensor], rows: list[int]) -> Tensor:
-        recipe, share = self.recipe, 1 / len(self.pairs)
+        recipe, attended = self.recipe, self.teacher.attended(self.pairs)
         taught = self.teacher.layer_outputs(rows, [theirs for _, theirs in self.pairs])
         mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
         weights = mask.float() / mask.sum()
@@ -66,8 +68,8 @@ class Lesson(nn.Module):
         for ours, theirs in self.pairs:
             if self.projection is not None:
                 projected = self.projection(output.hidden_states[ours])
-                total = total + recipe.hidden * share * hidden_loss(projected, taught.states[theirs], weights)
-            if scores:
+                total = total + recipe.hidden / len(self.pairs) * hidden_loss(projected, taught.states[theirs], weights)
+            if scores and (ours, theirs) in attended:
                 found = attention_loss(scores[ours], taught.scores[theirs], weights, visible)
-                total = total + recipe.attention * share * found
+                total = total + recipe.attention / len(attended) * found
         return total

@@ -70,15 +70,25 @@ class TaskTeacher:
         ours = int(config.num_hidden_layers)
         if self.recipe.layers is None:
             return tuple((i, max(1, round(i * self.layers / ours))) for i in range(1, ours + 1))
-        least = 1 if self.recipe.attention else 0
         for pair in self.recipe.layers:
             sides = (("student", encoder.folder, ours), ("teacher", self.folder, self.layers))
             for layer, (whose, folder, last) in zip(pair, sides, strict=True):
-                if not least <= layer <= last:
+                if not 0 <= layer <= last:
                     raise BadInput(
-                        f"finetune.distill.layers: the {whose} {folder} has layers {least} to {last}, and no {layer}"
+                        f"finetune.distill.layers: the {whose} {folder} has layers 1 to {last} and embeddings (0), and "
+                        f"no {layer}"
                     )
+        if self.recipe.attention and not self.attended(tuple(self.recipe.layers)):
+            raise BadInput(
+                "finetune.distill.layers: attention needs queries and keys, and embeddings (0) have none; name a pair "
+                "of layers"
+            )
         return tuple(self.recipe.layers)
+
+    @staticmethod
+    def attended(pairs: Pairs) -> Pairs:
+        """The pairs that count for attention: those without embeddings (0)."""
+        return tuple(pair for pair in pairs if 0 not in pair)
 
     def check(self, encoder: Encoder, rows: Encoded) -> None:
         """Raise BadInput, naming the key, where a student cannot learn from this teacher's layers.

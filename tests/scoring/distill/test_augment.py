@@ -97,7 +97,8 @@ def test_copies_keep_labels_and_the_bound_is_kept(
     (file,) = (tmp_path / "kept").iterdir()
     whole = file.read_bytes()
     assert "damaged" not in capsys.readouterr().err
-    for damaged in (whole[: len(whole) // 2], whole[: whole.index(b"\n") + 1], whole[:-1], b"", b"null\n" * 4):
+    first = whole[: whole.index(b"\n") + 1]
+    for damaged in (whole[: len(whole) // 2], first, whole[:-1], b"", b"null\n" * 4, whole + first, whole + b"[["):
         file.write_bytes(damaged)
         assert augmented(data, recipe, CPU, tmp_path / "kept").train.texts == made.train.texts
         assert file.read_bytes() == whole

@@ -91,12 +91,13 @@ def by_loops(given: dict[str, Any], projection: Any, recipe: TaskDistillRecipe) 
             square = sum((student[i] - wanted[i]) ** 2 for i in range(len(wanted))) / len(wanted)
             total = total + recipe.hidden * square / len(real) / len(given["pairs"])
             keys = [j for j in range(mask.shape[1]) if mask[b, j]]
-            for h in range(3):
+            attended = [pair for pair in given["pairs"] if 0 not in pair]
+            for h in range(3) if (ours, theirs) in attended else ():
                 for j in keys:
                     q1, k1 = (given[name][ours][b, h] for name in ("query", "key"))
                     q2, k2 = (given[name][theirs][b, h] for name in ("teacher_query", "teacher_key"))
                     score = given["scale"] * (q1[t] * k1[j]).sum() - (q2[t] * k2[j]).sum() / math.sqrt(q2.shape[-1])
-                    share = recipe.attention / 3 / len(keys) / len(real) / len(given["pairs"])
+                    share = recipe.attention / 3 / len(keys) / len(real) / len(attended)
                     total = total + share * score**2
     return total
 
@@ -108,7 +109,7 @@ def test_the_loss_is_that_of_the_loops(export: Path, bert: Path, tmp_path: Path,
         write_export(read_export(export), tmp_path / "dense", Dense())
         export = tmp_path / "dense"
     weights = {"labels": 0.5, "logits": 2.0, "temperature": 3.0, "hidden": 1.5, "attention": 0.7}
-    recipe = TaskDistillRecipe(teacher=str(bert), layers=[(1, 2), (2, 3)], **weights)
+    recipe = TaskDistillRecipe(teacher=str(bert), layers=[(0, 0), (1, 2), (2, 3)], **weights)
     settings = FineTuneRecipe(distill=recipe)
     data = made_data()
     encoder = open_encoder(str(export), settings)
@@ -128,11 +129,11 @@ def test_the_loss_is_that_of_the_loops(export: Path, bert: Path, tmp_path: Path,
     frozen: Any = AutoModelForSequenceClassification.from_pretrained(bert).eval()
     with torch.no_grad():
         said = frozen(batch["input_ids"], batch["attention_mask"], output_hidden_states=True)
-        layers = [frozen.bert.encoder.layer[theirs - 1].attention.self for _, theirs in recipe.layers or []]
+        layers = [frozen.bert.encoder.layer[theirs - 1].attention.self for theirs in (2, 3)]
         vectors = {
             kind: {
                 theirs: getattr(layer, kind)(said.hidden_states[theirs - 1]).unflatten(-1, (3, -1)).transpose(1, 2)
-                for (_, theirs), layer in zip(recipe.layers or [], layers, strict=True)
+                for theirs, layer in zip((2, 3), layers, strict=True)
             }
             for kind in ("query", "key")
         }
@@ -141,7 +142,7 @@ def test_the_loss_is_that_of_the_loops(export: Path, bert: Path, tmp_path: Path,
     def of_student(output: Any) -> dict[str, Any]:
         """Queries and keys, made again from the states before the layers."""
         found: dict[str, dict[int, Tensor]] = {"query": {}, "key": {}}
-        for ours, _ in recipe.layers or []:
+        for ours in (1, 2):
             state = output.hidden_states[ours - 1]
             if form == "compact":
                 encoder = model.sharebert
@@ -248,8 +249,14 @@ def test_an_update_of_a_low_rank_learns_from_the_teacher_alone(
         (["finetune.distill.teacher=nowhere"], r"finetune\.distill\.teacher: nowhere/config\.json: missing"),
         (["finetune.distill.logits=0"], "no loss with it has a weight; give one of logits, hidden, attention"),
         (["finetune.distill.layers=[]"], "finetune.distill.layers: names no pair"),
-        (["finetune.distill.hidden=1", "finetune.distill.layers=[[3,1]]"], "export has layers 0 to 2, and no 3"),
-        (["finetune.distill.attention=1", "finetune.distill.layers=[[0,1]]"], "has layers 1 to 2, and no 0"),
+        (
+            ["finetune.distill.hidden=1", "finetune.distill.layers=[[3,1]]"],
+            r"export has layers 1 to 2 and embeddings \(0\), and no 3",
+        ),
+        (
+            ["finetune.distill.attention=1", "finetune.distill.layers=[[0,1]]"],
+            r"\(0\) have none; name a pair of layers",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_are_refused(
