@@ -2,6 +2,7 @@
 
 recipe   what is compared: the rows, the tasks, the published figures, the trainings that are only planned
 rows     the rows, checked: what each is made of, and what it needs of the rows before it
+checks   what cannot work, said before the first row
 lines    what the table says about a row
 maker    makes the pieces of rows, or finds those that are there
 run      makes all rows, one piece after the other; goes on after a kill

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from comparison import times
+from comparison.checks import check_models, check_tasks
 from comparison.maker import Maker, say
 from comparison.recipe import CompareRecipe
-from comparison.rows import check_tasks, checked
+from comparison.rows import checked
 from comparison.table import write
 from pretrain.sweep.runner import Stopped
 from sharebert import ShareBertError
@@ -27,6 +28,7 @@ def compare(recipe: CompareRecipe, *, only_table: bool = False, time_again: bool
     Raises BadInput before the first row: what is wrong in the recipe.
     """
     rows = checked(recipe)
+    check_models(recipe, rows)
     if not only_table:
         check_tasks(recipe)
     make_folders(Path(recipe.folder))
