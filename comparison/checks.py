@@ -11,10 +11,9 @@ from pathlib import Path
 from comparison.recipe import CompareRecipe
 from comparison.rows import AFTER_FINE_TUNING, Row, of_classifier
 from compress.distil import Distil
-from compress.recipe import CompressRecipe
 from compress.run import check_steps
-from compress.step import FormName, Step
-from compress.steps import step_of
+from compress.step import FormName
+from compress.steps import all_steps
 from data_prep.shards.reader import open_dataset
 from exports.files import CONFIG, TOKENIZER, write_json
 from pretrain.distill.recipe import DistillRecipe, plan_distillation
@@ -58,16 +57,16 @@ def check_models(recipe: CompareRecipe, rows: Sequence[Row]) -> None:
                 continue
             form, config = models[row.of]
             if row.before is not None:
-                form, config = check_steps(_named(row.before), row.before, form, config)
+                form, config = check_steps(all_steps(row.before.steps), row.before, form, config)
             if row.after is not None:
                 if recipe.tasks and config is not None:
                     try:
                         headless = dataclasses.replace(config, mlm_head="none")
-                        check_steps(_named(row.after), of_classifier(row.after), form, headless)
+                        check_steps(all_steps(row.after.steps), of_classifier(row.after), form, headless)
                     except BadInput as error:
                         steps = ", ".join(AFTER_FINE_TUNING)
                         raise BadInput(f"from the first of {steps} on, steps are for classifiers: {error}") from error
-                form, config = check_steps(_named(row.after), row.after, form, config)
+                form, config = check_steps(all_steps(row.after.steps), row.after, form, config)
             models[row.name] = form, config
             if row.asked.teacher is not None:
                 _check_distil(row, models[row.of][1], models[row.asked.teacher][1], recipe.dataset)
@@ -79,7 +78,7 @@ def _check_distil(row: Row, config: ShareBertConfig | None, teacher: ShareBertCo
     """Raise BadInput where a step `distil` cannot learn from the row's teacher."""
     assert row.asked.teacher is not None
     for part in (row.before, row.after):
-        for _, step in _named(part) if part is not None else ():
+        for _, step in all_steps(part.steps) if part is not None else ():
             if isinstance(step, Distil):
                 _check_teacher(parse(DistillRecipe, step.losses, "losses"), config, row.asked.teacher, teacher, dataset)
             config = step.result_config(config) if config is not None else None
@@ -99,7 +98,3 @@ def _check_teacher(
             plan_distillation(dataclasses.replace(distill, teacher=folder), student, data.tokenizer_path, data.seq_len)
         except BadInput as error:
             raise BadInput(str(error).replace(folder, name)) from error
-
-
-def _named(recipe: CompressRecipe) -> list[tuple[str, Step]]:
-    return [step_of(step, f"steps.{number}") for number, step in enumerate(recipe.steps)]

@@ -22,6 +22,7 @@ from exports.files import CONFIG
 from pretrain.export.consolidate import consolidate
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.runner import run_one
+from scoring.recipe import EvaluateRecipe
 from scoring.report import file_name, read_results
 from scoring.score import evaluate
 from sharebert_common.errors import BadInput, CommandError
@@ -56,6 +57,8 @@ class Maker:
         self.models: dict[str, Piece] = {}
         self.classifiers: dict[tuple[str, str, int], Piece] = {}
         """Of a row (with BEFORE: before the steps that follow), a task and a seed."""
+        self.evaluations: dict[tuple[str, str], EvaluateRecipe] = {}
+        """Of a row and a task, with the first seed: reading the keys takes longer than all else of a search."""
         self.digests: dict[str, str] = {}
         """Of folders of models that make further rows."""
 
@@ -139,7 +142,7 @@ class Maker:
         learns = self.classifier(teacher, task, self.recipe.seeds[0]).digest if teacher is not None else None
         copies = self.digest_of(self.recipe.tasks[task].augment.model)
         for seed in self.recipe.seeds:
-            recipe = evaluation(self.recipe, row, task, seed, lr)
+            recipe = self.evaluation(row, task, seed, lr)
             identity = {"evaluate": plain(recipe), "model": model.digest, "teacher": learns, "augment": copies}
 
             def make(place: StepFolder, recipe: Any = recipe) -> dict[str, Any]:
@@ -163,7 +166,7 @@ class Maker:
     def score_compressed(self, row: Row, after: CompressRecipe, task: str, seed: int) -> None:
         """The score of a classifier after the steps that follow fine-tuning. Only the score is kept."""
         source = self.classifier(row.tuned, task, seed)
-        recipe = dataclasses.replace(of_classifier(after), task=evaluation(self.recipe, row, task, seed))
+        recipe = dataclasses.replace(of_classifier(after), task=self.evaluation(row, task, seed))
 
         def make(place: StepFolder) -> dict[str, Any]:
             out = place.scratch / "out"
@@ -174,6 +177,14 @@ class Maker:
         identity = {"compress": plain(recipe), "source": source.digest}
         place = self.places.classifiers(row.name, task) / Places.of_seed(seed)
         self.classifiers[row.name, task, seed] = self.piece(place, identity, make)
+
+    def evaluation(self, row: Row, task: str, seed: int, lr: float | None = None) -> EvaluateRecipe:
+        """One fine-tuning of a row. `lr` is that of the first seed; None where it is to be chosen."""
+        if (row.name, task) not in self.evaluations:
+            self.evaluations[row.name, task] = evaluation(self.recipe, row, task)
+        first = self.evaluations[row.name, task]
+        finetune = first.finetune if lr is None else dataclasses.replace(first.finetune, lr=[lr])
+        return dataclasses.replace(first, seeds=[seed], finetune=finetune)
 
     def digest_of(self, model: str | None) -> str | None:
         """The checksum of the files of a model that makes further rows."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from comparison.recipe import CompareRecipe, Keys, RowRecipe
 from compress.recipe import CompressRecipe, ReportRecipe, RowsRecipe
-from compress.steps import step_of
+from compress.steps import all_steps
 from data_prep.shards.reader import open_dataset
 from pretrain.sweep.recipe import SweepRecipe, Trial, trials
 from scoring.recipe import EvaluateRecipe
@@ -105,7 +105,7 @@ def checked(recipe: CompareRecipe) -> list[Row]:
                 steps = ", ".join(AFTER_FINE_TUNING)
                 raise BadInput(f"rows.{row.name}.{key}: name a row without the steps {steps}; '{other}' has one")
         for task in recipe.tasks:
-            evaluation(recipe, row, task, recipe.seeds[0])
+            evaluation(recipe, row, task)
     return rows
 
 
@@ -121,15 +121,14 @@ def saved(rows: list[Row]) -> set[str]:
     }
 
 
-def evaluation(recipe: CompareRecipe, row: Row, task: str, seed: int, lr: float | None = None) -> EvaluateRecipe:
-    """One fine-tuning of a row. `lr` is that of the first seed; None where it is to be chosen."""
+def evaluation(recipe: CompareRecipe, row: Row, task: str) -> EvaluateRecipe:
+    """The fine-tuning of a row with the first seed, which chooses the learning rate."""
     keys: Keys = dict(row.asked.finetune)
     if row.asked.task_teacher is not None:
         place = Places(Path(recipe.folder)).classifiers(row.asked.task_teacher, task)
         keys["distill.teacher"] = str(place / Places.of_seed(recipe.seeds[0]))
-    if lr is not None:
-        keys["lr"] = [lr]
-    given = {"task": task, "data": plain(recipe.tasks[task]), "finetune": plain(recipe.finetune), "seeds": [seed]}
+    first = recipe.seeds[:1]
+    given = {"task": task, "data": plain(recipe.tasks[task]), "finetune": plain(recipe.finetune), "seeds": first}
     try:
         return load(EvaluateRecipe, None, _overrides({f"finetune.{key}": v for key, v in keys.items()}), defaults=given)
     except BadInput as error:
@@ -191,7 +190,7 @@ def _steps(
         keys["teacher"] = str(_model_of(row.teacher, recipe, places))
     try:
         asked = load(CompressRecipe, row.compress, _overrides(keys))
-        names = [step_of(step, f"steps.{number}")[0] for number, step in enumerate(asked.steps)]
+        names = [step for step, _ in all_steps(asked.steps)]
     except BadInput as error:
         raise BadInput(f"rows.{name}: {error}") from error
     if asked.teacher is None and "distil" in names:

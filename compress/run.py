@@ -16,7 +16,7 @@ from compress.report import STEP, model_files, table, write_report
 from compress.source import JSON, open_source
 from compress.step import FormName, Source, Step
 from compress.step_folders import StepFolder, checksums, digest
-from compress.steps import step_of
+from compress.steps import all_steps
 from compress.tools import RecipeTools, open_rows
 from data_prep.shards.reader import open_dataset
 from exports.read import read_config
@@ -43,7 +43,7 @@ def compress(folder: Path, recipe: CompressRecipe, out: Path) -> str:
     for a step that needs one, a dataset of another tokenizer, too little disk, `out` holds something else.
     """
     source = open_source(folder)
-    steps = [step_of(given, f"steps.{number}") for number, given in enumerate(recipe.steps)]
+    steps = all_steps(recipe.steps)
     check_all(source, recipe, steps, out)
     parent = steps_of(out)
     make_folders(parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.dense.awq import Awq
@@ -55,6 +55,11 @@ def step_of(given: Any, where: str) -> tuple[str, Step]:
     if not isinstance(keys or {}, Mapping):
         raise BadInput(f"{where}.{name}: its keys are a mapping, not {keys!r}")
     return name, parse(STEPS[name], keys or {}, f"{where}.{name}")
+
+
+def all_steps(given: Sequence[Any]) -> list[tuple[str, Step]]:
+    """Name and step of each entry of `steps`. Raises BadInput as `step_of` does."""
+    return [step_of(entry, f"steps.{number}") for number, entry in enumerate(given)]
 
 
 def describe_steps() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -173,9 +174,7 @@ class PruneWeights(NeedsNoRows):
             share = movement.share(step, self.steps)
             tools.say(f"prune_weights: step {step} of {self.steps}, {share:.1%} removed, loss {loss:.4f}")
 
-        def loss(batch: Batch) -> Tensor:
-            return model.training_loss(start, batch)
-
+        loss = partial(model.training_loss, start)
         return movement.run(rows, loss, self.steps, self.lr, tools.seed, tools.scratch / MOVEMENT, say)
 
     def by_surgeon(
