@@ -1,17 +1,58 @@
-"""The losses between a student and its teacher, each a sum over positions or rows that the caller weights.
+"""Which layers of a student learn from which of its teacher, and the losses between the two.
 
-Each is in nats or in the units of its values, and a mean over what belongs to one position, so that it does not depend
-on how rows are cut into micro-batches. All sums are float32.
+A loss is a sum over positions or rows that the caller weights. Each is in nats or in the units of its values, and a
+mean over what belongs to one position, so that it does not depend on how rows are cut into micro-batches. All sums are
+float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sharebert_common.errors import BadInput
+
+LayerPairs = tuple[tuple[int, int], ...]
+"""Layers of a student and of its teacher, from 1; 0 is the embeddings."""
+
 Projections = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values of a layer, each [B, heads, T, d]."""
+
+
+def layer_pairs(
+    given: Sequence[tuple[int, int]] | None,
+    layers: tuple[int, int],
+    key: str,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> LayerPairs:
+    """The pairs that were given; none: each of the student's layers i with i · teacher's layers / student's layers.
+
+    Args:
+        given: what the recipe has under `key`.
+        layers: how many the student and the teacher have.
+        key: of the recipe, for errors.
+        names: of the two models, for errors.
+
+    Raises BadInput: a layer that does not exist, or no pair at all.
+    """
+    if given is None:
+        ours, theirs = layers
+        return tuple((i, max(1, round(i * theirs / ours))) for i in range(1, ours + 1))
+    if not given:
+        raise BadInput(f"{key}: names no pair; leave it out for a pair for each layer of the student")
+    for pair in given:
+        for layer, name, last in zip(pair, names, layers, strict=True):
+            if not 0 <= layer <= last:
+                raise BadInput(f"{key}: the {name} has layers 1 to {last} and embeddings (0), and no {layer}")
+    return tuple(given)
+
+
+def without_embeddings(pairs: LayerPairs) -> LayerPairs:
+    """The pairs that have queries and keys on both sides."""
+    return tuple(pair for pair in pairs if 0 not in pair)
 
 
 def logits_loss(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> Tensor:

@@ -6,7 +6,8 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -166,8 +167,17 @@ def smallest(value: T | None) -> T | None:
     return min((value for value in values if value is not None), default=None)  # type: ignore[type-var]
 
 
-def first_refusal(message: str | None) -> None:
-    """Raise Refused, a BadInput, on every rank if some rank has a `message`; the lowest such rank's counts."""
+@contextmanager
+def refused_by_all() -> Iterator[None]:
+    """A BadInput that ends the block on some rank becomes Refused, a BadInput, on every rank.
+
+    The message is that of the lowest such rank. Leaving the block is a collective; any other error leaves it at once.
+    """
+    message = None
+    try:
+        yield
+    except BadInput as error:
+        message = str(error)
     first = first_text(message)
     if first is not None:
         raise Refused(first)

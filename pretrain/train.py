@@ -70,18 +70,12 @@ def train(recipe: TrainRecipe, world: World, stop: StopRequest) -> int:
 
 def accept(recipe: TrainRecipe, run: RunFolder, world: World) -> ResolvedTraining:
     """Check everything that was given, before anything is built; a refusal reaches all ranks. A collective."""
-    refusal, training = None, None
-    try:
-        resolved = recipe.resolve(world.world_size)
+    with distributed.refused_by_all():
+        training = recipe.resolve(world.world_size)
         if recipe.data.within_documents:
-            refuse_dropout_within_documents(resolved.model, resolved.seq_len, world.device)
+            refuse_dropout_within_documents(training.model, training.seq_len, world.device)
         if world.is_main:
             run.occupy()
-        training = resolved
-    except BadInput as error:
-        refusal = str(error)
-    distributed.first_refusal(refusal)
-    assert training is not None
     return training
 
 
@@ -122,7 +116,8 @@ class Trainer:
         self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
         self.metric_log = MetricLog(run, enabled=world.is_main, steps=recipe.steps)
         self.watchdog = Watchdog(run, world, recipe.faults.hang_s)
-        self.objective: Objective = make_objective(recipe, training, world.device)
+        with distributed.refused_by_all():
+            self.objective: Objective = make_objective(recipe, training, world.device)
         self.meter = Meter(
             world, training.model.config, training.seq_len, recipe.data, training.micro_rows, recipe.monitor
         )

@@ -18,7 +18,6 @@ from pretrain.distributed import World
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import EMA, MOMENTUM, STATES
 from pretrain.run.folder import RunFolder
-from sharebert_common.errors import BadInput
 
 LACKING = {
     STATES[1:]: "moments of AdamW: they start at 0",
@@ -48,23 +47,17 @@ def find_checkpoint(
     Raises BadInput, on every rank, where there are checkpoints and none can be read, and where the newest one belongs
     to another model, tokenizer or dataset.
     """
-    name, found, refusal = "", None, None
-    if world.is_main:
-        try:
+    name, found = "", None
+    with distributed.refused_by_all():
+        if world.is_main:
             newest = newest_whole(run.checkpoints, run.say, or_none=or_none)
             name = newest.folder.name if newest else ""
-        except BadInput as error:
-            refusal = str(error)
-    distributed.first_refusal(refusal)
     name = distributed.broadcast_from_main(name)
-    if name:
-        try:
+    with distributed.refused_by_all():
+        if name:
             found = read_whole_checkpoint(run.checkpoints / name, verified=False)  # rank 0 compared the checksums
             refuse_differences(found, identity)
             check_loader_state(found.training["loader"])
-        except BadInput as error:
-            refusal = str(error)
-    distributed.first_refusal(refusal)
     return found
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from exports.bert_attention import has_mlm_head
+from exports.distill_losses import LayerPairs, layer_pairs, without_embeddings
 from exports.read import read_config
 from exports.tokenizer import load_tokenizer
 from sharebert import ShareBertConfig
@@ -92,7 +93,7 @@ class DistillPlan:
     """Of the teacher's hidden states."""
     words: int
     """Of the vocabulary; either model may have more rows."""
-    layers: tuple[tuple[int, int], ...]
+    layers: LayerPairs
     relation_heads: int
 
     @property
@@ -102,10 +103,10 @@ class DistillPlan:
         return sorted({theirs for _, theirs in self.layers}) if wanted else []
 
     @property
-    def projection_pairs(self) -> tuple[tuple[int, int], ...]:
+    def projection_pairs(self) -> LayerPairs:
         """The pairs of layers whose queries and keys are needed; with relations, the last pair's values too."""
         if self.recipe.attention or self.recipe.attention_kl:
-            return tuple(pair for pair in self.layers if 0 not in pair)
+            return without_embeddings(self.layers)
         return self.layers[-1:] if self.recipe.relations else ()
 
     @property
@@ -178,23 +179,14 @@ def plan_distillation(
     return DistillPlan(recipe, teacher, theirs.width, words, _layers(recipe, ours, theirs), heads)
 
 
-def _layers(recipe: DistillRecipe, ours: _Shape, theirs: _Shape) -> tuple[tuple[int, int], ...]:
-    if recipe.layers is None:
-        return tuple((i, max(1, round(i * theirs.layers / ours.layers))) for i in range(1, ours.layers + 1))
-    for pair in recipe.layers:
-        for layer, whose, shape in zip(pair, ("student", "teacher"), (ours, theirs), strict=True):
-            if not 0 <= layer <= shape.layers:
-                raise BadInput(
-                    f"distill.layers: the {whose} has layers 1 to {shape.layers} and embeddings (0), and no {layer}"
-                )
-    if not recipe.layers:
-        raise BadInput("distill.layers: names no pair; leave it out for a pair for each layer of the student")
-    if recipe.uses_projections and (0 in recipe.layers[-1] or all(0 in pair for pair in recipe.layers)):
+def _layers(recipe: DistillRecipe, ours: _Shape, theirs: _Shape) -> LayerPairs:
+    pairs = layer_pairs(recipe.layers, (ours.layers, theirs.layers), "distill.layers")
+    if recipe.uses_projections and pairs[-1] not in without_embeddings(pairs):
         raise BadInput(
             "distill.layers: attention and relations need queries and keys, and embeddings (0) have none; name a pair "
             "of layers last"
         )
-    return tuple(recipe.layers)
+    return pairs
 
 
 def _shape(config: ShareBertConfig) -> _Shape:

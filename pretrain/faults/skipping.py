@@ -53,16 +53,18 @@ class BadRowsFile:
 
         Raises BadInput, on every rank, where the file is not what was written.
         """
-        text, refusal = "", None
+        text = ""
         if self.world.is_main and self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        text = distributed.broadcast_from_main(text)
         try:
             fields = list(BadRows.__dataclass_fields__)
-            lines = [json.loads(line) for line in distributed.broadcast_from_main(text).splitlines()]
+            lines = [json.loads(line) for line in text.splitlines()]
             self.entries = [BadRows(**{name: int(line[name]) for name in fields}) for line in lines]
         except (ValueError, KeyError, TypeError) as error:
-            refusal = f"{self.path}: not a list of rows to skip ({error}); remove the line that is damaged"
-        distributed.first_refusal(refusal)
+            raise distributed.Refused(  # the same text on every rank
+                f"{self.path}: not a list of rows to skip ({error}); remove the line that is damaged"
+            ) from error
 
     def add(self, entry: BadRows) -> None:
         """Add `entry`, on disk before this returns. Every rank calls this with the same one."""

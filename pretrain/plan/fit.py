@@ -60,8 +60,8 @@ def settle_micro_batch(
     if recipe.data.micro_batch != "auto":
         return recipe, training
     cuda = world.device.type == "cuda"
-    fit, refusal = None, None
-    try:
+    fit = None
+    with distributed.refused_by_all():
         if cuda or world.local_rank == 0:
             fit = fit_micro_batch(
                 recipe,
@@ -69,9 +69,6 @@ def settle_micro_batch(
                 device=world.local_rank if cuda else None,
                 sharing=1 if cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             )
-    except BadInput as error:
-        refusal = str(error)
-    distributed.first_refusal(refusal)
     smallest = distributed.smallest(fit)
     assert smallest is not None
     rows, memory_bytes, limit_bytes = smallest

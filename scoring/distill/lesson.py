@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exports.distill_losses import attention_loss, hidden_loss, logits_loss
+from exports.distill_losses import attention_loss, hidden_loss, logits_loss, without_embeddings
 from scoring.distill.teacher import TaskTeacher
 from scoring.distill.watch import AttentionScores
 from scoring.encoders import Encoder
@@ -33,7 +33,7 @@ class Lesson(nn.Module):
         self._scores = None
         if recipe.attention:
             self._scores = AttentionScores(
-                model, [ours for ours, _ in teacher.attended(self.pairs)], str(encoder.folder)
+                model, [ours for ours, _ in without_embeddings(self.pairs)], str(encoder.folder)
             )
         self.arguments: dict[str, Any] = {"output_hidden_states": True} if recipe.hidden else {}
         """Further arguments of the student's forward pass."""
@@ -58,7 +58,7 @@ class Lesson(nn.Module):
         return total + self._of_layers(output, batch, rows) if self.pairs else total
 
     def _of_layers(self, output: Any, batch: dict[str, Tensor], rows: list[int]) -> Tensor:
-        recipe, attended = self.recipe, self.teacher.attended(self.pairs)
+        recipe, attended = self.recipe, without_embeddings(self.pairs)
         taught = self.teacher.layer_outputs(rows, [theirs for _, theirs in self.pairs])
         mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
         weights = mask.float() / mask.sum()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from exports.distill_losses import LayerPairs, layer_pairs, without_embeddings
 from exports.files import CONFIG
 from scoring.architecture import read_model_type
 from scoring.classifier import Classifier
@@ -21,9 +22,6 @@ from scoring.recipe import FineTuneRecipe, TaskDistillRecipe
 from scoring.tasks import Task
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
-
-Pairs = tuple[tuple[int, int], ...]
-"""Layers of a student and of the teacher."""
 
 
 class LayerOutputs(NamedTuple):
@@ -64,31 +62,17 @@ class TaskTeacher:
         self._model: nn.Module | None = model if recipe.uses_layers else None
         self._scores: AttentionScores | None = None
 
-    def pairs(self, encoder: Encoder) -> Pairs:
+    def pairs(self, encoder: Encoder) -> LayerPairs:
         """The pairs of layers for a student. Raises BadInput, naming the key, where one does not exist."""
-        config = encoder.config
-        ours = int(config.num_hidden_layers)
-        if self.recipe.layers is None:
-            return tuple((i, max(1, round(i * self.layers / ours))) for i in range(1, ours + 1))
-        for pair in self.recipe.layers:
-            sides = (("student", encoder.folder, ours), ("teacher", self.folder, self.layers))
-            for layer, (whose, folder, last) in zip(pair, sides, strict=True):
-                if not 0 <= layer <= last:
-                    raise BadInput(
-                        f"finetune.distill.layers: the {whose} {folder} has layers 1 to {last} and embeddings (0), and "
-                        f"no {layer}"
-                    )
-        if self.recipe.attention and not self.attended(tuple(self.recipe.layers)):
+        layers = int(encoder.config.num_hidden_layers), self.layers
+        names = f"student {encoder.folder}", f"teacher {self.folder}"
+        pairs = layer_pairs(self.recipe.layers, layers, "finetune.distill.layers", names)
+        if self.recipe.attention and not without_embeddings(pairs):
             raise BadInput(
                 "finetune.distill.layers: attention needs queries and keys, and embeddings (0) have none; name a pair "
                 "of layers"
             )
-        return tuple(self.recipe.layers)
-
-    @staticmethod
-    def attended(pairs: Pairs) -> Pairs:
-        """The pairs that count for attention: those without embeddings (0)."""
-        return tuple(pair for pair in pairs if 0 not in pair)
+        return pairs
 
     def check(self, encoder: Encoder, rows: Encoded) -> None:
         """Raise BadInput, naming the key, where a student cannot learn from this teacher's layers.
@@ -97,9 +81,9 @@ class TaskTeacher:
             encoder: the student.
             rows: the train rows as the student's tokenizer cuts them.
         """
+        self.pairs(encoder)
         if not self.recipe.uses_layers:
             return
-        self.pairs(encoder)
         config = encoder.config
         if self.recipe.attention and config.num_attention_heads != self.heads:
             raise BadInput(
@@ -182,6 +166,4 @@ def uses_teacher(recipe: TaskDistillRecipe) -> bool:
         return False
     if not (recipe.logits or recipe.uses_layers):
         raise BadInput("finetune.distill.teacher: no loss with it has a weight; give one of logits, hidden, attention")
-    if recipe.layers is not None and not recipe.layers:
-        raise BadInput("finetune.distill.layers: names no pair; leave it out for a pair for each layer of the student")
     return True

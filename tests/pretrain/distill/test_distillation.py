@@ -460,6 +460,10 @@ def runs(bert: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) ->
     cut = arguments("cut")
     train_many([{"overrides": arguments("whole")}, {"overrides": cut, "stop_after": 6}, {"overrides": cut}], 1, folder)
     stages = [{"overrides": arguments(f"two-{s}", zero__stage=s, data__micro_batch=5)} for s in range(4)]
+    cut_teacher = shutil.copytree(bert, folder / "teacher")
+    (cut_teacher / "model.safetensors").write_bytes(b"")
+    # A Refused is known to all ranks, and rank 0 alone says it.
+    stages.append({"overrides": arguments("no-teacher", distill=cut_teacher), "error": "Refused: distill.teacher: "})
     train_many(stages, 2, folder)
     return folder
 
