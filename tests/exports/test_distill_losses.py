@@ -163,8 +163,10 @@ def test_attention_probabilities() -> None:
     assert query.grad.isfinite().all()
 
 
-def test_relations_of_models_with_other_widths_and_heads() -> None:
+@pytest.mark.parametrize("heads_at_once", [3, 4])
+def test_relations_of_models_with_other_widths_and_heads(heads_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A student of 2 heads of 6 and a teacher of 4 heads of 2, regrouped to 4 relation heads of 3 and of 2."""
+    monkeypatch.setattr(losses, "NUMBERS_AT_ONCE", heads_at_once * B * T * T)
     relation_heads = 4
     student, others = made(B, 2, T, 6), [made(B, 2, T, 6) for _ in range(2)]
     teacher = tuple(made(B, 4, T, 2) for _ in range(3))
