@@ -1,5 +1,5 @@
-"""Calibration rows of an encoder of Hugging Face, what gradients are taken of, and what steps train it on: the model
-itself as teacher, and its task where it has a head."""
+"""Calibration rows of an encoder of Hugging Face or of a dense export, what gradients are taken of, and what steps
+train it on: the model itself as teacher, and its task where it has a head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scoring.architecture import Inputs
 from sharebert_common.errors import BadInput
 
 
-def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: int) -> list[Batch]:
+def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: int = 32) -> list[Batch]:
     """Calibration rows [rows, length] in batches: with words masked for a masked language model, else as they are.
 
     Raises BadInput: words are to be masked, and the tokenizer lacks a special token.

@@ -81,16 +81,17 @@ def write_dense_files(folder: Path, export: Export, card: str) -> None:
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def read_dense(folder: Path, config: ShareBertConfig) -> DenseBert:
-    """The dense model in `folder`, made from a model of `config`, in float32, in evaluation mode.
+def read_dense(folder: Path, config: ShareBertConfig, labels: int = 0) -> DenseBert:
+    """The dense model in `folder`, made from a model of `config`, in float32, in evaluation mode; with `labels` a
+    classifier.
 
     Raises BadInput, naming the folder: something missing, damaged, or of another shape.
     """
     tensors = read_weights(folder)
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dense_shapes(config):
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dense_shapes(config, labels):
         raise BadInput(f"{folder}: not the tensors of this model's dense form")
     with without_weights():
-        model = DenseBert(config)
+        model = DenseBert(config, labels)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 

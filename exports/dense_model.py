@@ -59,9 +59,14 @@ class Parts(nn.Module):
 
 
 class DenseBert(Parts):
-    """`megatron_bert` in plain PyTorch, under its parameter names: `state_dict` is a dense export."""
+    """`megatron_bert` in plain PyTorch, under its parameter names: `state_dict` is a dense export.
 
-    def __init__(self, config: ShareBertConfig) -> None:
+    Args:
+        config: sizes, and whether there is an MLM head.
+        labels: of a classifier, which reads the pooled output; 0: no classifier.
+    """
+
+    def __init__(self, config: ShareBertConfig, labels: int = 0) -> None:
         hidden, eps = config.hidden_size, config.layer_norm_eps
         embeddings = Parts(
             word_embeddings=nn.Embedding(config.vocab_size, hidden),
@@ -72,14 +77,18 @@ class DenseBert(Parts):
         encoder = Parts(layer=layers, ln=nn.LayerNorm(hidden, eps=eps))
         super().__init__(bert=Parts(embeddings=embeddings, encoder=encoder, pooler=_dense(hidden, hidden)))
         self.cls = None if config.mlm_head == "none" else Parts(predictions=DenseHead(config))
+        self.classifier = nn.Linear(hidden, labels) if labels else None
 
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> DenseOutput:
         """Encode [B, T] ids; `attention_mask` [B, T] is 0 at padding."""
         hidden = self.encode(tokens, attention_mask, token_type_ids)
-        pooled = torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
-        return DenseOutput(hidden, pooled, None if self.cls is None else self.cls.predictions(hidden))
+        return DenseOutput(hidden, self.pooled(hidden), None if self.cls is None else self.cls.predictions(hidden))
+
+    def pooled(self, hidden: Tensor) -> Tensor:
+        """The pooled output [B, H] of hidden states [B, T, H]: what a classifier reads."""
+        return torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
 
     def encode(
         self, tokens: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -170,14 +179,15 @@ def check_fits(config: ShareBertConfig) -> None:
         )
 
 
-def dense_shapes(config: ShareBertConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the dense form, in the order in which `dense_tensors` gives them.
+def dense_shapes(config: ShareBertConfig, labels: int = 0) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the dense form, in the order in which `dense_tensors` gives them; with `labels`
+    those of a classifier too.
 
     Raises BadInput where the MLM head has no dense form.
     """
     check_fits(config)
     with without_weights():
-        model = DenseBert(config)
+        model = DenseBert(config, labels)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

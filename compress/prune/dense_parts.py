@@ -1,12 +1,13 @@
 """What calibration rows say about a dense model: its stream, and which components, heads, columns and channels matter.
 
 Importance of heads and columns is that of `structure`, but of each layer alone: layers of a dense model have their own
-matrices. Channels between the two matrices of the head matter by what they add to logits.
+matrices. Channels between the two matrices of the head, or between pooler and classifier, matter by what they add to
+logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,37 @@ class Kept(NamedTuple):
     """Numbers of columns inside the feed-forward block, ascending."""
 
 
+class Head(NamedTuple):
+    """The two matrices after the stream."""
+
+    read: nn.Linear
+    between: Callable[[Tensor], Tensor]
+    """What `write` reads, [n, H], from hidden states [n, H]."""
+    write: nn.Linear
+
+
+def head_of(model: DenseBert) -> Head | None:
+    """The masked-language-model head of a model, or its pooler and classifier; None where it has neither."""
+    if model.cls is not None:
+        head = model.cls.predictions
+        return Head(head.transform.dense, head.transformed, head.decoder)
+    if model.classifier is not None:
+        return Head(model.bert.pooler.dense, lambda hidden: model.pooled(hidden[:, None]), model.classifier)
+    return None
+
+
+def read_by_head(model: DenseBert, batch: Batch) -> Tensor:
+    """[B, T], True where a head reads hidden states: at words to predict, or at the first position for a classifier."""
+    if model.classifier is None:
+        return batch.labels >= 0
+    first = torch.zeros_like(batch.tokens, dtype=torch.bool)
+    first[:, 0] = True
+    return first
+
+
 def gradients(model: DenseBert, rows: Sequence[Batch], seed: int, components: Tensor) -> Gradients:
-    """The gradients of the loss of each calibration row, or of what `calibrate.objective` takes without a head.
+    """The gradients of the loss of each calibration row, or of what `calibrate.objective` takes without a head; of a
+    classifier, of the product of its scores with random numbers, so that no row needs a label.
 
     `components`: those of the stream that have a factor each, orthonormal [H, components]. Every LayerNorm reads the
     stream with these factors.
@@ -66,10 +96,13 @@ def gradients(model: DenseBert, rows: Sequence[Batch], seed: int, components: Te
             for module, factor in ((layer.attention.output.dense, factors[0]), (layer.output.dense, factors[1])):
                 hooks.append(module.register_forward_pre_hook(_Times(factor[:, number])))
         hidden = model.encode(batch.tokens, batch.visible)
-        if model.cls is None:
-            total = random_product(hidden, batch, generator)
-        else:
+        if model.cls is not None:
             total = losses_of(model.cls.predictions(hidden[batch.labels >= 0]), batch)
+        elif model.classifier is not None:
+            scores = model.classifier(model.pooled(hidden))
+            total = (scores * torch.randn(scores.shape, generator=generator)).sum()
+        else:
+            total = random_product(hidden, batch, generator)
         found.append(list(torch.autograd.grad(total, factors)))
         for hook in hooks:
             hook.remove()
@@ -118,14 +151,15 @@ class Survey(NamedTuple):
     moments: Tensor
     """norm(x)ᵀ·norm(x) of the stream x at all LayerNorms together, [H, H] float64."""
     head_channels: Tensor | None
-    """What each channel between the two matrices of the head adds to logits: its standard deviation times the norm of
-    its column of the decoder, [H] float64. None without a head."""
+    """What each channel between the two matrices of the head, or between pooler and classifier, adds to logits: its
+    standard deviation times the norm of its column of the second, [H] float64. None without either."""
 
 
 @torch.no_grad()
 def survey(model: DenseBert, rows: Sequence[Batch]) -> Survey:
     """Run all rows through the model once."""
     width = model.bert.encoder.ln.normalized_shape[0]
+    head = head_of(model)
     moments, seen = torch.zeros(width, width, dtype=torch.float64), torch.zeros(0)
 
     def add(norm: nn.LayerNorm, given: tuple[Tensor]) -> None:
@@ -137,17 +171,17 @@ def survey(model: DenseBert, rows: Sequence[Batch]) -> Survey:
     for batch in rows:
         seen = batch.visible.bool()
         hidden = model.encode(batch.tokens, batch.visible)
-        if model.cls is not None:
-            transformed = model.cls.predictions.transformed(hidden[batch.labels >= 0]).double()
-            count += len(transformed)
-            first += transformed.sum(0)
-            second += transformed.square().sum(0)
+        if head is not None:
+            between = head.between(hidden[read_by_head(model, batch)])
+            count += len(between)
+            first += between.double().sum(0)
+            second += between.double().square().sum(0)
     for hook in hooks:
         hook.remove()
-    if model.cls is None:
+    if head is None:
         return Survey(moments, None)
     variance = (second / max(1, count) - (first / max(1, count)).square()).clamp(min=0)
-    return Survey(moments, variance.sqrt() * model.cls.predictions.decoder.weight.norm(dim=0))
+    return Survey(moments, variance.sqrt() * head.write.weight.norm(dim=0))
 
 
 @torch.no_grad()
@@ -160,7 +194,8 @@ def channel_magnitudes(model: DenseBert) -> Tensor:
         sides += [(part.weight * gains, 0) for part in (products.query, products.key, products.value)]
         sides += [(layer.intermediate.dense.weight * layer.ln.weight, 0)]
         sides += [(layer.attention.output.dense.weight, 1), (layer.output.dense.weight, 1)]
-    if model.cls is not None:
-        sides.append((model.cls.predictions.transform.dense.weight * model.bert.encoder.ln.weight, 0))
+    head = head_of(model)
+    if head is not None:
+        sides.append((head.read.weight * model.bert.encoder.ln.weight, 0))
     squares = [weight.double().square().sum(side) for weight, side in sides]
     return torch.stack([square / square.mean().clamp(min=1e-300) for square in squares]).sum(0)

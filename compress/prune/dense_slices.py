@@ -30,8 +30,8 @@ def sliced(
         config: its sizes.
         directions: from its stream to the new one.
         kept: what stays of each layer.
-        head_rows: numbers of the channels that stay inside the masked-language-model head, as many as the new stream
-            has; None without a head.
+        head_rows: numbers of the channels that stay inside the masked-language-model head, or between pooler and
+            classifier, as many as the new stream has; None without either.
     """
     made: dict[str, Tensor] = {}
     dtype = model.bert.encoder.ln.weight.dtype
@@ -68,8 +68,13 @@ def sliced(
         put_reader(prefix + "intermediate.dense", layer.intermediate.dense, layer.ln, stays.columns)
         put_writer(prefix + "output.dense", layer.output.dense, stays.columns)
     put_norm("bert.encoder.ln")
-    pooler = model.bert.pooler.dense
-    put_reader("bert.pooler.dense", pooler, encoder.ln, strongest(pooler.weight.norm(dim=1), size))
+    pooler, labels = model.bert.pooler.dense, 0
+    pooled = strongest(pooler.weight.norm(dim=1), size)
+    if model.classifier is not None:
+        assert head_rows is not None
+        pooled, labels = head_rows, model.classifier.out_features
+        put("classifier", model.classifier.weight[:, pooled], model.classifier.bias)
+    put_reader("bert.pooler.dense", pooler, encoder.ln, pooled)
     if model.cls is not None:
         assert head_rows is not None
         head = model.cls.predictions
@@ -79,7 +84,7 @@ def sliced(
         put("cls.predictions.decoder", head.decoder.weight[:, head_rows], head.decoder.bias.clone())
         made["cls.predictions.bias"] = head.decoder.bias.clone()  # it stands in a dense export twice
     with without_weights():
-        small = DenseBert(smaller(config, size, len(kept[0].heads), len(kept[0].columns)))
+        small = DenseBert(smaller(config, size, len(kept[0].heads), len(kept[0].columns)), labels)
     small.load_state_dict(made, assign=True)
     return small.eval().requires_grad_(False)
 

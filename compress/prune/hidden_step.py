@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic.dataclasses import dataclass
 
-from compress.calibrate import calibration_batches
+from compress.encoder_loss import rows_of
 from compress.prune.amount import Amount, amount
 from compress.prune.dense_parts import channel_magnitudes, gradients, survey
 from compress.prune.dense_slices import sliced
 from compress.prune.directions import along, components, largest, strongest
 from compress.prune.reconstruct import reconstruct
-from compress.source import WEIGHTS, config_of, copy_model, is_masked_lm
+from compress.source import WEIGHTS, config_of, copy_model, is_classifier, is_masked_lm
 from compress.step import FormName, NeedsNoRows, Source, Tools
 from exports.dense import read_dense
 from exports.dense_model import DenseBert
@@ -32,7 +32,7 @@ CARD_SECTION = """
 ## Pruned
 
 The hidden size is {hidden}, with {heads} attention heads and {columns} columns in the feed-forward blocks. Sizes and
-differences above are those of the model before. The masked-language-model head and the pooler take the hidden states
+differences above are those of the model before. Heads and the pooler take the hidden states
 as they are; these are those of the model before in other directions, without the factors of its last LayerNorm.
 """
 
@@ -134,8 +134,9 @@ class PruneHidden(NeedsNoRows):
         """See `Step.apply`."""
         config = sizes_of(source.folder)
         sizes = self.sizes(config)
-        model = read_dense(source.folder, config).requires_grad_(False)
-        rows = calibration_batches(source, tools)
+        head = "SequenceClassification" if is_classifier(source.folder) else "MaskedLM"
+        model = read_dense(source.folder, config, labels_of(source.folder)).requires_grad_(False)
+        rows = rows_of(tools.calibration(), source.folder, head, tools.seed)
         small, notes = self.pruned(model, config, sizes, rows, tools)
         copy_model(source.folder, out, *WEIGHTS)
         before = read_weights(source.folder)
@@ -169,6 +170,11 @@ class PruneHidden(NeedsNoRows):
         return small, {"part of the stream": round(held.item(), 4)}
 
 
+def labels_of(folder: Path) -> int:
+    """The number of labels of the classifier in `folder`; 0 where it is none."""
+    return len(config_of(folder).get("id2label") or ("", "")) if is_classifier(folder) else 0  # 2 is left out
+
+
 def sizes_of(folder: Path) -> ShareBertConfig:
     """The sizes of the dense model in `folder`, as the config of a model that has matrices for every layer.
 
@@ -180,9 +186,9 @@ def sizes_of(folder: Path) -> ShareBertConfig:
     if found.get("hidden_act", "gelu") != "gelu":
         raise BadInput(f"prune_hidden: takes models with hidden_act: gelu, {folder} has {found['hidden_act']}")
     named = found.get("architectures") or []
-    if named not in (["MegatronBertModel"], ["MegatronBertForMaskedLM"]):
+    if named not in ([f"MegatronBert{name}"] for name in ("Model", "ForMaskedLM", "ForSequenceClassification")):
         raise BadInput(
-            f"prune_hidden: takes a MegatronBertModel or a MegatronBertForMaskedLM, {folder} is "
+            f"prune_hidden: takes a MegatronBertModel, one ForMaskedLM or one ForSequenceClassification, {folder} is "
             f"{', '.join(named) or 'neither'}"
         )
     head = "untied" if is_masked_lm(folder) else "none"

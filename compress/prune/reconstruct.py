@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibrate import Batch
-from compress.prune.dense_parts import Kept
+from compress.prune.dense_parts import Kept, head_of, read_by_head
 from compress.prune.dense_slices import head_channels
 from compress.prune.directions import Directions
 from exports.dense_model import DenseBert, DenseLayer
@@ -37,7 +37,7 @@ class Streams:
     seen: Tensor
     """[B, T], False at padding."""
     chosen: Tensor
-    """[B, T], True at words to predict."""
+    """[B, T], as `dense_parts.read_by_head` says."""
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def reconstruct(
             small.embed(batch.tokens),
             visible(batch.visible, None),
             batch.visible.bool(),
-            batch.labels >= 0,
+            read_by_head(model, batch),
         )
         for batch in rows
     ]
@@ -70,8 +70,7 @@ def reconstruct(
         _attention(layer, own, stays, down, streams)
         _feed_forward(layer, own, stays, down, streams)
         say(f"prune_hidden: layer {number} of {len(layers)}")
-    if model.cls is not None:
-        assert head_rows is not None
+    if head_rows is not None:
         _head(model, small, head_rows, streams)
 
 
@@ -110,21 +109,21 @@ def _feed_forward(layer: DenseLayer, own: DenseLayer, stays: Kept, down: Tensor,
 
 
 def _head(model: DenseBert, small: DenseBert, rows: Tensor, streams: list[Streams]) -> None:
-    """At words to predict, the only ones at which the head is used."""
-    assert model.cls is not None
-    assert small.cls is not None
-    head, own = model.cls.predictions, small.cls.predictions
+    """The head, or pooler and classifier, at the only positions that they read."""
+    whole, own = head_of(model), head_of(small)
+    assert whole is not None
+    assert own is not None
     hidden = [(small.bert.encoder.ln(s.small[s.chosen]), model.bert.encoder.ln(s.whole[s.chosen])) for s in streams]
-    fit(own.transform.dense, ((m, head.transform.dense(n)[:, rows]) for m, n in hidden))
-    width, dtype = head.decoder.in_features, head.decoder.weight.dtype
+    fit(own.read, ((m, whole.read(n)[:, rows]) for m, n in hidden))
+    width, dtype = whole.write.in_features, whole.write.weight.dtype
     widened = nn.Linear(len(rows), width, dtype=dtype)
     widened.weight.copy_(torch.eye(width, dtype=dtype)[:, rows])
     widened.bias.zero_()
-    fit(widened, ((own.transformed(m), head.transformed(n)) for m, n in hidden))
-    decoder = head.decoder.weight
-    own.decoder.weight.copy_(decoder @ widened.weight)
-    own.decoder.bias.copy_(head.decoder.bias + decoder @ widened.bias)
-    own.bias.copy_(own.decoder.bias)
+    fit(widened, ((own.between(m), whole.between(n)) for m, n in hidden))
+    own.write.weight.copy_(whole.write.weight @ widened.weight)
+    own.write.bias.copy_(whole.write.bias + whole.write.weight @ widened.bias)
+    if small.cls is not None:
+        small.cls.predictions.bias.copy_(own.write.bias)
 
 
 def fit(linear: nn.Linear, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

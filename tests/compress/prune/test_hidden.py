@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from compress.calibrate import Batch, batches, losses_of
 from compress.prune.dense_parts import Kept, channel_magnitudes, gradients, survey
 from compress.prune.dense_slices import head_channels, sliced
 from compress.prune.directions import along, components, largest
-from compress.prune.hidden_step import PruneHidden, sizes_of
+from compress.prune.hidden_step import PruneHidden, labels_of, sizes_of
 from compress.prune.reconstruct import DAMPING, fit
 from compress.prune.structure import fisher, least_important
 from compress.source import open_source
@@ -44,9 +45,20 @@ def dense_folder(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def classifier_folder(folder: Path, labels: int = 2) -> Path:
+    """The encoder of `dense_folder` with a classifier, as transformers saves it."""
+    from transformers import MegatronBertForSequenceClassification
+
+    dense = dense_folder(folder.parent / f"{folder.name}-dense")
+    torch.manual_seed(0)
+    MegatronBertForSequenceClassification.from_pretrained(dense, num_labels=labels).save_pretrained(folder)
+    shutil.copy(dense / "tokenizer.json", folder)
+    return folder
+
+
 def lively(folder: Path) -> DenseBert:
     """The model in `folder` with norms that change what they read, and other matrices in each layer, in float64."""
-    model = read_dense(folder, sizes_of(folder)).double().requires_grad_(False)
+    model = read_dense(folder, sizes_of(folder), labels_of(folder)).double().requires_grad_(False)
     generator = torch.Generator().manual_seed(3)
     for name, tensor in model.named_parameters():
         if name.endswith("bias"):
@@ -93,6 +105,59 @@ def test_at_full_rank_outputs_are_those_of_the_model(
     if method == "sp3":
         assert (found.hidden - expected.hidden).abs().max() > 0.1  # it is a rotation, not the model itself
         torch.testing.assert_close(found.hidden.mean(-1), torch.zeros(3, 9, dtype=torch.float64), **TIGHT)
+
+
+@pytest.mark.parametrize("method", ["sp3", "magnitude"])
+def test_at_full_rank_scores_are_those_of_the_classifier(tmp_path: Path, method: str) -> None:
+    folder = classifier_folder(tmp_path / "classifier", labels=3)
+    model = lively(folder)
+    small = pruned(folder, model, hidden=24, method=method)
+    tokens, mask = masked()
+    with torch.no_grad():
+        torch.testing.assert_close(scores_of(small, tokens, mask), scores_of(model, tokens, mask), **TIGHT)
+
+
+def scores_of(model: DenseBert, tokens: Tensor, mask: Tensor) -> Tensor:
+    assert model.classifier is not None
+    return model.classifier(model.pooled(model.encode(tokens, mask)))  # type: ignore[no-any-return]
+
+
+def test_the_importance_in_a_classifier_is_that_for_its_scores(tmp_path: Path) -> None:
+    """Of the last layer, nothing but the first position is read, by 16 pooled channels that the classifier reads."""
+    folder = classifier_folder(tmp_path / "classifier")
+    model, rows = lively(folder), rows_of(folder)
+    assert model.classifier is not None
+    model.classifier.weight[:, 16:] = 0
+    channels = survey(model, rows).head_channels
+    assert channels is not None
+    pooled = torch.cat([model.pooled(model.encode(batch.tokens, batch.visible)) for batch in rows])
+    expected = pooled.std(0, correction=0) * model.classifier.weight.norm(dim=0)
+    torch.testing.assert_close(channels, expected, rtol=1e-6, atol=1e-12)
+    assert channels[16:].eq(0).all()
+    before = gradients(model, rows, 0, torch.zeros(24, 0)).heads
+    model.classifier.weight.mul_(2)
+    torch.testing.assert_close(gradients(model, rows, 0, torch.zeros(24, 0)).heads, 2 * before)
+    model.classifier.weight.zero_()
+    assert gradients(model, rows, 0, torch.zeros(24, 0)).heads.eq(0).all()
+
+
+def test_least_squares_bring_scores_nearer_and_stock_transformers_loads_them(tmp_path: Path) -> None:
+    from transformers import MegatronBertForSequenceClassification
+
+    folder = classifier_folder(tmp_path / "classifier")
+    model, (tokens, mask) = lively(folder), masked()
+    expected = scores_of(model, tokens, mask)
+    near, far = (
+        (scores_of(pruned(folder, model, 400, hidden=16, least_squares=fitted), tokens, mask) - expected).norm()
+        for fitted in (True, False)
+    )
+    assert near < far
+    PruneHidden(hidden=16, columns=0.5).apply(open_source(folder), tools(), tmp_path / "out")
+    stock = MegatronBertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    own = read_dense(tmp_path / "out", sizes_of(tmp_path / "out"), labels_of(tmp_path / "out"))
+    with torch.no_grad():
+        logits = stock(input_ids=tokens, attention_mask=mask).logits
+        torch.testing.assert_close(logits, scores_of(own, tokens, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_the_sliced_model_is_the_masked_dense_model(tmp_path: Path) -> None:
@@ -362,7 +427,7 @@ def test_other_forms_are_refused(tmp_path: Path) -> None:
     for key, value, message in (
         ("quantization_config", {"bits": 4}, "is quantised; prune it before"),
         ("hidden_act", "relu", "hidden_act: gelu, .* has relu"),
-        ("architectures", ["MegatronBertForSequenceClassification"], "is MegatronBertForSequenceClassification"),
+        ("architectures", ["MegatronBertForTokenClassification"], "is MegatronBertForTokenClassification"),
     ):
         (dense / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(BadInput, match=message):
