@@ -40,10 +40,14 @@ def outputs(model: nn.Module, batch: Batch) -> Any:
 
 
 def encoder_objective(model: Any, batch: Batch, head: str, generator: torch.Generator) -> Tensor:
-    """The sum over rows of what gradients are taken of: of a masked language model its loss at the masked words, of any
-    other the product of the hidden states with random numbers; see `calibrate.objective`."""
+    """The sum over rows of what gradients are taken of: of a masked language model its loss at the masked words, of a
+    classifier the product of its scores with random numbers, so that no row needs a label, and of an encoder alone that
+    of its hidden states; see `calibrate.objective`."""
     if head == "MaskedLM":
         return losses_of(outputs(model, batch).logits[batch.labels >= 0], batch)
+    if head == "SequenceClassification":
+        scores = outputs(model, batch).logits
+        return (scores * torch.randn(scores.shape, generator=generator)).sum()
     return random_product(outputs(model.base_model, batch).last_hidden_state, batch, generator)
 
 

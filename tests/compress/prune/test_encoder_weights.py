@@ -124,15 +124,22 @@ def test_wanda_scores_are_magnitudes_times_norms_of_inputs(tmp_path: Path) -> No
     assert (stock(out, "MaskedLM").get_parameter(name).detach() != 0).equal(kept)
 
 
-def test_surgeon_is_that_of_explicit_gradients_of_the_loss(tmp_path: Path) -> None:
-    source = hub_folder(tmp_path / "source", "MaskedLM")
-    model, name = stock(source, "MaskedLM"), "bert.encoder.layer.0.intermediate.dense.weight"
+@pytest.mark.parametrize("head", ["MaskedLM", "SequenceClassification"])
+def test_surgeon_is_that_of_explicit_gradients(tmp_path: Path, head: str) -> None:
+    """Of the loss at masked words; of a classifier's scores times random numbers."""
+    source = hub_folder(tmp_path / "source", head)
+    model, name = stock(source, head), "bert.encoder.layer.0.intermediate.dense.weight"
     rows = PrunableEncoder(source).batches(tools(tmp_path), 4)
     weight, found = model.get_parameter(name), []
+    generator = torch.Generator().manual_seed(tools(tmp_path).seed)
     for batch in rows:
         logits = model(input_ids=batch.tokens, attention_mask=batch.visible).logits
-        by_row = [nn.functional.cross_entropy(row, labels) for row, labels in zip(logits, batch.labels, strict=True)]
-        found.append(torch.autograd.grad(torch.stack(by_row).mean(), weight)[0])
+        if head == "MaskedLM":
+            pairs = zip(logits, batch.labels, strict=True)
+            by_row = torch.stack([nn.functional.cross_entropy(row, labels) for row, labels in pairs])
+        else:
+            by_row = (logits * torch.randn(logits.shape, generator=generator)).sum(1)
+        found.append(torch.autograd.grad(by_row.mean(), weight)[0])
     gradients = torch.stack([blocked(gradient, 8) for gradient in found])
     inverse = InverseFisher(gradients.shape[1], 8, len(rows), 0.1 * float((gradients**2).mean()))
     inverse.add(gradients)
@@ -142,7 +149,7 @@ def test_surgeon_is_that_of_explicit_gradients_of_the_loss(tmp_path: Path) -> No
     expected = unblocked(without(blocked(weight, 8), blocked(gone, 8), inverse), weight.shape)
     keys: dict[str, Any] = {"gradients": len(rows), "block": 8, "recomputations": 1}
     out, _ = pruned(tmp_path, source, method="surgeon", scope="matrix", **keys)
-    torch.testing.assert_close(stock(out, "MaskedLM").get_parameter(name).detach(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(stock(out, head).get_parameter(name).detach(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_two_of_four(tmp_path: Path) -> None:
