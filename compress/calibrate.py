@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compress.source import config_of, is_classifier
 from compress.step import MASK_RATE, Source, Tools
 from exports.tokenizer import load_tokenizer
 from sharebert.config import ShareBertConfig
@@ -32,6 +33,8 @@ class Batch(NamedTuple):
     """[B, T], 0 at padding."""
     labels: Tensor
     """[B, T], the word at chosen positions, -100 elsewhere."""
+    read: Tensor | None = None
+    """[B, T], 0 where no head reads hidden states; None: they are read wherever a row is visible."""
 
 
 def batches(tokens: Tensor, tokenizer: Path, seed: int, rows_at_once: int = 32) -> list[Batch]:
@@ -64,8 +67,13 @@ def batches(tokens: Tensor, tokenizer: Path, seed: int, rows_at_once: int = 32) 
 
 
 def calibration_batches(source: Source, tools: Tools, rows_at_once: int = 32) -> list[Batch]:
-    """The calibration rows of a step in batches, masked with the tokenizer of `source`; see `batches`."""
-    return batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, rows_at_once)
+    """The calibration rows of a step in batches, masked with the tokenizer of `source`; see `batches`. A classifier
+    with a pooler reads the first position alone."""
+    found = batches(tools.calibration(), source.folder / "tokenizer.json", tools.seed, rows_at_once)
+    pooling = config_of(source.folder).get("classifier_pooling") or "pooler"
+    if not (is_classifier(source.folder) and pooling == "pooler"):
+        return found
+    return [batch._replace(read=(torch.arange(batch.tokens.shape[1]) == 0).expand_as(batch.tokens)) for batch in found]
 
 
 def check_length(tokens: Tensor, config: ShareBertConfig) -> None:
@@ -160,7 +168,8 @@ def objective(model: ShareBertForMaskedLM, batch: Batch, hidden: Tensor, generat
 def random_product(hidden: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
     """The sum over rows of the products of hidden states [B, T, H] with random numbers; see `objective`."""
     directions = torch.randn(hidden.shape, generator=generator)
-    return (hidden * directions * batch.visible[:, :, None]).sum() / hidden.shape[1]
+    read = batch.visible if batch.read is None else batch.read
+    return (hidden * directions * read[:, :, None]).sum() / hidden.shape[1]
 
 
 def losses_of(logits: Tensor, batch: Batch) -> Tensor:

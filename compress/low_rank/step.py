@@ -44,7 +44,7 @@ class LowRankStep(FromCompact):
     NAME = "low_rank"
 
     rank: Annotated[int, Field(ge=1)]
-    """Rank of each product, below the hidden size."""
+    """Rank of each product, below the hidden size; a matrix that is narrower after pruning gets its whole width."""
     ranks: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
     """Other ranks for some matrices, by a pattern of their names (query, key, value, attention_output, intermediate,
     output, pooler), as {value: 96} or {"*output": 96}; the first pattern that fits counts."""
@@ -101,8 +101,10 @@ def low_rank_config(step: str, config: ShareBertConfig, rank: int, ranks: Mappin
 
 
 def rank_notes(config: ShareBertConfig) -> dict[str, Any]:
-    """What the report says about the ranks of a result."""
-    return {"rank": config.rank} | ({"ranks": dict(config.ranks)} if config.ranks else {})
+    """What the report says about the ranks of a result: the common one, and those that differ from it."""
+    ranks = {name: config.rank_of(name) for name in MATRICES}
+    others = {name: rank for name, rank in ranks.items() if rank != config.rank}
+    return {"rank": config.rank} | ({"ranks": others} if others else {})
 
 
 def products(model: ShareBertForMaskedLM, config: ShareBertConfig, moments: dict[str, Tensor]) -> dict[str, LowRank]:

@@ -14,7 +14,7 @@ import torch
 from compress_models import export_with_dead_parts, tiny_export, tokens_of
 from tiny_models import tiny_model, tiny_tokenizer
 
-from compress.calibrate import Batch, batches, hidden_states, objective
+from compress.calibrate import Batch, batches, calibration_batches, hidden_states, objective
 from compress.prune.structure import fisher, least_important, rescaled
 from compress.prune.structure_step import PruneStructure, without_layers
 from compress.source import open_source
@@ -110,7 +110,7 @@ def test_importance_is_the_squared_gradient_of_each_row(tmp_path: Path) -> None:
     by_hand = torch.zeros(heads, heads, dtype=torch.float64)
     double = model.double()
     for row in range(3):
-        one = type(batch)(*(part[row : row + 1] for part in batch))
+        one = type(batch)(*(part[row : row + 1] for part in batch[:3]))
         gradient = torch.zeros(heads, dtype=torch.float64)
         for head in range(heads):
             values = []
@@ -292,17 +292,36 @@ def test_onnx_holds_every_shape(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pooling", ["pooler", "mean"])
-def test_onnx_holds_a_pruned_classifier(tmp_path: Path, pooling: str) -> None:
-    from sharebert.hub import ShareBertForSequenceClassification
-
+def classifier_export(folder: Path, pooling: str) -> Path:
     model, generator = tiny_model(mlm_head="none"), torch.Generator().manual_seed(0)
     head = {"classifier.weight": torch.randn(3, 24, generator=generator), "classifier.bias": torch.ones(3)}
     kind = Classifier(("a", "b", "c"), pooling=pooling)
     weights = TensorWeights(model.state_dict() | head)
-    write_export(Export(model.config, kind, weights, tokenizer=tiny_tokenizer(tmp_path)), tmp_path / "source")
-    out = after_steps(tmp_path, tmp_path / "source", [CUT])
-    tokens, mask = masked(model.config)
+    write_export(Export(model.config, kind, weights, tokenizer=tiny_tokenizer(folder.parent)), folder)
+    return folder
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_importance_in_a_classifier_is_that_for_what_it_reads(tmp_path: Path, pooling: str) -> None:
+    """With a pooler it reads the first position alone."""
+    folder = classifier_export(tmp_path / "source", pooling)
+    tokens = tokens_of(read_export(folder).config, 4)
+    tools: Any = SimpleNamespace(calibration=lambda: tokens, seed=0)
+    (batch,) = calibration_batches(open_source(folder), tools)
+    model = load_model(folder)
+    hidden = hidden_states(model, batch).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(model, batch, hidden, torch.Generator().manual_seed(0)), hidden)
+    read = gradient.abs().sum(-1) > 0
+    assert read[:, 0].all()
+    assert read[:, 1:].any() == (pooling == "mean")
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_onnx_holds_a_pruned_classifier(tmp_path: Path, pooling: str) -> None:
+    from sharebert.hub import ShareBertForSequenceClassification
+
+    out = after_steps(tmp_path, classifier_export(tmp_path / "source", pooling), [CUT])
+    tokens, mask = masked(read_export(out).config)
     expected = ShareBertForSequenceClassification.from_pretrained(out).eval()(tokens, attention_mask=mask).logits
     torch.testing.assert_close(by_onnx(out, tokens, mask)["logits"], expected, rtol=1e-4, atol=1e-4)
 
