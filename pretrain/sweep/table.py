@@ -99,7 +99,8 @@ def rows_of(runs: dict[str, list[Path]], reference: str | None) -> list[Row]:
         finals = [curve.losses[-1] for curve in found]
         reached = [None if goal_loss is None else tokens_to_reach(curve, goal_loss) for curve in found]
         tokens = None if None in reached else mean(value for value in reached if value is not None)
-        parameters, flops = _size(next(path for path in runs[name] if (path / "config.yaml").exists()))
+        configs = (path / "config.yaml" for path in runs[name])
+        parameters, flops = size_of(load(TrainRecipe, next(file for file in configs if file.exists())))
         rows.append(
             Row(
                 name,
@@ -141,9 +142,8 @@ def _curve_or_none(run: Path) -> Curve | None:
         return None  # it has not begun, or has not validated yet
 
 
-def _size(run: Path) -> tuple[int, float]:
-    """Parameters without the head, and FLOPs of a step, of a run's recipe."""
-    recipe = load(TrainRecipe, run / "config.yaml")
+def size_of(recipe: TrainRecipe) -> tuple[int, float]:
+    """Parameters without the head, and FLOPs of a step in the mean over a run."""
     training = recipe.resolve(needs_data=False)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in ShareBertForMaskedLM(training.model.config).sharebert.parameters())

@@ -17,7 +17,7 @@ from tiny_runs import log_of, train_arguments
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.hparams import FINAL_LOSS, write_hparams
 from pretrain.sweep.recipe import SweepRecipe, trials
-from pretrain.sweep.table import rows_of, to_text
+from pretrain.sweep.table import rows_of, size_of, to_text
 from sharebert import ShareBertForMaskedLM
 from sharebert_common.errors import STOPPED, BadInput
 from sharebert_common.recipe import load, to_yaml
@@ -98,6 +98,40 @@ def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     board.Reload()
     assert [point.value for point in board.Scalars(FINAL_LOSS)] == [1.5]
     assert "_hparams_/session_start_info" in board.PluginTagToContent("hparams")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layers", "inner", "factor", "heads", "parameters", "of_bert", "gflops"),
+    [
+        (64, 2, 128, 16, 2, 71_648, 140_192, (0.502, 0.517, 0.499)),
+        (128, 2, 256, 32, 4, 147_392, 421_696, (1.830, 1.861, 1.804)),
+        (128, 4, 512, 32, 4, 151_232, 949_824, (5.133, 5.195, 5.095)),
+    ],
+)
+def test_the_rows_of_the_ladder_are_of_one_size(
+    hidden: int,
+    layers: int,
+    inner: int,
+    factor: int,
+    heads: int,
+    parameters: int,
+    of_bert: int,
+    gflops: tuple[float, ...],
+) -> None:
+    """At each size of docs/recipe.md: parameters within 3 % of the authors', and FLOPs of a step within 5 % of theirs
+    and of the unshared BERT's, so that the losses compare."""
+    model = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "factor_size": factor}
+    model |= {"num_attention_heads": heads, "vocab_size": 4096, "max_position_embeddings": 32}
+    common = {"data.dataset": "no data", "steps": 10_000} | {f"model.{key}": value for key, value in model.items()}
+    one = ["seeds=[0]", "grid={optimizer.lr: [0.003]}", "reference=null"]
+    made = trials(load(SweepRecipe, "ladder", [f"common={json.dumps(common)}", *one]))
+    recipes = {trial.row.partition(",")[0]: trial.recipe for trial in made}
+    fast, authors, bert = (size_of(recipes[arm]) for arm in ("fast", "authors", "bert-short-rows"))
+    assert fast[0] == pytest.approx(authors[0], rel=0.03)
+    assert fast[1] == pytest.approx(authors[1], rel=0.05)
+    assert fast[1] == pytest.approx(bert[1], rel=0.05)
+    assert (fast[0], authors[0], bert[0]) == (parameters, parameters, of_bert)
+    assert tuple(round(flops / 1e9, 3) for _, flops in (fast, authors, bert)) == gflops
 
 
 @pytest.mark.slow
