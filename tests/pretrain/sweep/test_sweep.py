@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,15 +11,18 @@ import sys
 import time
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
 import pytest
-from tiny_runs import log_of, train_arguments
+import torch
+from tiny_runs import log_of, train_arguments, whole
+from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.hparams import FINAL_LOSS, write_hparams
 from pretrain.sweep.recipe import SweepRecipe, trials
 from pretrain.sweep.table import rows_of, size_of, to_text
-from sharebert import ShareBertForMaskedLM
+from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert_common.errors import STOPPED, BadInput
 from sharebert_common.recipe import load, to_yaml
 from sharebert_common.run_files import read_state
@@ -134,6 +138,33 @@ def test_the_rows_of_the_ladder_are_of_one_size(
     assert tuple(round(flops / 1e9, 3) for _, flops in (fast, authors, bert)) == gflops
 
 
+def counted_flops(config: ShareBertConfig, rows: int, masked: int) -> int:
+    """FLOPs of the matrix products of a forward and a backward pass over whole rows, as torch counts them."""
+    aten = torch.ops.aten
+
+    def product(_: Any, a: list[int], b: list[int], **given: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    def attention(q: list[int], k: list[int], *others: Any, **given: Any) -> int:
+        return 2 * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    def attention_backward(_: Any, *shapes: Any, **given: Any) -> int:
+        return 2 * attention(*shapes)
+
+    lacking = {
+        aten.addmm_: product,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    tokens = torch.randint(config.vocab_size, (rows, config.max_position_embeddings))
+    model = ShareBertForMaskedLM(config)
+    chosen = torch.arange(masked)
+    with FlopCounterMode(display=False, custom_mapping=lacking) as counter:
+        output = model(tokens, positions=chosen, labels=tokens.view(-1)[:masked], loss_weights=torch.ones(masked))
+        output.loss_sum.backward()
+    return int(counter.get_total_flops())
+
+
 @pytest.mark.slow
 def test_a_stopped_sweep_resumes_and_its_table_is_that_of_the_runs(base: Path, tmp_path: Path) -> None:
     file = sweep_recipe(base, tmp_path)
@@ -156,6 +187,13 @@ def test_a_stopped_sweep_resumes_and_its_table_is_that_of_the_runs(base: Path, t
         losses = {line["step"]: line["valid_loss"] for line in log if "valid_loss" in line}
         row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
         assert row.startswith(f"| {arm} | 1 | {losses[300]:.4f} |")
+        parameters, gflops = (cell.strip() for cell in row.split("|")[6:8])
+        trained = whole(tmp_path / "out" / "runs" / f"{arm},seed=0", 300)
+        shapes = {name: shape for name, shape in trained.manifest["shapes"].items() if name.startswith("sharebert.")}
+        assert parameters == f"{sum(math.prod(shape) for shape in shapes.values()):,}"
+        # Torch counts two small things more: the factor's product in the embedding, and columns that no layer uses.
+        counted = counted_flops(ShareBertConfig.from_dict(trained.training["model"]), rows=10, masked=48)
+        assert float(gflops) * 1e9 == pytest.approx(counted, rel=0.03)
         assert row.endswith(f" {median(line['step_s'] for line in log if 'step_s' in line):.4f} |")
         if arm == "plain":  # the reference
             first = next(step for step, loss in losses.items() if loss <= losses[300])
