@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import log_of, losses, train_arguments, train_many, whole
+from torch import Tensor
 
 from exports.read import load_model
-from pretrain.checkpoint.format import read_whole
+from pretrain.checkpoint.format import Checkpoint, read_whole
 from pretrain.data.datasets import DataRecipe, WeightedDataset, open_datasets
 from pretrain.engine.muon import orthogonalise
 from pretrain.export.consolidate import consolidate
@@ -39,13 +40,23 @@ KEYS: dict[str, Any] = {
     "checkpoint__keep": 9,
 }
 AVERAGED = KEYS | {"optimizer__ema__decay": DECAY, "optimizer__ema__start": 2}
+HALF = 3
+PLAIN: dict[str, Any] = {
+    "data__global_batch": 8,
+    "data__micro_batch": 2,
+    "schedule__decay": "constant",
+    "checkpoint__every": 1,
+    "checkpoint__keep": 9,
+}
+BEGUN: dict[str, Any] = {"optimizer__muon__generated": True, "optimizer__ema__decay": DECAY}
 MATRICES = ("sharebert.sharing.layers.0.query", "sharebert.sharing.layers.1.intermediate")
 LINEAR = "sharebert.factor_linear.weight"
 
 
 @pytest.fixture(scope="module")
 def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On two ranks: a run at each stage, and two with averages, of which one validates them."""
+    """On two ranks: a run at each stage, three with averages that are validated, and `begun`: half of a plain run that
+    is resumed with Muon on generated matrices and an average. `said` has what was said."""
     folder = tmp_path_factory.mktemp("optimizer")
     plan = [
         {"overrides": train_arguments(dataset, folder / f"zero-{stage}", **KEYS, zero__stage=stage)}
@@ -61,7 +72,11 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "model__sharing": "veps",
             }
         plan.append({"overrides": train_arguments(dataset, folder / f"averaged-{stage}", **given)})
-    train_many(plan, 2, folder)
+    plan.append({"overrides": train_arguments(dataset, folder / "plain", **PLAIN, steps=HALF)})
+    begun = train_arguments(dataset, folder / "begun", **PLAIN, **BEGUN, steps=STEPS)
+    plan.append({"overrides": begun, "copy": [str(folder / "plain"), HALF], "save_again": True})
+    plan.append({"overrides": begun})
+    (folder / "said").write_text(train_many(plan, 2, folder))
     return folder
 
 
@@ -116,6 +131,38 @@ def test_the_average_is_that_of_the_weights_after_each_step(runs: Path, stage: i
             decay = min(DECAY, number / (number + 1))
             wanted = decay * wanted + (1 - decay) * read_whole(whole(run, step), name)
         torch.testing.assert_close(read_whole(last, name, "ema"), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_momenta_and_an_average_may_begin_at_a_resume(runs: Path) -> None:
+    """Both are 0 when the run is loaded; then it trains, and both take in the steps since."""
+    run, said = runs / "begun", (runs / "said").read_text()
+    assert f"checkpoint of step {HALF} has no momenta of Muon: they start at 0 (of generated." in said
+    assert f"checkpoint of step {HALF} has no average of the weights: it begins anew" in said
+    loaded = whole(run, HALF, "again")
+    assert loaded.training["ema_steps"] == 0
+    for name in loaded.manifest["shapes"]:
+        assert torch.equal(read_whole(loaded, name), read_whole(whole(runs / "plain", HALF), name))
+        assert not read_whole(loaded, name, "ema").any()
+    assert all(not momentum.any() for momentum in momenta(loaded).values())
+
+    assert len(losses(run)) == STEPS
+    assert losses(run)[:HALF] == losses(runs / "plain")
+    last = whole(run, STEPS)
+    assert last.training["ema_steps"] == STEPS - HALF
+    assert momenta(last).keys() == momenta(loaded).keys()
+    assert all(momentum.any() for momentum in momenta(last).values())
+    for name in last.manifest["shapes"]:
+        wanted = read_whole(whole(run, HALF + 1), name)
+        for step, decay in ((HALF + 2, 1 / 2), (HALF + 3, DECAY)):
+            wanted = decay * wanted + (1 - decay) * read_whole(whole(run, step), name)
+        torch.testing.assert_close(read_whole(last, name, "ema"), wanted, rtol=1e-5, atol=1e-7)
+
+
+def momenta(saved: Checkpoint) -> dict[str, Tensor]:
+    """The momenta of generated matrices in a checkpoint, by name and start of the fragment."""
+    tensors = [load_file(file) for file in saved.folder.glob("*.safetensors")]
+    assert len(tensors) == 2
+    return {f"{rank} {key}": t for rank, part in enumerate(tensors) for key, t in part.items() if "generated." in key}
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
