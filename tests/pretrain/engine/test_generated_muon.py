@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,10 +62,14 @@ def test_gradients_of_micro_batches_become_one_orthogonal_gradient_on_the_factor
         torch.testing.assert_close(found, (e.grad, w.grad), rtol=1e-4, atol=1e-6)
 
 
-def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
-    arguments = train_arguments(tmp_path, tmp_path, **MUON, zero__stage=3)
-    with pytest.raises(BadInput, match=r"optimizer\.muon\.generated: not with zero\.stage 3"):
+@pytest.mark.parametrize("keys", [{"zero__stage": 3}, {"precision": "fp16"}])
+def test_what_it_cannot_do_is_refused(tmp_path: Path, keys: dict[str, Any]) -> None:
+    arguments = train_arguments(tmp_path, tmp_path, **MUON, **keys)
+    with pytest.raises(BadInput) as refused:
         load(TrainRecipe, None, arguments).resolve(needs_data=False)
+    assert str(refused.value) == (
+        "optimizer.muon.generated: not with zero.stage 3 or precision fp16; use stage 0 to 2 and bf16"
+    )
 
 
 @pytest.mark.parametrize("sharing", ["layers", "none"])

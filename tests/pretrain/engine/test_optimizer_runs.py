@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from tiny_runs import log_of, losses, train_arguments, train_many, whole
 from torch import Tensor
 
+import sharebert_cli
+from exports.dense import read_dense
 from exports.read import load_model
 from pretrain.checkpoint.format import Checkpoint, read_whole
 from pretrain.data.datasets import DataRecipe, WeightedDataset, open_datasets
@@ -184,6 +186,20 @@ def test_validation_and_the_export_use_the_average(runs: Path, dataset: Path, tm
     logged = [line["valid_loss"] for line in log_of(run) if "valid_loss" in line]
     assert len(logged) == 4
     assert logged[-1] == pytest.approx(score.loss, rel=1e-5)
+
+
+def test_the_average_in_the_dense_form(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command writes the function of the compact export of the average, and not that of the weights."""
+    run, dense = runs / "averaged-3", tmp_path / "dense"
+    assert sharebert_cli.main(["consolidate", str(run), str(dense), "--form", "dense", "--ema"]) == 0
+    assert capsys.readouterr().out == f"{dense}\n"
+    averaged, plain = (load_model(consolidate(run, tmp_path / str(ema), ema=ema)).eval() for ema in (True, False))
+    tokens = torch.arange(5, 23).view(2, 9)
+    found = read_dense(dense, averaged.config)(tokens).logits
+    largest = found.abs().max()
+    assert (found - averaged.logits(tokens)).abs().max() < 1e-6 * largest
+    assert (found - plain.logits(tokens)).abs().max() > 1e-4 * largest
+    assert "the moving average over 4 steps" in (dense / "README.md").read_text()
 
 
 def test_a_run_without_an_average_has_none_to_export(runs: Path, tmp_path: Path) -> None:

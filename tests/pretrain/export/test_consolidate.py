@@ -214,6 +214,8 @@ def test_bad_input_is_one_line_and_code_2(runs: Path, tmp_path: Path, capsys: py
         ([run, out, "--form", "onnx", "--opset", "3"], "opset: 3 is not one of"),
         ([run, out, "--average", "0"], "average: from 1"),
         ([compact, out, "--average", "2"], "takes the checkpoints of a run"),
+        ([run, out, "--ema"], "has no average of the weights (--ema); train with optimizer.ema.decay"),
+        ([compact, out, "--ema"], "--ema takes the checkpoint of a run, and this is no run"),
         ([run, out, "--config", compact], "--config is for a folder that DeepSpeed saved"),
         ([damaged, out], "model.safetensors: damaged"),
         ([missing, out, "--form", "dense"], "model.safetensors: missing"),
