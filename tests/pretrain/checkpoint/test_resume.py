@@ -14,13 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import log_of, losses, torchrun, train_arguments
+from tiny_runs import log_of, losses, torchrun, train_arguments, train_many
 
 from pretrain.checkpoint import format as checkpoint
 
 pytestmark = pytest.mark.slow
 
 STEPS = 60
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "options": {
+        "optimizer__muon__generated": True,
+        "optimizer__ema__decay": 0.9,
+        "validate__ema": True,
+        "data__row_length__first": 8,
+        "data__row_length__whole_from": 1.0,  # rows are short whenever the kill comes
+        "data__mask_rate": 0.4,
+        "data__mask_schedule__last_rate": 0.15,
+        "data__mask_schedule__masked": 1.0,
+        "data__mask_schedule__last_masked": 0.6,
+        "data__mask_schedule__random": 0.0,
+        "data__mask_schedule__last_random": 0.2,
+    },
+}
+"""What a run has beside `arguments`, by its name."""
 LAUNCH = str(Path(__file__).parent / "faulty_launch.py")
 
 
@@ -103,10 +120,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(dataset: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(recipe, arguments(dataset, run))
-    return run
+def undisturbed_runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of each entry of OPTIONS."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train_many([{"overrides": arguments(dataset, folder / name, **OPTIONS[name])} for name in OPTIONS], 2, folder)
+    return folder
+
+
+@pytest.fixture
+def undisturbed(undisturbed_runs: Path) -> Path:
+    return undisturbed_runs / "plain"
 
 
 def finish(recipe: str, given: list[str]) -> str:
@@ -126,16 +149,18 @@ def assert_same(run: Path, undisturbed: Path) -> None:
     assert state_of(run)["state"] == "finished"
 
 
-def test_one_rank_is_killed(dataset: Path, recipe: str, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+def test_one_rank_is_killed(dataset: Path, recipe: str, undisturbed_runs: Path, tmp_path: Path, name: str) -> None:
     """torchrun starts the group again by itself."""
     run = tmp_path / "run"
-    with launched(recipe, arguments(dataset, run), restarts=2) as process:
+    with launched(recipe, arguments(dataset, run, **OPTIONS[name]), restarts=2) as process:
         wait_for(lambda: steps_logged(run) > 20)
         kill(workers_of(process.pid)[1])
         said = last_words(process)
         assert process.returncode == 0, said[-4000:]
-    assert_same(run, undisturbed)
+    assert_same(run, undisturbed_runs / name)
     assert state_of(run)["restarts"] == 1
+    assert state_of(run)["resumed_from"] >= 8
     ((step, count),) = state_of(run)["crashes"].items()
     assert 20 < int(step) <= STEPS
     assert count == 1
