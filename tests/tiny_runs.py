@@ -17,6 +17,17 @@ from sharebert_common.run_files import read_log
 
 MANY_RUNS = Path(__file__).parent / "pretrain" / "many_runs.py"
 
+MASKS = {
+    "data__mask_rate": 0.4,
+    "data__mask_schedule__last_rate": 0.15,
+    "data__mask_schedule__masked": 1.0,
+    "data__mask_schedule__last_masked": 0.6,
+    "data__mask_schedule__random": 0.0,
+    "data__mask_schedule__last_random": 0.2,
+    "data__mask_schedule__shape": "cosine",
+}
+"""A mask schedule: rate and shares change over the steps."""
+
 
 def torchrun(world_size: int, *arguments: str, restarts: int = 0) -> list[str]:
     """The command that starts `ranks` workers on this machine, and starts them again when one dies."""

@@ -24,7 +24,7 @@ PAPER = {
     "mask_rate": 0.15,
     "seed": 42,
 }
-"""What the authors' README gives to their script, by our names."""
+"""What the authors' README and code give, by our names; configs/authors.yaml has the place of each."""
 
 
 def test_the_authors_recipe_is_theirs() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import log_of, losses, torchrun, train_arguments, train_many
+from tiny_runs import MASKS, log_of, losses, torchrun, train_arguments, train_many
 
 from pretrain.checkpoint import format as checkpoint
 
@@ -23,18 +23,13 @@ pytestmark = pytest.mark.slow
 STEPS = 60
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "options": {
+    "options": MASKS
+    | {
         "optimizer__muon__generated": True,
         "optimizer__ema__decay": 0.9,
         "validate__ema": True,
         "data__row_length__first": 8,
         "data__row_length__whole_from": 1.0,  # rows are short whenever the kill comes
-        "data__mask_rate": 0.4,
-        "data__mask_schedule__last_rate": 0.15,
-        "data__mask_schedule__masked": 1.0,
-        "data__mask_schedule__last_masked": 0.6,
-        "data__mask_schedule__random": 0.0,
-        "data__mask_schedule__last_random": 0.2,
     },
 }
 """What a run has beside `arguments`, by its name."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import log_of, losses, train_arguments, train_many, whole
+from tiny_runs import MASKS, log_of, losses, train_arguments, train_many, whole
 
 from pretrain.checkpoint.format import read_whole
 from pretrain.engine.fragments import EMA, STATES
@@ -19,15 +19,6 @@ MICRO_BATCH = {1: 3, 2: 5, 3: 1}
 """By ranks. A rank has 4 micro-batches, 1 with all of its rows, and 4 of one row."""
 SMALL = {"model__hidden_size": 24, "model__intermediate_size": 24}
 """Leaves columns of the virtual matrix for a second feed-forward pair."""
-MASKS = {
-    "data__mask_rate": 0.4,
-    "data__mask_schedule__last_rate": 0.15,
-    "data__mask_schedule__masked": 1.0,
-    "data__mask_schedule__last_masked": 0.6,
-    "data__mask_schedule__random": 0.0,
-    "data__mask_schedule__last_random": 0.2,
-    "data__mask_schedule__shape": "cosine",
-}
 RECIPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "generated": (
         (0, 1, 2),
