@@ -68,12 +68,14 @@ def report(given: argparse.Namespace) -> int:
 def sweep(given: argparse.Namespace) -> int:
     from pretrain.sweep.hparams import write_hparams
     from pretrain.sweep.recipe import SweepRecipe, trials
-    from pretrain.sweep.runner import is_finished, run_all
+    from pretrain.sweep.runner import is_finished, refuse_other_keys, run_all
     from pretrain.sweep.table import rows_of, to_text
     from sharebert_common.files import make_folders, write_atomically
 
     recipe = load(SweepRecipe, given.config, given.overrides)
     made = trials(recipe)
+    if not given.table:
+        refuse_other_keys(made)
     if given.submit:
         from cluster.recipe import load_cluster
         from cluster.submit import alive_job

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from comparison.recipe import CompareRecipe
 from comparison.rows import AFTER_FINE_TUNING, Row, of_classifier
+from compress.dense.to_dense import ToDense
 from compress.distil import Distil
 from compress.run import check_steps
 from compress.step import FormName
@@ -61,6 +62,8 @@ def check_models(recipe: CompareRecipe, rows: Sequence[Row]) -> None:
             if row.after is not None:
                 if recipe.tasks and config is not None:
                     try:
+                        if any(isinstance(step, ToDense) for _, step in all_steps(row.after.steps)):
+                            raise BadInput("dense: a classifier that was fine-tuned as a ShareBERT has no dense form")
                         headless = dataclasses.replace(config, mlm_head="none")
                         check_steps(all_steps(row.after.steps), of_classifier(row.after), form, headless)
                     except BadInput as error:

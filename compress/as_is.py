@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.source import config_of, open_hub_model
+from compress.source import open_hub_model
 from compress.step import FormName
+from scoring.architecture import read_labels
 from scoring.classifier import Classifier
 from scoring.data import load_task
 from scoring.encoders import Encoder, HuggingFaceEncoder, ShareBertExport, label_names
@@ -31,9 +32,7 @@ def score_as_is(folder: Path, form: FormName, recipe: EvaluateRecipe) -> dict[st
     settings = FineTuneRecipe(max_length=recipe.finetune.max_length)
     spec = str(folder)
     encoder: Encoder = ShareBertExport(spec, settings) if form == "compact" else HuggingFaceEncoder(spec, settings)
-    given = [
-        str(name) for _, name in sorted((config_of(folder).get("id2label") or {}).items(), key=lambda x: int(x[0]))
-    ]
+    given = read_labels(folder)
     wanted = list(label_names(data.task))
     if given != wanted and not (data.task.regression and len(given) == 1):
         raise BadInput(

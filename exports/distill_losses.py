@@ -45,13 +45,18 @@ def layer_pairs(
     if given is None:
         ours, theirs = layers
         return tuple((i, max(1, round(i * theirs / ours))) for i in range(1, ours + 1))
-    if not given:
-        raise BadInput(f"{key}: names no pair; leave it out for a pair for each layer of the student")
+    refuse_no_pair(given, key)
     for pair in given:
         for layer, name, last in zip(pair, names, layers, strict=True):
             if not 0 <= layer <= last:
                 raise BadInput(f"{key}: the {name} has layers 1 to {last} and embeddings (0), and no {layer}")
     return tuple(given)
+
+
+def refuse_no_pair(given: Sequence[tuple[int, int]], key: str) -> None:
+    """Raise BadInput, naming the key, for a list without a pair."""
+    if not given:
+        raise BadInput(f"{key}: names no pair; leave it out for a pair for each layer of the student")
 
 
 def without_embeddings(pairs: LayerPairs) -> LayerPairs:
@@ -147,7 +152,7 @@ def relations_loss(student: Projections, teacher: Projections, heads: int, weigh
         visible: [B, T, T] booleans.
     """
     total = weights.new_zeros(())
-    at_once = max(1, NUMBERS_AT_ONCE // visible.numel())
+    at_once = max(1, NUMBERS_AT_ONCE // max(1, visible.numel()))
     for vectors in zip(student, teacher, strict=True):
         groups = (_regrouped(x, heads).split(at_once, 1) for x in vectors)
         for ours, theirs in zip(*groups, strict=True):

@@ -76,6 +76,20 @@ def read_model_type(folder: Path) -> str:
     return str(config["model_type"])
 
 
+def read_labels(folder: Path) -> list[str]:
+    """The names of a classifier's labels in a folder's config, in the order of its scores; transformers leaves out
+    LABEL_0 and LABEL_1. Raises BadInput, naming the file, where they are not names by numbers."""
+    read_model_type(folder)
+    names = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("id2label") or {
+        "0": "LABEL_0",
+        "1": "LABEL_1",
+    }
+    try:
+        return [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    except (AttributeError, ValueError) as error:
+        raise BadInput(f"{folder / CONFIG}: id2label: not names of labels by their numbers") from error
+
+
 def inputs_of(config: Any) -> Inputs:
     """The inputs of the sequence classifier that transformers has for a config; no weights are made."""
     from transformers import AutoModelForSequenceClassification

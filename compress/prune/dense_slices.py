@@ -73,7 +73,7 @@ def sliced(
     if model.classifier is not None:
         assert head_rows is not None
         pooled, labels = head_rows, model.classifier.out_features
-        put("classifier", model.classifier.weight[:, pooled], model.classifier.bias)
+        put("classifier", model.classifier.weight[:, pooled], model.classifier.bias.clone())
     put_reader("bert.pooler.dense", pooler, encoder.ln, pooled)
     if model.cls is not None:
         assert head_rows is not None

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic.dataclasses import dataclass
 
+from compress.calibrate import check_length
 from compress.encoder_loss import rows_of
 from compress.prune.amount import Amount, amount
 from compress.prune.dense_parts import channel_magnitudes, gradients, survey
@@ -23,6 +24,7 @@ from exports.export import BERT_KEYS
 from exports.files import CARD, CONFIG, write_json
 from exports.weight_files import read_metadata, read_weights, write_weights
 from exports.weight_source import TensorWeights
+from scoring.architecture import read_labels
 from sharebert.config import ShareBertConfig, ShareBertError
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
@@ -31,8 +33,8 @@ CARD_SECTION = """
 
 ## Pruned
 
-The hidden size is {hidden}, with {heads} attention heads and {columns} columns in the feed-forward blocks. Sizes and
-differences above are those of the model before. Heads and the pooler take the hidden states
+The hidden size is {hidden}, with {heads} attention heads and {columns} columns in the feed-forward blocks. Sizes,
+scores and differences above are those of the model before. Heads and the pooler take the hidden states
 as they are; these are those of the model before in other directions, without the factors of its last LayerNorm.
 """
 
@@ -137,6 +139,7 @@ class PruneHidden(NeedsNoRows):
         head = "SequenceClassification" if is_classifier(source.folder) else "MaskedLM"
         model = read_dense(source.folder, config, labels_of(source.folder)).requires_grad_(False)
         rows = rows_of(tools.calibration(), source.folder, head, tools.seed)
+        check_length(rows[0].tokens, config)
         small, notes = self.pruned(model, config, sizes, rows, tools)
         copy_model(source.folder, out, *WEIGHTS)
         before = read_weights(source.folder)
@@ -172,7 +175,7 @@ class PruneHidden(NeedsNoRows):
 
 def labels_of(folder: Path) -> int:
     """The number of labels of the classifier in `folder`; 0 where it is none."""
-    return len(config_of(folder).get("id2label") or ("", "")) if is_classifier(folder) else 0  # 2 is left out
+    return len(read_labels(folder)) if is_classifier(folder) else 0
 
 
 def sizes_of(folder: Path) -> ShareBertConfig:

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from pretrain.recipe import TrainRecipe
+from pretrain.run.event_file import flatten
 from pretrain.sweep.recipe import Trial
-from sharebert_common.errors import FAILED, FINISHED, STOPPED, CommandError
+from sharebert_common.errors import FAILED, FINISHED, STOPPED, BadInput, CommandError
 from sharebert_common.files import make_folders, write_atomically
-from sharebert_common.recipe import to_yaml
+from sharebert_common.recipe import load, plain, to_yaml
 from sharebert_common.run_files import peek_state
 
 
@@ -24,6 +26,20 @@ class Stopped(CommandError):
 def is_finished(trial: Trial) -> bool:
     """Whether its run has reached its last step."""
     return bool(peek_state(trial.run)["state"] == "finished")
+
+
+def refuse_other_keys(trials: Sequence[Trial]) -> None:
+    """Raise BadInput, naming the run and the keys, where a finished run was trained with others than its trial has."""
+    for trial in trials:
+        if not is_finished(trial):
+            continue
+        then, now = (flatten(plain(recipe)) for recipe in (load(TrainRecipe, trial.run / "config.yaml"), trial.recipe))
+        changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+        changed = [key for key in changed if key not in ("run", "data.micro_batch")]  # a run settles the second
+        if changed:
+            raise BadInput(
+                f"{trial.run}: was trained with other keys ({', '.join(changed)}); remove it, or give another folder"
+            )
 
 
 def run_all(trials: Sequence[Trial], report: Callable[[str], None]) -> int:

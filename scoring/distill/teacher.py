@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from exports.distill_losses import LayerPairs, layer_pairs, without_embeddings
+from exports.distill_losses import LayerPairs, layer_pairs, refuse_no_pair, without_embeddings
 from exports.files import CONFIG
-from scoring.architecture import read_model_type
+from scoring.architecture import read_labels, read_model_type
 from scoring.classifier import Classifier
 from scoring.data import TaskData
 from scoring.distill.watch import AttentionScores
@@ -126,8 +126,7 @@ def label_order(folder: Path, task: Task) -> list[int]:
             f"{key}: {folder} is no classifier; give a folder that evaluate --save wrote, or any classifier of texts "
             "of Hugging Face"
         )
-    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these two out
-    given = [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    given = read_labels(folder)
     wanted = [str(name) for name in label_names(task)]
     unnamed = task.regression or all(re.fullmatch(r"LABEL_\d+", name) for name in given)
     if len(given) == len(wanted) and unnamed:
@@ -166,4 +165,6 @@ def uses_teacher(recipe: TaskDistillRecipe) -> bool:
         return False
     if not (recipe.logits or recipe.uses_layers):
         raise BadInput("finetune.distill.teacher: no loss with it has a weight; give one of logits, hidden, attention")
+    if recipe.layers is not None:
+        refuse_no_pair(recipe.layers, "finetune.distill.layers")
     return True

@@ -291,7 +291,6 @@ def test_onnx_holds_every_shape(tmp_path: Path, name: str) -> None:
         assert (found[output] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), output
 
 
-@pytest.mark.slow
 def classifier_export(folder: Path, pooling: str) -> Path:
     model, generator = tiny_model(mlm_head="none"), torch.Generator().manual_seed(0)
     head = {"classifier.weight": torch.randn(3, 24, generator=generator), "classifier.bias": torch.ones(3)}
@@ -316,6 +315,7 @@ def test_importance_in_a_classifier_is_that_for_what_it_reads(tmp_path: Path, po
     assert read[:, 1:].any() == (pooling == "mean")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["pooler", "mean"])
 def test_onnx_holds_a_pruned_classifier(tmp_path: Path, pooling: str) -> None:
     from sharebert.hub import ShareBertForSequenceClassification

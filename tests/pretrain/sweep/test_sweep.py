@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,11 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.hparams import FINAL_LOSS, write_hparams
 from pretrain.sweep.recipe import SweepRecipe, trials
+from pretrain.sweep.runner import is_finished, refuse_other_keys
 from pretrain.sweep.table import rows_of, size_of, to_text
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert_common.errors import STOPPED, BadInput
 from sharebert_common.recipe import load, to_yaml
-from sharebert_common.run_files import read_state
+from sharebert_common.run_files import read_state, write_state
 
 
 @pytest.fixture
@@ -104,6 +106,20 @@ def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     assert "_hparams_/session_start_info" in board.PluginTagToContent("hparams")
 
 
+def test_a_finished_run_with_other_keys_is_refused(base: Path, tmp_path: Path) -> None:
+    """Else the sweep would leave the run out, and its table show what was asked before."""
+    (trial, *_) = trials(load(SweepRecipe, sweep_recipe(base, tmp_path)))
+    trial.run.mkdir(parents=True)
+    settled = dataclasses.replace(trial.recipe, data=dataclasses.replace(trial.recipe.data, micro_batch=2))
+    (trial.run / "config.yaml").write_text(to_yaml(settled))
+    write_state(trial.run, "finished")
+    assert is_finished(trial)
+    refuse_other_keys([trial])
+    (trial.run / "config.yaml").write_text(to_yaml(dataclasses.replace(settled, steps=settled.steps + 1)))
+    with pytest.raises(BadInput, match=r"was trained with other keys \(steps\); remove it, or give another folder"):
+        refuse_other_keys([trial])
+
+
 @pytest.mark.parametrize(
     ("hidden", "layers", "inner", "factor", "heads", "parameters", "of_bert", "gflops"),
     [
@@ -129,8 +145,8 @@ def test_the_rows_of_the_ladder_are_of_one_size(
     common = {"data.dataset": "no data", "steps": 10_000} | {f"model.{key}": value for key, value in model.items()}
     one = ["seeds=[0]", "grid={optimizer.lr: [0.003]}", "reference=null"]
     made = trials(load(SweepRecipe, "ladder", [f"common={json.dumps(common)}", *one]))
-    recipes = {trial.row.partition(",")[0]: trial.recipe for trial in made}
-    fast, authors, bert = (size_of(recipes[arm]) for arm in ("fast", "authors", "bert-short-rows"))
+    sizes = {trial.row.partition(",")[0]: size_of(trial.recipe) for trial in made}  # every arm is a model
+    fast, authors, bert = (sizes[arm] for arm in ("fast", "authors", "bert-short-rows"))
     assert fast[0] == pytest.approx(authors[0], rel=0.03)
     assert fast[1] == pytest.approx(authors[1], rel=0.05)
     assert fast[1] == pytest.approx(bert[1], rel=0.05)
