@@ -73,7 +73,12 @@ def calibration_batches(source: Source, tools: Tools, rows_at_once: int = 32) ->
     pooling = config_of(source.folder).get("classifier_pooling") or "pooler"
     if not (is_classifier(source.folder) and pooling == "pooler"):
         return found
-    return [batch._replace(read=(torch.arange(batch.tokens.shape[1]) == 0).expand_as(batch.tokens)) for batch in found]
+    return [batch._replace(read=first_position(batch.tokens)) for batch in found]
+
+
+def first_position(tokens: Tensor) -> Tensor:
+    """[B, T], True at the first position alone, for tokens [B, T]."""
+    return (torch.arange(tokens.shape[1]) == 0).expand_as(tokens)
 
 
 def check_length(tokens: Tensor, config: ShareBertConfig) -> None:
@@ -170,6 +175,12 @@ def random_product(hidden: Tensor, batch: Batch, generator: torch.Generator) -> 
     directions = torch.randn(hidden.shape, generator=generator)
     read = batch.visible if batch.read is None else batch.read
     return (hidden * directions * read[:, :, None]).sum() / hidden.shape[1]
+
+
+def random_scores(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum over rows of the products of a classifier's scores [B, labels] with random numbers, so that no row needs
+    a label; see `objective`."""
+    return (scores * torch.randn(scores.shape, generator=generator)).sum()
 
 
 def losses_of(logits: Tensor, batch: Batch) -> Tensor:

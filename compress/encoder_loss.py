@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.calibrate import Batch, batches, hidden_error, losses_of, random_product
+from compress.calibrate import Batch, batches, hidden_error, losses_of, random_product, random_scores
 from compress.source import config_of
 from scoring.architecture import Inputs
 from sharebert_common.errors import BadInput
@@ -41,13 +41,12 @@ def outputs(model: nn.Module, batch: Batch) -> Any:
 
 def encoder_objective(model: Any, batch: Batch, head: str, generator: torch.Generator) -> Tensor:
     """The sum over rows of what gradients are taken of: of a masked language model its loss at the masked words, of a
-    classifier the product of its scores with random numbers, so that no row needs a label, and of an encoder alone that
-    of its hidden states; see `calibrate.objective`."""
+    classifier `calibrate.random_scores`, and of an encoder alone the product of the hidden states with random numbers;
+    see `calibrate.objective`."""
     if head == "MaskedLM":
         return losses_of(outputs(model, batch).logits[batch.labels >= 0], batch)
     if head == "SequenceClassification":
-        scores = outputs(model, batch).logits
-        return (scores * torch.randn(scores.shape, generator=generator)).sum()
+        return random_scores(outputs(model, batch).logits, generator)
     return random_product(outputs(model.base_model, batch).last_hidden_state, batch, generator)
 
 

@@ -64,6 +64,20 @@ class Inputs:
 
 def read_model_type(folder: Path) -> str:
     """The `model_type` in a folder's config. Raises BadInput: there is no config, or it is not a model's."""
+    return str(_read_config(folder)["model_type"])
+
+
+def read_labels(folder: Path) -> list[str]:
+    """The names of a classifier's labels in a folder's config, in the order of its scores; transformers leaves out
+    LABEL_0 and LABEL_1. Raises BadInput as `read_model_type` does, and where they are not names by numbers."""
+    names = _read_config(folder).get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    try:
+        return [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    except (AttributeError, ValueError) as error:
+        raise BadInput(f"{folder / CONFIG}: id2label: not names of labels by their numbers") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise BadInput(f"{path}: missing; is {folder} an export or the folder of a Hugging Face model?")
@@ -73,21 +87,7 @@ def read_model_type(folder: Path) -> str:
         raise BadInput(f"{path}: not readable as a model's config ({error})") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise BadInput(f"{path}: not a model's config: there is no 'model_type' in it")
-    return str(config["model_type"])
-
-
-def read_labels(folder: Path) -> list[str]:
-    """The names of a classifier's labels in a folder's config, in the order of its scores; transformers leaves out
-    LABEL_0 and LABEL_1. Raises BadInput, naming the file, where they are not names by numbers."""
-    read_model_type(folder)
-    names = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("id2label") or {
-        "0": "LABEL_0",
-        "1": "LABEL_1",
-    }
-    try:
-        return [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
-    except (AttributeError, ValueError) as error:
-        raise BadInput(f"{folder / CONFIG}: id2label: not names of labels by their numbers") from error
+    return config
 
 
 def inputs_of(config: Any) -> Inputs:

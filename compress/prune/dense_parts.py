@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.calibrate import Batch, losses_of, random_product
+from compress.calibrate import Batch, first_position, losses_of, random_product, random_scores
 from compress.prune.structure import least_important
 from exports.dense_model import DenseBert, DenseLayer
 
@@ -69,16 +69,12 @@ def head_of(model: DenseBert) -> Head | None:
 
 def read_by_head(model: DenseBert, batch: Batch) -> Tensor:
     """[B, T], True where a head reads hidden states: at words to predict, or at the first position for a classifier."""
-    if model.classifier is None:
-        return batch.labels >= 0
-    first = torch.zeros_like(batch.tokens, dtype=torch.bool)
-    first[:, 0] = True
-    return first
+    return batch.labels >= 0 if model.classifier is None else first_position(batch.tokens)
 
 
 def gradients(model: DenseBert, rows: Sequence[Batch], seed: int, components: Tensor) -> Gradients:
     """The gradients of the loss of each calibration row, or of what `calibrate.objective` takes without a head; of a
-    classifier, of the product of its scores with random numbers, so that no row needs a label.
+    classifier, of `calibrate.random_scores`.
 
     `components`: those of the stream that have a factor each, orthonormal [H, components]. Every LayerNorm reads the
     stream with these factors.
@@ -99,8 +95,7 @@ def gradients(model: DenseBert, rows: Sequence[Batch], seed: int, components: Te
         if model.cls is not None:
             total = losses_of(model.cls.predictions(hidden[batch.labels >= 0]), batch)
         elif model.classifier is not None:
-            scores = model.classifier(model.pooled(hidden))
-            total = (scores * torch.randn(scores.shape, generator=generator)).sum()
+            total = random_scores(model.classifier(model.pooled(hidden)), generator)
         else:
             total = random_product(hidden, batch, generator)
         found.append(list(torch.autograd.grad(total, factors)))
