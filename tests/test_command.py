@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sharebert_cli
+from sharebert_cli.parser import EXAMPLES
 from sharebert_common.errors import BAD_INPUT, FAILED, BadInput, CommandError
 from sharebert_common.recipe import find
 
@@ -37,7 +38,7 @@ def test_the_exit_code_is_that_of_the_error(
     def stop(given: object) -> int:
         raise error
 
-    monkeypatch.setattr(sharebert_cli, "stop", stop)
+    monkeypatch.setattr("sharebert_cli.verbs.stop", stop)
     assert sharebert_cli.main(["stop", "run"]) == code
     assert ("Traceback" in capsys.readouterr().err) == (code == FAILED)
 
@@ -48,7 +49,7 @@ def test_an_error_of_the_model_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> 
     def fill(given: object) -> int:
         raise sharebert.ShareBertError("no such size")
 
-    monkeypatch.setattr(sharebert_cli, "fill", fill)
+    monkeypatch.setattr("sharebert_cli.verbs.fill", fill)
     assert sharebert_cli.main(["fill", "a [MASK]", "export"]) == BAD_INPUT
 
 
@@ -63,8 +64,8 @@ def test_every_example_is_a_command_that_parses() -> None:
     """Each names a recipe that exists, and options that the verb has."""
     parser = sharebert_cli.build_parser()
     verbs = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    assert set(verbs) == set(sharebert_cli.EXAMPLES)
-    for verb, example in sharebert_cli.EXAMPLES.items():
+    assert set(verbs) == set(EXAMPLES)
+    for verb, example in EXAMPLES.items():
         words = shlex.split(example)
         assert words[0] == verb
         given, _ = parser.parse_known_args(words)
@@ -77,7 +78,7 @@ def completions(folder: Path, *words: str) -> list[str]:
     script = folder / "completion.sh"
     if not script.exists():
         done = subprocess.run(
-            [sys.executable, sharebert_cli.__file__, "--complete", "bash"],
+            [sys.executable, "-m", "sharebert_cli", "--complete", "bash"],
             capture_output=True,
             text=True,
             check=True,

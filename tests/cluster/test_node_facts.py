@@ -43,7 +43,7 @@ def test_what_is_no_code_of_the_project_does_not_show(checkout: Path) -> None:
 
 def test_every_package_of_this_project_counts() -> None:
     names = {file.relative_to(ROOT).parts[0] for file in sources(ROOT)}
-    assert {"cluster", "data_prep", "exports", "pretrain", "sharebert", "sharebert_common", "sharebert_cli.py"} <= names
+    assert {"cluster", "data_prep", "exports", "pretrain", "sharebert", "sharebert_common", "sharebert_cli"} <= names
     assert not {"tests", "benchmarks"} & names
     assert ROOT / "pretrain" / "checkpoint" / "writer.py" in sources(ROOT)
 
