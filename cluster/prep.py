@@ -23,7 +23,8 @@ LOOK_S = 0.2
 class PrepTask:
     """What submitit calls."""
 
-    command: tuple[str, ...]
+    arguments: tuple[str, ...]
+    """Of `sharebert prep`."""
     recipe: ClusterRecipe
 
     def __call__(self) -> str:
@@ -36,7 +37,8 @@ class PrepTask:
         signals = StopSignals(on_first=permit.note_signal)
         signals.catch()
         environment = dict(os.environ) | {name: str(value) for name, value in self.recipe.env.items()}
-        command = processes.start(self.command, after_setup(self.recipe.setup, environment))
+        prep = (sys.executable, "-m", "sharebert_cli", "prep", *self.arguments)  # Python of the node, or of the image
+        command = processes.start(prep, after_setup(self.recipe.setup, environment))
         try:
             while (code := command.poll()) is None and signals.received is None:
                 time.sleep(LOOK_S)

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,22 +117,22 @@ def submit_prep(arguments: Sequence[str], output: Path, stages: int, recipe: Clu
         arguments: of the command, without its `--task`.
         output: folder of the dataset.
         stages: how many stages need all parts of the stage before.
-        recipe: where the tasks run.
+        recipe: where the tasks run. Its GPUs are not asked for.
 
     Returns: the ids of the arrays, and that of the merge.
     """
-    command = (sys.executable, "-m", "sharebert_cli", "prep", *arguments)
+    recipe = replace(recipe, gpus_per_node=0)
     name, folder = f"prep-{output.name}", output.absolute().with_name(f"{output.name}.jobs")
     _refuse_pattern(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.launcher == "local":
-        return _submit([PrepTask(command, recipe)], recipe, folder, {})  # one machine needs no shares
-    tasks = [PrepTask((*command, f"--task={number}/{recipe.nodes}"), recipe) for number in range(recipe.nodes)]
+        return _submit([PrepTask(tuple(arguments), recipe)], recipe, folder, {})  # one machine needs no shares
+    tasks = [PrepTask((*arguments, f"--task={number}/{recipe.nodes}"), recipe) for number in range(recipe.nodes)]
     parameters = sbatch_parameters(recipe, name, folder) | {"nodes": 1}
     arrays: list[str] = []
     for _ in range(stages):
         arrays.append(_submit(tasks, recipe, folder, _after(parameters, arrays))[0].split("_")[0])
-    return [*arrays, *_submit([PrepTask(command, recipe)], recipe, folder, _after(parameters, arrays))]
+    return [*arrays, *_submit([PrepTask(tuple(arguments), recipe)], recipe, folder, _after(parameters, arrays))]
 
 
 def dry_run(training: Training) -> str:

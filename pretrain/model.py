@@ -71,7 +71,7 @@ class ModelRecipe:
     """Standard deviation of the weights at the start."""
     sharing: str | None = None
     """Where layers take their matrices from: `veps` the virtual matrix E·W_allᵀ + b_all, `eps` E itself; `layers` one
-    set of parameters for all layers, `none` parameters of their own: the peers to compare with."""
+    set of parameters for all layers, `none` parameters of their own: the peers to compare with, not with ZeRO 3."""
     mlm_head: str | None = None
     """`untied`: a decoder of its own, [V, H]; `tied`: E and a bias [V]."""
     attention_scale: str | None = None

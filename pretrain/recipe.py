@@ -68,7 +68,8 @@ class TrainRecipe:
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the weights at the start, the order of rows, the masks and dropout."""
     model: ModelRecipe = field(default_factory=lambda: ModelRecipe(size="sharebert-base"))
-    """What is trained."""
+    """What is trained. A key of `config.json` that is not given is that of `init_from`, else of `size`, else H 2048, I
+    4096, A 16, L 12, F 384, dropout 0.1, `sharing: veps`, `mlm_head: untied`, `attention_scale: authors`."""
     quantise: QuantiseRecipe = field(default_factory=QuantiseRecipe)
     """Quantisation-aware training: each forward pass rounds the matrices that compression will quantise. Not with
     ZeRO 3."""

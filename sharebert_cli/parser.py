@@ -19,6 +19,12 @@ def _with_config(parser: argparse.ArgumentParser, schema: str) -> None:
     parser.set_defaults(schema=schema, words_are="overrides")
 
 
+def _with_cluster_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="any key of the cluster recipe, such as env.X=1"
+    )
+
+
 EXAMPLES = {
     "prep": "prep corpus source.paths=texts/*.txt output=data/corpus",
     "train": "train sharebert-small data.dataset=data/corpus run=runs/small",
@@ -116,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     _with_config(sub, "pretrain.sweep.recipe:SweepRecipe")
     sub.add_argument("--table", action="store_true", help="train nothing: the table of the runs as they are now")
     sub.add_argument("--submit", metavar="CLUSTER", help="submit the trainings as an array, with this cluster recipe")
+    _with_cluster_keys(sub)
     sub = verb("plan", verbs.plan, "Estimate what a training costs: parameters, memory, FLOPs, hours.")
     _with_config(sub, "pretrain.recipe:TrainRecipe")
     sub.add_argument("--gpus", type=numbers(int), default=[8], metavar="N[,N ...]", help="numbers of GPUs (default 8)")
@@ -153,10 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--stage", choices=("train", "prep"), default="train", help="stage of the recipe (default train)")
     for flag, summary in CLUSTER_FLAGS.items():
         sub.add_argument(f"--{flag}", help=summary)
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="key=value", help="any key of the cluster recipe, such as env.X=1"
-    )
-    sub.add_argument("--dry-run", action="store_true", help="print the job, and submit nothing")
+    _with_cluster_keys(sub)
+    sub.add_argument("--dry-run", action="store_true", help="print the job of a training, and submit nothing")
     sub.set_defaults(schema="cluster.recipe:ClusterRecipe", words_are="words")
     sub = verb("status", verbs.status, "Show how a run stands; without RUN, one line for each run that you submitted.")
     sub.add_argument("run", type=path, nargs="?", help="directory of the run")
@@ -187,9 +192,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--form",
         choices=("compact", "dense", "onnx"),
         default="compact",
-        help="compact: the learned parameters (default); dense: for plain transformers; onnx: the dense form as ONNX",
+        help="compact: the learned parameters (default); dense: for plain transformers; onnx: for ONNX Runtime, with "
+        "shared matrices once",
     )
-    sub.add_argument("--no-head", action="store_true", help="leave out the MLM head")
+    sub.add_argument("--no-head", action="store_true", help="leave out the MLM head, or the classifier")
     sub.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the tensors (default fp32)")
     sub.add_argument(
         "--average", type=int, default=1, metavar="K", help="take the mean of the newest K checkpoints (default 1)"

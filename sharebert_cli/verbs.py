@@ -77,7 +77,7 @@ def sweep(given: argparse.Namespace) -> int:
         if not left:
             print("every trial is finished, or has a job already")
             return FINISHED
-        for run, job in submit_trainings(left, load_cluster(given.submit, [])):
+        for run, job in submit_trainings(left, load_cluster(given.submit, given.set)):
             print(f"{run}: job {job}")
         return FINISHED
     code = FINISHED if given.table else run_all(made, lambda text: print(text, flush=True))

@@ -22,12 +22,15 @@ class StopSignals:
     """Notes the stop signals that this process gets, from `catch` on, in place of what they did before.
 
     `on_first` is called at the first of them, in the signal handler: it must be short, and raise nothing.
+
+    With `interrupt` Ctrl-C (SIGINT) is one of them, unless this process ignores it, as in the background of a script. A
+    second Ctrl-C raises KeyboardInterrupt.
     """
 
-    def __init__(self, on_first: Callable[[], None] | None = None) -> None:
+    def __init__(self, on_first: Callable[[], None] | None = None, *, interrupt: bool = False) -> None:
         self.received: int | None = None
         """The newest signal; None before the first."""
-        self._on_first = on_first
+        self._on_first, self._interrupt, self._interrupted = on_first, interrupt, False
 
     def catch(self) -> None:
         """Note signals from now on. Outside of the main thread, where Python allows no handlers, this does nothing."""
@@ -39,10 +42,15 @@ class StopSignals:
 
     def _handle(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
+            interrupt = self._interrupt and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+            for number in (*STOP_SIGNALS, *([signal.SIGINT] if interrupt else [])):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         first = self.received is None
         self.received = number
         if first and self._on_first is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.failing_calls import NoCompiler, compile_shim
+from sharebert_common.processes import STOP_SIGNALS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
@@ -78,6 +81,15 @@ def make_dataset(folder: Path, *, train_rows: int = 192, validation_rows: int = 
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny dataset: 101 words, rows of 32 tokens."""
     return make_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+@pytest.fixture
+def signals_restored() -> Iterator[None]:
+    """Signals are handled after the test as before it."""
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

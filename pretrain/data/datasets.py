@@ -65,8 +65,8 @@ class DataRecipe:
     whole_word: bool = False
     """Mask whole words. The tokenizer must mark the pieces that continue a word, as WordPiece does."""
     within_documents: bool = False
-    """A token attends to its own document only, not to the other documents of its row. On CUDA this needs
-    `model.attention_probs_dropout_prob: 0`."""
+    """A token attends to its own document only, not to the other documents of its row. On CUDA, rows of 257
+    tokens or more need `model.attention_probs_dropout_prob: 0` for this."""
     window_shards: Annotated[int, Field(ge=1, le=MOST_WINDOW_SHARDS)] = 16
     """Rows are shuffled inside windows of this many shards, which are read at the same time."""
     cache: CacheRecipe | None = None

@@ -19,8 +19,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._stop_file: Path | None = None
-        self._signals = StopSignals()
+        self._signals = StopSignals(self._answer, interrupt=True)
         self._signals.catch()
+
+    def _answer(self) -> None:
+        if self._signals.received == signal.SIGINT:
+            os.write(2, b"\nstopping after this step, and saving; Ctrl-C again ends at once, without saving\n")
 
     def watch(self, stop_file: Path) -> None:
         """Treat the appearance of this file as a request. Only one rank looks: thousands would load the file system."""

@@ -33,6 +33,8 @@ class SweepRecipe:
     arms: dict[str, Keys] = field(default_factory=lambda: {"base": {}})
     """Name of each arm, and the keys in which it differs. They win over `grid` and `common`. The key `base` of an arm
     is another recipe to start from."""
+    only: list[str] | None = None
+    """Names of the arms that run; without it, all of them."""
     grid: Annotated[dict[str, list[Any]], Field()] = field(default_factory=dict)
     """Values of keys; every arm runs with every combination of them."""
     seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
@@ -61,11 +63,16 @@ class Trial:
 def trials(sweep: SweepRecipe) -> list[Trial]:
     """All trials, in the order in which they run.
 
-    Raises BadInput: an unknown key or a wrong value in an arm, or a reference that is no row.
+    Raises BadInput: an unknown key or a wrong value in an arm, an arm in `only` that is none, or a reference that is no
+    row.
     """
+    for name in sweep.only or ():
+        if name not in sweep.arms:
+            raise BadInput(f"only: no arm '{name}'{nearest(name, sweep.arms)}")
+    arms = {name: keys for name, keys in sweep.arms.items() if sweep.only is None or name in sweep.only}
     points = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     made: list[Trial] = []
-    for seed, (arm, keys), point in itertools.product(sweep.seeds, sweep.arms.items(), points):
+    for seed, (arm, keys), point in itertools.product(sweep.seeds, arms.items(), points):
         row = _name(arm, {key: value for key, value in point.items() if key not in keys})
         differs = point | {key: value for key, value in keys.items() if key != "base"}
         run = {"run": str(Path(sweep.folder) / "runs" / f"{row},seed={seed}"), "seed": seed}

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.allocation import PORTS, port_of
 from cluster.launch import Training, after_setup
+from cluster.prep import PrepTask
 from cluster.recipe import ClusterRecipe, load_cluster, minutes
 from cluster.submit import dry_run, sbatch_parameters, submit, submit_prep, training_of
 from sharebert_common.errors import BadInput
@@ -152,6 +153,23 @@ def test_a_percent_sign_that_slurm_would_replace_is_refused(name: str, tmp_path:
             training_of(recipe, ClusterRecipe())
         with pytest.raises(BadInput, match="use a path without '%'"):
             submit_prep([], tmp_path / name, 2, ClusterRecipe())
+
+
+def test_prep_asks_for_no_gpus_and_runs_with_the_python_of_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[tuple[list[PrepTask], dict[str, Any]]] = []
+
+    def take(tasks: list[PrepTask], recipe: ClusterRecipe, folder: Path, parameters: dict[str, Any]) -> list[str]:
+        submitted.append((tasks, parameters))
+        return ["7_0"]
+
+    monkeypatch.setattr("cluster.submit._submit", take)
+    submit_prep(["corpus"], tmp_path / "out", 2, load_cluster("slurm", ["nodes=3"]))
+    assert [len(tasks) for tasks, _ in submitted] == [3, 3, 1]
+    assert all((given["gpus_per_node"], given["cpus_per_task"]) == (None, 8) for _, given in submitted)
+    assert [task.arguments for task in submitted[0][0]][1:] == [("corpus", "--task=1/3"), ("corpus", "--task=2/3")]
+    assert submitted[2][0][0].arguments == ("corpus",)
 
 
 def test_one_directory_by_two_names_is_one_run(tmp_path: Path) -> None:

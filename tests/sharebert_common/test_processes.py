@@ -6,19 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from sharebert_common.processes import STOP_SIGNALS, StopSignals, peak_memory_bytes
 
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals_restored")
 
 
 def test_the_newest_signal_is_noted_and_the_first_one_announced() -> None:
@@ -39,6 +32,27 @@ def test_signals_are_ignored_at_the_end() -> None:
     for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
     assert signals.received is None
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_interrupts() -> None:
+    signals = StopSignals(interrupt=True)
+    signals.catch()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)  # as from a sweep that passes the stop on
+    assert signals.received == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("interrupt", [True, False])
+def test_ctrl_c_stays_ignored_where_it_was(interrupt: bool) -> None:
+    """As in the background of a script; and by itself a process handles it as Python does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    StopSignals(interrupt=interrupt).catch()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    StopSignals().catch()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_the_memory_of_a_child_is_not_that_of_its_parent() -> None:

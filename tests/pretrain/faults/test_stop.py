@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +37,15 @@ def test_a_stop_made_before_the_first_launch_stops_it(dataset: Path, tmp_path: P
     assert [line["step"] for line in log_of(run) if "loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("signals_restored")
+def test_ctrl_c_asks_for_a_stop(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert (stop.asked, stop.reason) == (True, "signal SIGINT")
+    assert "saving; Ctrl-C again ends at once" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("signals_restored")
 def test_a_file_system_that_does_not_answer_asks_for_no_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopRequest()
     stop.watch(tmp_path / "stop")

@@ -59,6 +59,10 @@ def test_trials_are_arms_times_grid_times_seeds(base: Path, tmp_path: Path) -> N
         ("fixed", 4, 0.5, 4),
     ]
     assert len({t.run for t in made}) == 6
+    alone = trials(load(SweepRecipe, file, ['only=["fixed"]']))
+    assert [(t.row, t.seed) for t in alone] == [("fixed", 3), ("fixed", 4)]
+    with pytest.raises(BadInput, match="only: no arm 'fixd'; did you mean 'fixed'"):
+        trials(load(SweepRecipe, file, ["only=[fixd]"]))
     with pytest.raises(BadInput, match=r"arm plain: .*optimizer\.lrr: unknown key; did you mean 'lr'"):
         trials(load(SweepRecipe, sweep_recipe(base, tmp_path, common={"optimizer.lrr": 1})))
     with pytest.raises(BadInput, match="reference: no row 'plan'; did you mean 'plain'"):
