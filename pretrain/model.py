@@ -237,6 +237,12 @@ def _take_weights(model: ShareBertForMaskedLM, export: Path) -> None:
                     f"model.init_from: {export}: '{name}' is {shape}, this model has {list(parameter.shape)}"
                 )
             parameter[: len(given)] = given
+            del source[name]
+    if source:
+        raise BadInput(
+            f"model.init_from: {export}: has '{next(iter(source))}', which this model has not; leave out the keys of "
+            "model that differ from the export's"
+        )
 
 
 def compile_layers(model: ShareBertForMaskedLM, backend: str = "inductor") -> None:

@@ -90,7 +90,7 @@ def make_objective(recipe: TrainRecipe, training: ResolvedTraining, device: torc
         teacher = CachedTeacher(training.distill, training.teacher_cache.score_scale)
     else:
         teacher = load_teacher(training.distill, device, within_documents=within, precision=recipe.precision)
-    return Distillation(mlm, teacher, recipe.data.mask_rate)
+    return Distillation(mlm, teacher)
 
 
 class Trainer:
@@ -279,6 +279,7 @@ class Trainer:
                 self.recipe.validate,
                 mask_rate=self.recipe.data.last_mask_rate,
                 whole_word=self.recipe.data.whole_word,
+                weights=[entry.weight for entry in self.recipe.data.dataset],
                 rank=self.world.rank,
                 world_size=self.world.world_size,
                 progress=self.metric_log.progress,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as recipe_dataclass
 
@@ -33,7 +34,8 @@ class ValidateRecipe:
     every: Annotated[int, Field(ge=0)] = 500
     """Optimizer steps between validations, with one before the first step and one at the end; 0 for none."""
     rows: Annotated[int, Field(gt=0)] = 2048
-    """Rows of the validation split that are used, the same each time; all of them where it has fewer."""
+    """Rows of the validation split that are used, the same each time; all of them where it has fewer. Of several
+    datasets, by their weights."""
     block: Annotated[int, Field(gt=0)] = 32
     """Rows that go through the model at once."""
     ema: bool = False
@@ -68,9 +70,10 @@ def validation_blocks(
     rank: int = 0,
     world_size: int = 1,
     rows: int | None = None,
+    weights: Sequence[float] | None = None,
     hide: Literal["chosen", "all"] = "chosen",
 ) -> Iterator[Block]:
-    """The validation rows of all datasets, one after another, in blocks; rank r takes r, r + ranks, ….
+    """The first validation rows of each dataset, one dataset after another, in blocks; rank r takes r, r + ranks, ….
 
     All ranks get equally many blocks, because a forward pass is a collective under ZeRO 3.
 
@@ -82,6 +85,7 @@ def validation_blocks(
         rank: of this process.
         world_size: how many processes share the blocks.
         rows: at most this many rows; all where None.
+        weights: of the datasets in these rows, as in `rows_of_each`.
         hide: "chosen" puts [MASK] in place of every token to predict; "all" in place of every
             ordinary token of the row, and the same tokens are to be predicted, without context.
 
@@ -89,8 +93,9 @@ def validation_blocks(
         BadInput: there is no validation row.
     """
     batcher = Batcher(datasets, "validation", mask_rate=mask_rate, whole_word=whole_word, seed=MASK_SEED)
-    ends = np.cumsum([split.rows for split in batcher.splits])
-    total = int(ends[-1]) if rows is None else min(rows, int(ends[-1]))
+    counts_of = rows_of_each([split.rows for split in batcher.splits], weights, rows)
+    ends = np.cumsum(counts_of)
+    total = int(ends[-1])
     if total == 0:
         raise BadInput("the validation split is empty; prepare the dataset with `validation` above 0")
     blocks = -(-total // block_rows)
@@ -101,11 +106,29 @@ def validation_blocks(
         counts = (places < total) & (number < blocks)
         places = np.minimum(places, total - 1)
         dataset = np.searchsorted(ends, places, side="right")
-        first = ends[dataset] - np.array([split.rows for split in batcher.splits])[dataset]
+        first = (ends - counts_of)[dataset]
         (batch,) = batcher.make(
             dataset, np.zeros_like(places), places - first, counts=counts, micro_rows=block_rows, hide=hide
         )
         yield Block(number if number < blocks else None, batch)
+
+
+def rows_of_each(held: Sequence[int], weights: Sequence[float] | None, rows: int | None) -> NDArray[np.int64]:
+    """How many validation rows of each dataset are used, [datasets].
+
+    Args:
+        held: rows that each has.
+        weights: in whose proportion `rows` are shared out; what a dataset has not comes from the others. None: equal.
+        rows: in all, at most; None for all that there are.
+    """
+    if rows is None or rows >= sum(held):
+        return np.asarray(held, np.int64)
+    weights = weights or [1.0] * len(held)
+    # As in a mixture, row i of a dataset of weight w stands at (i + 1/2) / w.
+    places = [(np.arange(min(count, rows)) + 0.5) / weight for count, weight in zip(held, weights, strict=True)]
+    dataset = np.repeat(np.arange(len(held)), [len(each) for each in places])
+    first = np.lexsort((dataset, np.concatenate(places)))[:rows]
+    return np.bincount(dataset[first], minlength=len(held))
 
 
 def validate(
@@ -116,6 +139,7 @@ def validate(
     *,
     mask_rate: float,
     whole_word: bool,
+    weights: Sequence[float] | None = None,
     rank: int = 0,
     world_size: int = 1,
     hide: Literal["chosen", "all"] = "chosen",
@@ -133,6 +157,7 @@ def validate(
         recipe: which rows.
         mask_rate: share of a row's tokens to predict.
         whole_word: whether whole words are masked.
+        weights: as in `validation_blocks`.
         rank: of this process.
         world_size: of the group.
         hide: as in `validation_blocks`.
@@ -149,6 +174,7 @@ def validate(
         rank=rank,
         world_size=world_size,
         rows=recipe.rows,
+        weights=weights,
         hide=hide,
     )
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -75,6 +76,18 @@ def make_dataset(folder: Path, *, train_rows: int = 192, validation_rows: int = 
         },
     )
     return folder
+
+
+def retokenize(dataset: Path) -> Path:
+    """The same rows, with a tokenizer that has other words."""
+    from data_prep.shards.format import write_manifest
+    from sharebert_common.files import file_sha256
+
+    tokenizer, manifest = dataset / "tokenizer.json", dataset / "manifest.json"
+    tokenizer.write_text(tokenizer.read_text().replace("word7", "term7"))
+    content = json.loads(manifest.read_text()) | {"tokenizer_sha256": file_sha256(tokenizer)}
+    write_manifest(dataset, {key: value for key, value in content.items() if key != "fingerprint"})
+    return dataset
 
 
 @pytest.fixture(scope="session")

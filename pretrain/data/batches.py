@@ -38,15 +38,24 @@ class MicroBatch:
     """Name → [rows, …], what is kept on disk for these rows, such as a teacher's outputs."""
     pieces: int = 1
     """Into how many pieces each row of the dataset is cut."""
+    mask_rate: float = 0.15
+    """Share of a row's tokens that are chosen in this step."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`; from pinned memory the copies do not wait."""
-        tensors = (self.tokens, self.document_ids, self.positions, self.labels, self.loss_weights)
-        tokens, document_ids, positions, labels, loss_weights = (
-            tensor.to(device, non_blocking=True) for tensor in tensors
+
+        def there(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens=there(self.tokens),
+            document_ids=there(self.document_ids),
+            positions=there(self.positions),
+            labels=there(self.labels),
+            loss_weights=there(self.loss_weights),
+            beside={name: there(tensor) for name, tensor in self.beside.items()},
         )
-        beside = {name: tensor.to(device, non_blocking=True) for name, tensor in self.beside.items()}
-        return MicroBatch(tokens, document_ids, positions, labels, loss_weights, self.padded, beside, self.pieces)
 
     def cut(self, length: int) -> MicroBatch:
         """The same with each row cut into pieces of `length` tokens, which are rows of their own. Nothing moves in
@@ -75,7 +84,7 @@ class Batcher:
     ) -> None:
         first = datasets[0]
         self._datasets = datasets
-        self._split = split
+        self._split, self._mask_rate = split, mask_rate
         self._vocab_size = first.vocab_size
         self.splits = [dataset.split(split) for dataset in datasets]
         self._masks = Masks(
@@ -109,7 +118,7 @@ class Batcher:
             counts: [n] false for rows that only fill up the shape, with weight 0.
             micro_rows: rows of a micro-batch.
             hide: what to put in place of the tokens.
-            rates: [n] of tokens to choose, and
+            rates: [n] of tokens to choose, equal in a micro-batch, and
             shares: [n, 2] of [MASK] and random words among them, both as in `Masks.apply`.
             beside: name → [n, …], what `MicroBatch.beside` holds.
         """
@@ -125,6 +134,7 @@ class Batcher:
             for array in (masked.tokens, document_ids, positions, labels, used.astype(np.float32))
         )
         kept = {name: _tensor(array, micro_rows) for name, array in (beside or {}).items()}
+        rates_of = np.full(len(padded), self._mask_rate) if rates is None else rates[::micro_rows]
         return [
             MicroBatch(
                 tokens,
@@ -133,7 +143,8 @@ class Batcher:
                 labels.view(-1),
                 loss_weights.view(-1),
                 any_padding,
-                {name: tensor[number] for name, tensor in kept.items()},
+                beside={name: tensor[number] for name, tensor in kept.items()},
+                mask_rate=float(rates_of[number]),
             )
             for number, (tokens, document_ids, positions, labels, loss_weights, any_padding) in enumerate(
                 zip(*whole, padded.tolist(), strict=True)

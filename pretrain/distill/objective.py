@@ -17,13 +17,12 @@ class Distillation:
     """All losses of `distill` while training; the masked-LM loss alone in validation, so that runs compare.
 
     A step divides sums by the masked tokens of all ranks together. Losses that are means over all positions, and not
-    over masked ones, are therefore summed with the mask rate as the weight of a position: a constant, so that neither
-    ranks nor micro-batches change the step.
+    over masked ones, are therefore summed with the step's mask rate as the weight of a position, so that neither ranks
+    nor micro-batches change the step.
     """
 
     mlm: MaskedLanguageModelling
     teacher: Teacher
-    mask_rate: float
 
     def __call__(self, model: Model, batch: MicroBatch) -> LossSums:
         if not torch.is_grad_enabled():
@@ -41,7 +40,7 @@ class Distillation:
             labels=batch.labels,
             loss_weights=batch.loss_weights,
             taught=taught,
-            token_weights=self.mask_rate * real_positions(batch),
+            token_weights=batch.mask_rate * real_positions(batch),
             visible=visible.expand(-1, ids.shape[1], -1),
         )
         return LossSums(output.loss_sum, output.correct)

@@ -12,7 +12,7 @@ import pytest
 from numbered import SPECIAL_IDS, numbered_dataset, numbers_of, originals, real_rows, rows_saying
 
 from data_prep.shards.reader import Dataset
-from pretrain.validate import Block, unigram_entropy, validation_blocks
+from pretrain.validate import Block, rows_of_each, unigram_entropy, validation_blocks
 from sharebert_common.errors import BadInput
 
 VALIDATION = [20, 13]
@@ -74,6 +74,20 @@ def test_datasets_follow_each_other(dataset: Dataset, tmp_path: Path) -> None:
     made = blocks([dataset, other])
     rows = np.concatenate([originals(block.batch)[real_rows(block.batch)] for block in made])
     np.testing.assert_array_equal(numbers_of(rows), [*range(33), *range(11)])
+
+
+def test_some_rows_of_several_datasets_are_shared_out_by_weight(dataset: Dataset, tmp_path: Path) -> None:
+    """33 and 11 rows; weights of 1 to 3, and what a dataset has not comes from the other."""
+    other = numbered_dataset(tmp_path / "other", [8], [0, 5, 6])
+    made = blocks([dataset, other], rows=12, weights=[1, 3])
+    rows = np.concatenate([originals(block.batch)[real_rows(block.batch)] for block in made])
+    np.testing.assert_array_equal(numbers_of(rows), [*range(3), *range(9)])
+    held = [33, 11]
+    assert rows_of_each(held, [1, 3], 20).tolist() == [9, 11]
+    assert rows_of_each(held, [1e9, 1], 40).tolist() == [33, 7]
+    assert rows_of_each(held, None, 10).tolist() == [5, 5]
+    assert rows_of_each(held, [1, 3], 44).tolist() == rows_of_each(held, [1, 3], None).tolist() == held
+    assert rows_of_each([0, 11], [1, 3], 4).tolist() == [0, 4]
 
 
 def test_no_validation_rows_are_refused(tmp_path: Path) -> None:

@@ -14,15 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_dataset
+from conftest import make_dataset, retokenize
 from tiny_runs import log_of, train_arguments
 
-from data_prep.shards.format import write_manifest
-from data_prep.shards.reader import open_dataset
 from pretrain.checkpoint.identity import report_changes
-from pretrain.model import ModelRecipe, build_model, choose_model, refuse_other_tokenizer
-from sharebert_common.errors import BadInput
-from sharebert_common.files import file_sha256
 
 SECRET = "hunter2-is-no-secret"
 
@@ -111,15 +106,6 @@ def results(dataset: Path, folder: Path) -> dict[str, tuple[int, str, list[str]]
     }
     umasks = [0o077 if name == "private" else 0o022 for name in plan]
     return dict(zip(plan, launch_all(folder, list(plan.values()), umasks), strict=True))
-
-
-def retokenize(dataset: Path) -> Path:
-    """The same rows, with a tokenizer that has other words."""
-    tokenizer, manifest = dataset / "tokenizer.json", dataset / "manifest.json"
-    tokenizer.write_text(tokenizer.read_text().replace("word7", "term7"))
-    content = json.loads(manifest.read_text()) | {"tokenizer_sha256": file_sha256(tokenizer)}
-    write_manifest(dataset, {key: value for key, value in content.items() if key != "fingerprint"})
-    return dataset
 
 
 REFUSED = {
@@ -211,62 +197,6 @@ def test_changes_of_any_depth_are_reported(tmp_path: Path) -> None:
     config.write_text("a: 1\nb: {c: 2, d: [1, 2]}\n")
     report_changes(config, {"a": 1, "b": {"c": 3, "d": [1, 2]}, "e": "new"}, said.append)
     assert said == ["the recipe changed: b.c was 2, is now 3", "the recipe changed: e was None, is now 'new'"]
-
-
-@pytest.fixture
-def export(dataset: Path, tmp_path: Path) -> Path:
-    """An export of a model whose weights all are 7, with the dataset's tokenizer."""
-    from exports.export import Export
-    from exports.forms import write_export
-
-    arguments = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "factor_size": 8,
-        "mlm_head": "tied",
-    }
-    model = build_model(choose_model(ModelRecipe(**arguments), 301, 32), seed=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(7)
-    write_export(Export.of_model(model, tokenizer=dataset / "tokenizer.json"), tmp_path / "export")
-    return tmp_path / "export"
-
-
-def test_a_run_starts_from_an_export_with_longer_positions(export: Path) -> None:
-    with pytest.raises(BadInput, match="max_position_embeddings: 32, and the dataset's rows have 64 tokens"):
-        choose_model(ModelRecipe(init_from=str(export)), 301, 64)
-    choice = choose_model(ModelRecipe(init_from=str(export), max_position_embeddings=64), 301, 64)
-    model = build_model(choice, seed=0)
-    for name, parameter in model.named_parameters():
-        known = parameter[:32] if "position" in name else parameter
-        assert (known == 7).all(), name
-    positions = model.get_parameter("sharebert.position_embeddings.weight")
-    assert positions.shape == (64, 32)
-    assert 0 < positions[32:].std() < 0.1
-    with pytest.raises(BadInput, match=r"'sharebert\.position_embeddings\.weight' is"):
-        build_model(choose_model(ModelRecipe(init_from=str(export), max_position_embeddings=16), 301, 16), seed=0)
-
-
-def test_weights_of_another_function_are_refused(export: Path) -> None:
-    """What a recipe says would change what the same weights compute, without a word."""
-    same: dict[str, Any] = {"attention_scale": "authors", "ffn_order": "cycle", "hidden_dropout_prob": 0.3}
-    assert choose_model(ModelRecipe(init_from=str(export), **same), 301, 32).config.attention_scale == "authors"
-    others: dict[str, Any] = {"attention_scale": "standard", "branch_gain": 0.5, "layer_norm_eps": 1e-3}
-    others |= {"ffn_order": "sequence", "num_attention_heads": 2, "num_hidden_layers": 1}
-    for key, value in others.items():
-        with pytest.raises(BadInput, match=rf"^model\.{key}: {value}, but the weights of .*export belong to "):
-            choose_model(ModelRecipe(init_from=str(export), **{key: value}), 301, 32)
-
-
-def test_an_export_with_another_tokenizer_is_refused(export: Path, dataset: Path, tmp_path: Path) -> None:
-    choice = choose_model(ModelRecipe(init_from=str(export)), 301, 32)
-    refuse_other_tokenizer(choice, open_dataset(dataset))
-    other = retokenize(Path(shutil.copytree(dataset, tmp_path / "other")))
-    with pytest.raises(BadInput, match=r"tokenizer\.json has sha256 \w+, the tokenizer of .*other has \w+"):
-        refuse_other_tokenizer(choice, open_dataset(other))
 
 
 def test_a_run_whose_checkpoints_cannot_be_read_is_left_as_it_is(

@@ -393,6 +393,7 @@ def test_masks_follow_their_schedule_alike_on_any_ranks_and_after_a_resume(datas
     alone = steps(Loader([dataset], settings, 5, 0, 1, 8), 8)
     for number, step in enumerate(alone):
         want = max(1, round((0.4 - 0.3 * number / 8) * SEQ_LEN))
+        assert all(micro.mask_rate == pytest.approx(0.4 - 0.3 * number / 8) for micro in step.micro_batches)
         found = real(step)
         assert (found["columns"] >= 0).sum(axis=1).max() == want  # rows with padding have fewer
         chosen = np.take_along_axis(found["seen"], np.maximum(found["columns"], 0), axis=1)

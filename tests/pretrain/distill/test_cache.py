@@ -91,8 +91,8 @@ def test_a_student_has_the_losses_of_an_online_teacher(
     seen = 0
     for rank in range(2):
         for batch in batches(recipe, training, rank, 2):
-            found = Distillation(mlm, cached, 0.15)(student, batch)
-            wanted = Distillation(mlm, online, 0.15)(student, batch)
+            found = Distillation(mlm, cached)(student, batch)
+            wanted = Distillation(mlm, online)(student, batch)
             torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-5, atol=1e-5)
             assert found.correct == wanted.correct
             seen += 1

@@ -64,8 +64,8 @@ def test_the_loss_is_the_weighted_sum_of_what_the_recipe_names(
         initialize(student, "variance", 0)
         teacher = load_teacher(plan, CPU, within_documents=within, precision="fp32")
         mlm = MaskedLanguageModelling(CPU, within_documents=within)
-        batch = micro_batch().cut(length)
-        total = Distillation(mlm, teacher, 0.15)(student, batch)
+        batch = dataclasses.replace(micro_batch().cut(length), mask_rate=0.3)
+        total = Distillation(mlm, teacher)(student, batch)
         taught = teacher(batch)
         with torch.no_grad():
             plain = mlm(student, batch)
@@ -75,7 +75,7 @@ def test_the_loss_is_the_weighted_sum_of_what_the_recipe_names(
                 batch.tokens, hide, document_ids=ids if within else None, pool=False, keep_states=True
             )
             visible = ids[:, :, None] == ids[:, None, :] if within else (ids != 0)[:, None, :].expand(-1, length, -1)
-            weights = 0.15 * real_positions(batch)
+            weights = 0.3 * real_positions(batch)
             logits = student.scores(kept.hidden.flatten(0, 1)[batch.positions])
             assert taught.logits is not None
             expected = 0.5 * plain.loss + 2.0 * logits_loss(
@@ -93,7 +93,7 @@ def test_the_loss_is_the_weighted_sum_of_what_the_recipe_names(
         torch.testing.assert_close(total.loss.detach(), expected, rtol=1e-5, atol=1e-5)
         assert total.correct == plain.correct
         with torch.no_grad():
-            assert Distillation(mlm, teacher, 0.15)(student, batch).loss == plain.loss, "validation is masked LM alone"
+            assert Distillation(mlm, teacher)(student, batch).loss == plain.loss, "validation is masked LM alone"
 
 
 def of_layer(teacher: Any, states: list[Tensor], layer: int) -> tuple[Tensor, ...]:
@@ -206,7 +206,7 @@ def test_losses_of_layers_are_those_of_loops(
     (batch,) = next(loader).micro_batches
     loader.close()
     assert batch.document_ids.unique().tolist() == [0, 1, 2, 3]
-    found = Distillation(MaskedLanguageModelling(CPU, within_documents=within), teacher, 0.15)(student, batch).loss
+    found = Distillation(MaskedLanguageModelling(CPU, within_documents=within), teacher)(student, batch).loss
     model = transformers.BertForMaskedLM.from_pretrained(bert).eval().requires_grad_(False)
     wanted = layerwise_by_loops(student, model, plan, batch, within)
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
