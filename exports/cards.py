@@ -18,9 +18,7 @@ tags: [{tags}]
 
 # ShareBERT{form}
 
-A BERT-class encoder whose layers have no weight matrices of their own: every one is cut from the matrix
-E·W_allᵀ + b_all, made from the word embeddings E. The method is Hu, Cavicchioli, Berardinelli and Capotondi,
-"ShareBERT: Embeddings Are Capable of Learning Hidden Layers", AAAI 2024.
+A BERT-class encoder {layers}
 {about}
 ## Sizes
 
@@ -32,6 +30,20 @@ E·W_allᵀ + b_all, made from the word embeddings E. The method is Hu, Cavicchi
 
 {loading}
 """
+
+_METHOD = """The method is Hu, Cavicchioli, Berardinelli and Capotondi,
+"ShareBERT: Embeddings Are Capable of Learning Hidden Layers", AAAI 2024."""
+
+_LAYERS = {
+    "veps": f"""whose layers have no weight matrices of their own: every one is cut from the matrix
+E·W_allᵀ + b_all, made from the word embeddings E. {_METHOD}""",
+    "eps": f"""whose layers have no weight matrices of their own: every one is cut from the word
+embeddings E. {_METHOD}""",
+    "layers": "whose layers all use one set of weight matrices, as ALBERT's do.",
+    "none": "in which every layer has weight matrices of its own, as in BERT.",
+    "low_rank": "whose layers all use one set of weight matrices, each a product of two smaller ones.",
+}
+"""By `sharing`."""
 
 _TRANSFORMERS = """
 ```python
@@ -83,7 +95,7 @@ _COMPACT_END = (
 
 _DENSE_LOADING = "This is a stock `megatron_bert`: plain `transformers` loads it, with no code of its own."
 _DENSE_ABOUT = """
-This is its dense form: every generated matrix is written out, and every layer has a copy of its own, because
+This is its dense form: every matrix is written out, and every layer has its own copy of those that it shares, because
 `megatron_bert` cannot share matrices. The ONNX form keeps one copy.
 On a batch of random words, in float32, it differs from the compact form, relative to the largest value, by
 {differences}.
@@ -100,8 +112,8 @@ _ONNX_LOADING = (
     "`logits` alone."
 )
 _ONNX_ABOUT = (
-    "\nThis is its ONNX form: the generated matrices are written out once, and all layers use them. The input\n"
-    "embedding stays in its factors.\n"
+    "\nThis is its ONNX form: matrices that layers share are written out once. The input embedding stays in its\n"
+    "factors.\n"
 )
 _ONNX_END = "\nThe pooled output is the tanh of the compact form's, as in `megatron_bert`.\n"
 
@@ -139,6 +151,7 @@ def _card(config: ShareBertConfig, kind: Kind, sections: Mapping[str, str], form
         task=kind.task,
         tags="sharebert, bert" if form else "sharebert, bert, compact",
         form=form,
+        layers=_LAYERS[config.sharing],
         about=about,
         sizes="\n".join(f"| {name} | {value} |" for name, value in _sizes(config).items()),
         loading=loading.rstrip("\n"),
@@ -162,14 +175,14 @@ def _sizes(config: ShareBertConfig) -> dict[str, str]:
         model = ShareBertForMaskedLM(config)
     head = {"untied": "a decoder of its own", "tied": "tied to the word embeddings", "none": "none"}[config.mlm_head]
     wide = 2 * config.ffn_pairs * config.hidden_size * config.inner_size
-    generated = 4 * config.hidden_size * config.attention_size + wide
+    values = 4 * config.hidden_size * config.attention_size + wide
     count = "six" if config.ffn_pairs == 1 else str(4 + 2 * config.ffn_pairs)
     return {
         "learned parameters of the encoder": f"{sum(p.numel() for p in model.sharebert.parameters()):,}",
         "learned parameters with the masked-language-model head": f"{sum(p.numel() for p in model.parameters()):,}",
-        f"values of the {count} generated matrices": f"{generated:,}",
+        f"values of the {count} {'generated matrices' if config.generates else 'matrices of a layer'}": f"{values:,}",
         "vocabulary": f"{config.vocab_size:,} (a multiple of {config.vocab_pad_multiple})",
-        "factor size": f"{config.factor_size:,} ({config.sharing.upper()})",
+        "factor size": f"{config.factor_size:,}" + (f" ({config.sharing.upper()})" if config.generates else ""),
         "hidden size, intermediate size": f"{config.hidden_size:,}, {config.inner_size:,}",
         **_ranks(config),
         "layers, attention heads": f"{config.num_hidden_layers}, {config.heads}",

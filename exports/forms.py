@@ -11,8 +11,9 @@ from typing import ClassVar, Protocol
 from exports.compact import Compact
 from exports.dense import Dense
 from exports.export import Export
-from exports.files import CONFIG
+from exports.files import CARD, CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from exports.onnx import Onnx
+from exports.weight_files import INDEX
 from sharebert_common.errors import BadInput
 from sharebert_common.files import whole_or_absent_folder
 
@@ -34,6 +35,10 @@ FORMS: dict[str, type[Form]] = {"compact": Compact, "dense": Dense, "onnx": Onnx
 """By their names on the command line. A new form is one file with a class, and its name here."""
 
 
+WRITTEN = {CONFIG, CARD, TOKENIZER, TOKENIZER_CONFIG, INDEX}
+"""Names of files of an export, beside those of weights and code."""
+
+
 def write_export(export: Export, out: Path, form: Form | None = None) -> None:
     """Write `export` in `form` (compact, if not given), whole or not at all; an export in `out` is replaced.
 
@@ -51,11 +56,13 @@ def write_export(export: Export, out: Path, form: Form | None = None) -> None:
 def new_export(out: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `out` when the block ends; see `whole_or_absent_folder`.
 
-    Raises BadInput where `out` exists and is no export, because nothing else is replaced.
+    Raises BadInput where `out` exists and is no export, or holds something else too: that is never deleted.
     """
     out = Path(out)
     if out.exists() and not _replaceable(out):
         raise BadInput(f"{out}: exists and is no export; choose another folder, or remove it first")
+    if out.exists() and (other := sorted(filter(_is_foreign, out.iterdir()))):
+        raise BadInput(f"{out}: holds {other[0].name} beside an export; choose another folder, or move it first")
     with whole_or_absent_folder(out) as folder:
         yield folder
 
@@ -69,3 +76,10 @@ def _replaceable(out: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return kept in {form.model_type for form in FORMS.values()}
+
+
+def _is_foreign(entry: Path) -> bool:
+    """Whether this is nothing that an export writes, nor Python beside its code."""
+    if entry.is_dir():
+        return entry.name != "__pycache__"
+    return entry.name not in WRITTEN and entry.suffix not in (".safetensors", ".onnx", ".py")

@@ -271,7 +271,7 @@ class Trainer:
         """Score the held-out rows, and log the result."""
         self.watchdog.at(f"validation after step {step}")
         self.engine.eval()
-        with self.engine.averaged() if self.recipe.validate.ema else contextlib.nullcontext():
+        with self.engine.averaged() if self.recipe.validate.ema else contextlib.nullcontext(False) as averaged:
             loss, accuracy = validate(
                 self.objective,
                 self.engine,
@@ -284,7 +284,8 @@ class Trainer:
                 world_size=self.world.world_size,
                 progress=self.metric_log.progress,
             )
-            self.metric_log.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
+            line = {"step": step, "valid_loss": loss, "valid_accuracy": accuracy, "valid_of_average": averaged or None}
+            self.metric_log.line(line)
             if self.looker is not None:
                 self.metric_log.look(self.looker.look(step, self.engine.module))
         self.engine.train()

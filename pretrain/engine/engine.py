@@ -174,14 +174,15 @@ class Engine:
             self._average.steps = state.get("ema_steps", 0)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the weights are their moving average, where there is one and it has begun. A collective."""
+    def averaged(self) -> Iterator[bool]:
+        """Inside, the weights are their moving average, where there is one and it has begun; gives whether they are. A
+        collective."""
         if self._average is None or not self._average.steps:
-            yield
+            yield False
             return
         self._swap(self._average)
         try:
-            yield
+            yield True
         finally:
             self._swap(self._average)
 

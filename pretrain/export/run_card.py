@@ -20,7 +20,7 @@ def sections(run: RunFolder, taken: list[Checkpoint], *, ema: bool = False) -> d
     whether their moving averages were taken.
     """
     found = {"Data": _data(run, taken[0]), "Training": _training(run, taken, ema=ema)}
-    scores = _scores(run, taken)
+    scores = _scores(run, taken, ema=ema)
     return found | ({"Scores": scores} if scores else {})
 
 
@@ -70,8 +70,9 @@ def _table_row(path: Path, manifest: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def _scores(run: RunFolder, taken: list[Checkpoint]) -> str:
-    """The validation of the checkpoint: the last one up to its step."""
+def _scores(run: RunFolder, taken: list[Checkpoint], *, ema: bool) -> str:
+    """The validation of the checkpoint: the last one up to its step that scored the weights, or with `ema` their
+    average; empty where there is none."""
     last: dict[str, Any] = {}
     if run.log.is_file():
         for line in run.log.read_text(encoding="utf-8").splitlines():
@@ -79,7 +80,8 @@ def _scores(run: RunFolder, taken: list[Checkpoint]) -> str:
                 entry = json.loads(line)
             except ValueError:  # the last line of a run that is still writing
                 continue
-            if "valid_loss" in entry and entry["step"] <= taken[0].step:
+            scored = "valid_loss" in entry and bool(entry.get("valid_of_average")) == ema
+            if scored and entry["step"] <= taken[0].step:
                 last = entry
     if not last:
         return ""

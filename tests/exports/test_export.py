@@ -50,6 +50,18 @@ def test_gains_and_pairs_are_in_the_export(tmp_path: Path) -> None:
     assert torch.equal(load_model(out).logits(tokens), model.logits(tokens))
 
 
+@pytest.mark.parametrize(
+    ("sharing", "said"),
+    [("none", "matrices of its own, as in BERT"), ("layers", "one set of weight matrices, as ALBERT's")],
+)
+def test_the_card_of_a_peer_speaks_of_its_own_matrices(tmp_path: Path, sharing: str, said: str) -> None:
+    card = (export(tiny_model(sharing=sharing), tmp_path / "export") / "README.md").read_text()
+    assert said in card
+    assert "six matrices of a layer" in card
+    assert "generated" not in card
+    assert "(NONE)" not in card
+
+
 def test_holds_everything(tmp_path: Path) -> None:
     model = tiny_model()
     out = export(model, tmp_path / "export", tiny_tokenizer(tmp_path))
@@ -99,6 +111,14 @@ def test_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="exists and is no export"):
             export(second, path)
     assert (tmp_path / "home/letter.txt").read_text() == "dear"
+    (tmp_path / "export/__pycache__").mkdir()
+    export(second, tmp_path / "export")
+    assert not (tmp_path / "export/__pycache__").exists()
+    for name in ("checkpoint-500", "notes.txt"):  # as beside a model that was trained further
+        (tmp_path / "export" / name).mkdir()
+        with pytest.raises(BadInput, match=f"holds {name} beside an export"):
+            export(second, tmp_path / "export")
+        (tmp_path / "export" / name).rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "empty", "export", "home"]
 
 

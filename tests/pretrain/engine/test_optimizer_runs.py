@@ -174,7 +174,8 @@ def test_validation_and_the_export_use_the_average(runs: Path, dataset: Path, tm
     last = whole(run, STEPS)
     for name, tensor in load_file(out / "model.safetensors").items():
         assert torch.equal(tensor, read_whole(last, name, "ema")), name
-    assert "the moving average over 4 steps" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "the moving average over 4 steps" in card
     score = validate(
         MaskedLanguageModelling(torch.device("cpu")),
         load_model(out).eval(),
@@ -186,6 +187,7 @@ def test_validation_and_the_export_use_the_average(runs: Path, dataset: Path, tm
     logged = [line["valid_loss"] for line in log_of(run) if "valid_loss" in line]
     assert len(logged) == 4
     assert logged[-1] == pytest.approx(score.loss, rel=1e-5)
+    assert f"after step {STEPS}: loss {logged[-1]:.4f} nats" in card
 
 
 def test_the_average_in_the_dense_form(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +202,9 @@ def test_the_average_in_the_dense_form(runs: Path, tmp_path: Path, capsys: pytes
     assert (found - averaged.logits(tokens)).abs().max() < 1e-6 * largest
     assert (found - plain.logits(tokens)).abs().max() > 1e-4 * largest
     assert "the moving average over 4 steps" in (dense / "README.md").read_text()
+    before = next(line for line in log_of(run) if "valid_loss" in line and line["step"] == 2)
+    card = (tmp_path / "False" / "README.md").read_text()  # the last validation of the weights themselves
+    assert f"after step 2: loss {before['valid_loss']:.4f} nats" in card
 
 
 def test_a_run_without_an_average_has_none_to_export(runs: Path, tmp_path: Path) -> None:

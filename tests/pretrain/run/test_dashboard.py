@@ -38,7 +38,7 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "stop").touch()
     codes = []
     for _ in range(2):
-        command = [sys.executable, str(Path(sharebert_cli.__file__)), "train", "demo", *words]
+        command = [sys.executable, "-m", "sharebert_cli", "train", "demo", *words]
         codes.append(subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode)
     assert codes == [STOPPED, FINISHED]
     return run
