@@ -69,6 +69,37 @@ def test_trials_are_arms_times_grid_times_seeds(base: Path, tmp_path: Path) -> N
         trials(load(SweepRecipe, sweep_recipe(base, tmp_path, reference="plan")))
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"arms": {"lr 1": {"optimizer.lr": 0.1}, "lr_1": {"optimizer.lr": 0.2}}},
+            r"arm lr_1: two trials, with different optimizer\.lr, would have the folder .*/runs/lr_1,seed=0; rename",
+        ),
+        (
+            {"arms": {"a": {}, "a,lr=0.1": {"optimizer.lr": 0.5}}, "grid": {"optimizer.lr": [0.1]}},
+            r"arm a,lr=0\.1: two trials, with different optimizer\.lr, .*/runs/a,lr=0\.1,seed=0",
+        ),
+        ({"grid": {"distill.teacher": ["a/b", "a_b"]}}, r"arm plain: two trials, with different distill\.teacher"),
+        ({"grid": {"seed": [1, 2]}}, "grid: seed is set by the sweep for each trial .`seeds` is for that.; remove it"),
+        ({"common": {"seed": 1}}, "common: seed is set by the sweep"),
+        ({"arms": {"a": {"run": "elsewhere"}}}, "arms.a: run is set by the sweep for each trial .it follows from"),
+        (
+            {"arms": {"a": {"optimizer": {"lr": 0.5}}}, "grid": {"optimizer.lr": [0.1, 0.2]}},
+            "arm a: 'a,lr=0.1' and 'a,lr=0.2' are the same training; .*write it as the grid does",
+        ),
+        ({"arms": {"a": {"zero.stage": 2}}, "grid": {"zero": [0, 1]}}, "arm a: 'a,zero=0' and 'a,zero=1' are the same"),
+        ({"only": []}, "only: List should have at least 1 item"),
+        ({"grid": {"optimizer.lr": []}}, r"grid\.optimizer\.lr: List should have at least 1 item"),
+    ],
+)
+def test_no_trial_is_dropped_or_has_a_wrong_name(
+    keys: dict[str, Any], message: str, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        trials(load(SweepRecipe, sweep_recipe(base, tmp_path, **keys)))
+
+
 def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     """Final losses 2.0 and 2.2 of the reference: their mean 2.1 is reached half way between 1,280 and 2,560 tokens."""
     made = trials(load(SweepRecipe, sweep_recipe(base, tmp_path, seeds=[0, 1])))
