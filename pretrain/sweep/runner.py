@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from pretrain.recipe import TrainRecipe
-from pretrain.run.event_file import flatten
-from pretrain.sweep.recipe import Trial
+from pretrain.sweep.recipe import Trial, differing_keys
 from sharebert_common.errors import FAILED, FINISHED, STOPPED, BadInput, CommandError
 from sharebert_common.files import make_folders, write_atomically
-from sharebert_common.recipe import load, plain, to_yaml
+from sharebert_common.recipe import load, to_yaml
 from sharebert_common.run_files import peek_state
+
+SETTLED = ("run", "data.micro_batch")
+"""Keys that may differ in `config.yaml` of a run: its folder may have been moved, and it picks a number for `auto`. How
+rows are cut into micro-batches changes no loss but for rounding."""
 
 
 class Stopped(CommandError):
@@ -29,13 +32,16 @@ def is_finished(trial: Trial) -> bool:
 
 
 def refuse_other_keys(trials: Sequence[Trial]) -> None:
-    """Raise BadInput, naming the run and the keys, where a finished run was trained with others than its trial has."""
+    """Raise BadInput, naming the run and the keys, where a run was begun with others than its trial has.
+
+    A finished one would be left out, and its row show what was asked before; another one would go on with the new keys,
+    and its row show a mixture.
+    """
     for trial in trials:
-        if not is_finished(trial):
+        config = trial.run / "config.yaml"
+        if not config.is_file() and not is_finished(trial):
             continue
-        then, now = (flatten(plain(recipe)) for recipe in (load(TrainRecipe, trial.run / "config.yaml"), trial.recipe))
-        changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-        changed = [key for key in changed if key not in ("run", "data.micro_batch")]  # a run settles the second
+        changed = [key for key in differing_keys(load(TrainRecipe, config), trial.recipe) if key not in SETTLED]
         if changed:
             raise BadInput(
                 f"{trial.run}: was trained with other keys ({', '.join(changed)}); remove it, or give another folder"

@@ -141,14 +141,15 @@ def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     assert "_hparams_/session_start_info" in board.PluginTagToContent("hparams")
 
 
-def test_a_finished_run_with_other_keys_is_refused(base: Path, tmp_path: Path) -> None:
-    """Else the sweep would leave the run out, and its table show what was asked before."""
+@pytest.mark.parametrize("state", ["finished", "stopped", "failed", "running"])
+def test_a_run_with_other_keys_is_refused(state: str, base: Path, tmp_path: Path) -> None:
+    """Else its row would show what was asked before, or, of a run that goes on, a mixture."""
     (trial, *_) = trials(load(SweepRecipe, sweep_recipe(base, tmp_path)))
     trial.run.mkdir(parents=True)
     settled = dataclasses.replace(trial.recipe, data=dataclasses.replace(trial.recipe.data, micro_batch=2))
     (trial.run / "config.yaml").write_text(to_yaml(settled))
-    write_state(trial.run, "finished")
-    assert is_finished(trial)
+    write_state(trial.run, state)
+    assert is_finished(trial) == (state == "finished")
     refuse_other_keys([trial])
     (trial.run / "config.yaml").write_text(to_yaml(dataclasses.replace(settled, steps=settled.steps + 1)))
     with pytest.raises(BadInput, match=r"was trained with other keys \(steps\); remove it, or give another folder"):
