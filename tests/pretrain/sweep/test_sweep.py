@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import torch
 from tiny_runs import log_of, train_arguments, whole
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.checkpoint.format import manifest_checksum
+from pretrain.data.datasets import WeightedDataset
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.hparams import FINAL_LOSS, write_hparams
 from pretrain.sweep.recipe import SweepRecipe, trials
@@ -139,6 +142,32 @@ def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     board.Reload()
     assert [point.value for point in board.Scalars(FINAL_LOSS)] == [1.5]
     assert "_hparams_/session_start_info" in board.PluginTagToContent("hparams")
+
+
+def test_the_table_needs_no_dataset(base: Path, tmp_path: Path) -> None:
+    """The rows' length is in the log, the model in the checkpoint. The recipe leaves both to the dataset, and the
+    defaults (512 tokens, 30,522 words) are others."""
+    (trial, *_) = trials(load(SweepRecipe, sweep_recipe(base, tmp_path)))
+    recipe, model = trial.recipe, trial.recipe.resolve().model.config
+    gone = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, dataset=[WeightedDataset(path="nowhere")]))
+    checkpoint = trial.run / "checkpoints" / "step-00000012"
+    checkpoint.mkdir(parents=True)
+    manifest = {"format": 1, "step": 12, "training": {"model": model.to_dict()}, "shapes": {}, "files": {}}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+    lines = [{"step": 12, "rows": 120, "tokens": 120 * 32, "step_s": 0.5}, {"step": 12, "valid_loss": 2.0}]
+    (trial.run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tables = []
+    for written in (recipe, gone):
+        (trial.run / "config.yaml").write_text(to_yaml(written))
+        tables.append(rows_of({"plain": [trial.run]}, None))
+    assert tables[0] == tables[1]
+    (row,) = tables[1]
+    assert row.tokens_to_reference == 12 * 10 * 32
+    assert (row.parameters, row.flops_a_step) == size_of(recipe)
+    shutil.rmtree(trial.run / "checkpoints")
+    (unknown,) = rows_of({"plain": [trial.run]}, None)
+    assert unknown == dataclasses.replace(row, parameters=None, flops_a_step=None)
+    assert "| 1.000 | unknown | unknown | 0.5000 |" in to_text([unknown])
 
 
 @pytest.mark.parametrize("state", ["finished", "stopped", "failed", "running"])
