@@ -30,7 +30,7 @@ from pretrain.sweep.table import rows_of, size_of, to_text
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert_common.errors import STOPPED, BadInput
 from sharebert_common.recipe import load, to_yaml
-from sharebert_common.run_files import read_state, write_state
+from sharebert_common.run_files import last_logged_step, read_state, write_state
 
 
 @pytest.fixture
@@ -247,18 +247,23 @@ def counted_flops(config: ShareBertConfig, rows: int, masked: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_resumes_and_its_table_is_that_of_the_runs(base: Path, tmp_path: Path) -> None:
+def test_a_stopped_or_killed_sweep_resumes_and_its_table_is_that_of_the_runs(base: Path, tmp_path: Path) -> None:
     file = sweep_recipe(base, tmp_path)
     command = [sys.executable, "-m", "sharebert_cli", "sweep", str(file), "common={steps: 300, checkpoint.every: 20}"]
-    first = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    plain = tmp_path / "out" / "runs" / "plain,seed=0"
-    while not (plain / "log.jsonl").exists() or not log_of(plain):
-        assert first.poll() is None
-        time.sleep(0.1)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == STOPPED
-    stopped = read_state(plain)
-    assert stopped["state"] == "stopped"
+    plain, stopped = tmp_path / "out" / "runs" / "plain,seed=0", {"step": 0}
+    for asked in (signal.SIGTERM, signal.SIGKILL):
+        sweep = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while last_logged_step(plain) <= stopped["step"]:
+            assert sweep.poll() is None
+            time.sleep(0.1)
+        sweep.send_signal(asked)
+        assert sweep.wait(60) == (STOPPED if asked == signal.SIGTERM else -signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while (stopped := read_state(plain))["state"] != "stopped":  # also where the sweep could ask for nothing
+            assert asked == signal.SIGKILL
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert stopped["reason"] == "signal SIGTERM"
     again = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     assert read_state(plain)["resumed_from"] == stopped["step"]
     table = (tmp_path / "out" / "TABLE.md").read_text()
