@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +45,8 @@ class SweepRecipe:
     seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
     """Seeds of the runs. All trials run with the first seed before any runs with the second."""
     reference: str | None = None
-    """The row of the table whose final loss the others are to reach; without it, the first row."""
+    """The row of the table whose final loss the others are to reach; without it, or where `only` leaves its arm out,
+    the first row."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,16 @@ def trials(sweep: SweepRecipe) -> list[Trial]:
                     f"arm {arm}: two trials, with different {', '.join(changed)}, would have the folder {trial.run}; "
                     "rename an arm, or make arms of the values of the grid"
                 )
-    rows = {trial.row for trial in made.values()}
+    rows = {_row(arm, keys, point) for arm, keys in sweep.arms.items() for point in points}  # `only` may leave it out
     if sweep.reference is not None and sweep.reference not in rows:
         raise BadInput(f"reference: no row '{sweep.reference}'{nearest(sweep.reference, rows)}")
     return list(made.values())
+
+
+def reference_row(sweep: SweepRecipe, made: Sequence[Trial]) -> str:
+    """The row that the others are compared with: the recipe's; the first of `made` where it has none of that."""
+    rows = [trial.row for trial in made]
+    return sweep.reference if sweep.reference in rows else rows[0]
 
 
 def differing_keys(one: TrainRecipe, other: TrainRecipe) -> list[str]:
@@ -104,7 +112,7 @@ def differing_keys(one: TrainRecipe, other: TrainRecipe) -> list[str]:
 
 def _trial(sweep: SweepRecipe, arm: str, keys: Keys, point: Keys, seed: int) -> Trial:
     """The trial of an arm at a point of the grid. Raises BadInput, naming its row."""
-    row = _name(arm, {key: value for key, value in point.items() if key not in keys})
+    row = _row(arm, keys, point)
     differs = point | {key: value for key, value in keys.items() if key != "base"}
     run = {"run": str(Path(sweep.folder) / "runs" / f"{row},seed={seed}"), "seed": seed}
     overrides = [f"{key}={json.dumps(value)}" for key, value in (sweep.common | differs | run).items()]
@@ -133,7 +141,8 @@ def _refuse_own_keys(sweep: SweepRecipe) -> None:
                 raise BadInput(f"{place}: {key} is set by the sweep for each trial ({why}); remove it")
 
 
-def _name(arm: str, point: Keys) -> str:
-    """A row's name, that is also a folder's."""
-    parts = [arm, *(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())]
+def _row(arm: str, keys: Keys, point: Keys) -> str:
+    """The name of the row of an arm, with `keys`, at a point of the grid. It is part of a folder's name too."""
+    varied = {key: value for key, value in point.items() if key not in keys}
+    parts = [arm, *(f"{key.rpartition('.')[2]}={value}" for key, value in varied.items())]
     return re.sub(r"[^\w.,=+-]", "_", ",".join(parts))

@@ -87,19 +87,19 @@ def tokens_to_reach(curve: Curve, loss: float) -> float | None:
     return None
 
 
-def rows_of(runs: dict[str, list[Path]], reference: str | None) -> list[Row]:
+def rows_of(runs: dict[str, list[Path]], reference: str) -> list[Row]:
     """The rows of a table.
 
     Args:
         runs: directories of the runs of each row, one a seed. Runs that are not finished are left out.
-        reference: the row whose final loss is to be reached; the first one where None.
+        reference: the row whose final loss is to be reached.
     """
     read = {name: {path: _curve_or_none(path) for path in paths} for name, paths in runs.items()}
     curves = {
         name: {path: curve for path, curve in of_row.items() if curve is not None and curve.whole}
         for name, of_row in read.items()
     }
-    goal = curves[reference or next(iter(runs))].values()
+    goal = curves[reference].values()
     goal_loss = mean(curve.losses[-1] for curve in goal) if goal else None
     rows = []
     for name, of_row in curves.items():
@@ -126,15 +126,16 @@ def rows_of(runs: dict[str, list[Path]], reference: str | None) -> list[Row]:
     return rows
 
 
-def to_text(rows: Sequence[Row], unfinished: int = 0) -> str:
-    """The rows as a Markdown table."""
+def to_text(rows: Sequence[Row], reference: str, unfinished: int = 0) -> str:
+    """The rows as a Markdown table, the name of the reference, and how many trials are not finished."""
+    known = any(row.name == reference for row in rows)
     lines = [
         "| row | seeds | final loss | tokens to the reference's | share | parameters | GFLOPs a step | s a step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         spread = "" if row.loss_sd is None else f" ± {row.loss_sd:.4f}"
-        tokens, share = "never", ""
+        tokens, share = "never" if known else "", ""
         if row.tokens_to_reference is not None and row.share is not None:
             tokens, share = f"{row.tokens_to_reference:,.0f}", f"{row.share:.3f}"
         parameters = "unknown" if row.parameters is None else f"{row.parameters:,}"
@@ -143,7 +144,8 @@ def to_text(rows: Sequence[Row], unfinished: int = 0) -> str:
             f"| {row.name} | {row.seeds} | {row.loss:.4f}{spread} | {tokens} | {share} | {parameters} | {gflops} "
             f"| {row.step_s:.4f} |"
         )
-    return "\n".join([*lines, *([f"{unfinished} trials are not finished"] if unfinished else [])])
+    lines += ["", f"The reference is {reference}{'' if known else ', which is not finished'}."]
+    return "\n".join([*lines, *(["", f"{unfinished} trials are not finished"] if unfinished else [])])
 
 
 def _curve_or_none(run: Path) -> Curve | None:

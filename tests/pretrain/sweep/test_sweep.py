@@ -26,6 +26,7 @@ from pretrain.recipe import TrainRecipe
 from pretrain.sweep.hparams import FINAL_LOSS, write_hparams
 from pretrain.sweep.recipe import SweepRecipe, trials
 from pretrain.sweep.runner import is_finished, refuse_other_keys
+from pretrain.sweep.summary import summarise
 from pretrain.sweep.table import rows_of, size_of, to_text
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert_common.errors import STOPPED, BadInput
@@ -131,10 +132,12 @@ def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     matrices, head, rows = 4 * 32 * 32 + 2 * 32 * 48, 32 * 8 + 8 * 304, 10 * 32
     layers, attention, making = 6 * 2 * matrices, 12 * 2 * 32 * 32, 6 * 8 * matrices / rows
     assert plain.flops_a_step == pytest.approx(rows * (layers + attention + 6 * 0.15 * head + making))
-    text = to_text([plain, muon], unfinished=1)
+    text = to_text([plain, muon], "plain", unfinished=1)
     assert "| plain | 2 | 2.1000 ± 0.1414 | never |" in text
     assert "| muon | 1 | 1.5000 | 1,920 | 0.500 |" in text
+    assert "\n\nThe reference is plain.\n" in text
     assert text.endswith("1 trials are not finished")
+    assert "| muon | 1 | 1.5000 |  |  |" in to_text(rows_of(runs | {"other": []}, "other"), "other")
     write_hparams(made, tmp_path / "board")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -159,15 +162,31 @@ def test_the_table_needs_no_dataset(base: Path, tmp_path: Path) -> None:
     tables = []
     for written in (recipe, gone):
         (trial.run / "config.yaml").write_text(to_yaml(written))
-        tables.append(rows_of({"plain": [trial.run]}, None))
+        tables.append(rows_of({"plain": [trial.run]}, "plain"))
     assert tables[0] == tables[1]
     (row,) = tables[1]
     assert row.tokens_to_reference == 12 * 10 * 32
     assert (row.parameters, row.flops_a_step) == size_of(recipe)
     shutil.rmtree(trial.run / "checkpoints")
-    (unknown,) = rows_of({"plain": [trial.run]}, None)
+    (unknown,) = rows_of({"plain": [trial.run]}, "plain")
     assert unknown == dataclasses.replace(row, parameters=None, flops_a_step=None)
-    assert "| 1.000 | unknown | unknown | 0.5000 |" in to_text([unknown])
+    assert "| 1.000 | unknown | unknown | 0.5000 |" in to_text([unknown], "plain")
+
+
+def test_the_reference_may_be_left_out(base: Path, tmp_path: Path) -> None:
+    """Of the arms that run, the first row is the reference then; a reference that is no row of any arm is wrong."""
+    file = sweep_recipe(base, tmp_path, grid={"optimizer.lr": [0.1, 0.2]}, reference="plain,lr=0.2")
+
+    def reference(*overrides: str) -> str:
+        recipe = load(SweepRecipe, file, overrides)
+        return summarise(recipe, trials(recipe)).splitlines()[3]
+
+    assert reference() == "The reference is plain,lr=0.2, which is not finished."
+    assert reference("only=[plain]") == "The reference is plain,lr=0.2, which is not finished."
+    assert reference("only=[muon]") == "The reference is muon,lr=0.1, which is not finished."
+    for only in ("null", "[muon]"):
+        with pytest.raises(BadInput, match=r"reference: no row 'plain,lr=0\.3'; did you mean 'plain,lr=0\.[12]'"):
+            trials(load(SweepRecipe, file, ["reference='plain,lr=0.3'", f"only={only}"]))
 
 
 @pytest.mark.parametrize("state", ["finished", "stopped", "failed", "running"])
