@@ -14,7 +14,7 @@ from comparison.recipe import CompareRecipe, Keys, RowRecipe
 from compress.recipe import CompressRecipe, ReportRecipe, RowsRecipe
 from compress.steps import all_steps
 from data_prep.shards.reader import open_dataset
-from pretrain.sweep.recipe import SweepRecipe, Trial, trials
+from pretrain.sweep.recipe import NOT_VARIED, SweepRecipe, Trial, trials
 from scoring.recipe import EvaluateRecipe
 from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import load, plain
@@ -159,6 +159,14 @@ def _check_names(recipe: CompareRecipe) -> None:
 def _trials(recipe: CompareRecipe, places: Places) -> dict[str, Trial]:
     """The trainings, as those of a sweep with one seed."""
     arms: dict[str, Keys] = {}
+    given = {
+        "common": recipe.common,
+        **{f"rows.{name}.keys": row.keys for name, row in recipe.rows.items() if row.train},
+    }
+    for place, keys in given.items():
+        for key in NOT_VARIED:
+            if key in keys:
+                raise BadInput(f"{place}: {key} is set by the comparison for each training; remove it")
     for name, row in recipe.rows.items():
         if row.train is not None:
             arms[name] = {"base": row.train, **row.keys}

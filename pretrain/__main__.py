@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from pretrain.faults.stop import StopRequest, die_with_the_launcher, stop_with_the_launcher
+from pretrain.faults.stop import StopRequest, die_with_the_launcher, stop_with_the_launcher, stop_with_the_sweep
 from sharebert_common.errors import BAD_INPUT, FAILED, FINISHED, STOPPED, BadInput, write_refusal
 from sharebert_common.import_path import leave_working_directory
 from sharebert_common.quiet import quiet_libraries
@@ -24,6 +24,8 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
     stop = StopRequest()  # before the imports, which take seconds
     if under_torchrun:
         die_with_the_launcher()
+    else:
+        stop_with_the_sweep()
     if not debug:
         quiet_libraries()
     from pretrain import distributed

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from sharebert_common.processes import StopSignals, signal_on_parent_death
+from sharebert_common.processes import StopSignals, signal_on_parent_death, signal_on_starter_death
 
 
 class StopRequest:
@@ -77,3 +77,8 @@ def _runs_python(pid: int) -> bool:
 def stop_with_the_launcher() -> None:
     """Get TERM when the launcher dies, from the time on when all ranks can save together."""
     signal_on_parent_death(signal.SIGTERM)
+
+
+def stop_with_the_sweep() -> None:
+    """Get TERM when the command that started this training dies: started again, it would train the same run."""
+    signal_on_starter_death(signal.SIGTERM)

@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar
 from sharebert_common import run_files
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, remove_unfinished, write_atomically
+from sharebert_common.processes import starter
 
 T = TypeVar("T")
 
@@ -112,7 +113,8 @@ class RunFolder:
             time.sleep(0.2)
         lock.truncate(0)
         job = f", job {os.environ['SLURM_JOB_ID']} requeued {_requeues()}" if "SLURM_JOB_ID" in os.environ else ""
-        launcher = f", launcher {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        started_by = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else starter()
+        launcher = "" if started_by is None else f", launcher {started_by}"
         lock.write(f"pid {os.getpid()} on {platform.node()}{job}{launcher}")
         lock.flush()
         self._lock = lock

@@ -500,6 +500,7 @@ def test_times_are_taken_in_turns_when_all_rows_are_made(
             {"of": "veps", "compress": "compress/int8", "keys": {"report.repeats": 3}},
             r"keys: report\.repeats is the same",
         ),
+        ({"train": "BASE", "keys": {"seed": 1}}, r"rows\.x\.keys: seed is set by the comparison for each training"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_made(
@@ -523,6 +524,7 @@ def test_what_is_wrong_is_said_before_anything_is_made(
         ({"tasks": {"sst3": {}}}, r"tasks\.sst3: "),
         ({"tasks": {"sst2": {"path": "PATH", "augment": {"model": "nowhere"}}}}, r"nowhere: no model there"),
         ({"seeds": [1, 1]}, "seeds: one of them stands there twice"),
+        ({"common": {"run": "elsewhere"}}, "common: run is set by the comparison"),
     ],
 )
 def test_wrong_tasks_are_said_before_anything_is_made(

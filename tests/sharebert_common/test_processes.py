@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,54 @@ def test_ctrl_c_stays_ignored_where_it_was(interrupt: bool) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     StopSignals().catch()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_signals_do_afterwards_what_they_did_before() -> None:
+    before = [signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)]
+    with StopSignals(interrupt=True) as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert signals.received == signal.SIGUSR1
+    assert [signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)] == before
+
+
+STARTED = """
+import signal, sys, time
+from pathlib import Path
+from sharebert_common.processes import signal_on_starter_death
+def note(*_):
+    Path(sys.argv[1]).write_text("asked")
+    sys.exit()
+signal.signal(signal.SIGTERM, note)
+time.sleep(float(sys.argv[2]))
+signal_on_starter_death(signal.SIGTERM)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+STARTER = """
+import subprocess, sys, time
+from sharebert_common.processes import environment_for_child
+subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], env=environment_for_child())
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of its parent's death")
+@pytest.mark.parametrize("delay_s", [0, 1])
+def test_a_process_is_signalled_when_its_starter_was_killed(delay_s: int, tmp_path: Path) -> None:
+    """With a delay, the starter is dead before the process can say that it wants to know."""
+    note = tmp_path / "note"
+    command = [sys.executable, "-c", STARTER, STARTED, str(note), str(delay_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == "started\n"
+        if not delay_s:
+            assert starter.stdout.readline() == "ready\n"
+            assert not note.exists()
+        starter.kill()
+        starter.stdout.read()  # to the end of both
+    assert note.read_text() == "asked"
 
 
 def test_the_memory_of_a_child_is_not_that_of_its_parent() -> None:

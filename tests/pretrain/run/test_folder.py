@@ -18,6 +18,7 @@ from pretrain.run import folder as run_folder
 from pretrain.run.folder import RunFolder
 from sharebert_common import run_files
 from sharebert_common.errors import BadInput
+from sharebert_common.processes import STARTED_BY
 
 
 def start(run: RunFolder, step: int = 0) -> dict[str, Any]:
@@ -93,20 +94,20 @@ def test_a_launch_from_nothing_cuts_the_whole_log(run: RunFolder) -> None:
     assert run.log.read_text() == ""
 
 
-def holder(path: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+def holder(path: Path, environment: str) -> subprocess.Popen[str]:
     """A process that holds a run for 2 s; its launcher is a shell, which is killed at once."""
     code = (
         "import sys, time; from pretrain.run.folder import RunFolder\n"
         "run = RunFolder(sys.argv[1]); run.occupy(); print('held', flush=True); time.sleep(2)"
     )
-    command = f"{sys.executable} -c \"$0\" '{path}' & wait"
-    return subprocess.Popen(
-        ["sh", "-c", command, code], env=os.environ | environment, stdout=subprocess.PIPE, text=True
-    )
+    command = f"{environment} {sys.executable} -c \"$0\" '{path}' & wait"
+    return subprocess.Popen(["sh", "-c", command, code], stdout=subprocess.PIPE, text=True)
 
 
-def test_ranks_whose_launcher_was_killed_are_waited_for(tmp_path: Path) -> None:
-    with holder(tmp_path, {"TORCHELASTIC_RUN_ID": "x"}) as launcher:
+@pytest.mark.parametrize("environment", ["TORCHELASTIC_RUN_ID=x", f"{STARTED_BY}=$$"])
+def test_an_attempt_whose_launcher_was_killed_is_waited_for(environment: str, tmp_path: Path) -> None:
+    """The launcher is torchrun, or a sweep."""
+    with holder(tmp_path, environment) as launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "held\n"
         with pytest.raises(BadInput, match=f"in use by another attempt of this run .pid .* on {platform.node()}"):
@@ -120,7 +121,7 @@ def test_ranks_whose_launcher_was_killed_are_waited_for(tmp_path: Path) -> None:
 
 def test_an_older_attempt_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job was requeued while the node of the older one was cut off; another job is refused at once."""
-    with holder(tmp_path, {"SLURM_JOB_ID": "7"}) as shell:
+    with holder(tmp_path, "SLURM_JOB_ID=7") as shell:
         assert shell.stdout is not None
         assert shell.stdout.readline() == "held\n"
         monkeypatch.setenv("SLURM_JOB_ID", "8")

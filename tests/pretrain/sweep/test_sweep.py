@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,15 +20,18 @@ import torch
 from tiny_runs import log_of, train_arguments, whole
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.checkpoint.format import manifest_checksum
+from pretrain.data.datasets import WeightedDataset
 from pretrain.recipe import TrainRecipe
 from pretrain.sweep.hparams import FINAL_LOSS, write_hparams
 from pretrain.sweep.recipe import SweepRecipe, trials
 from pretrain.sweep.runner import is_finished, refuse_other_keys
+from pretrain.sweep.summary import summarise
 from pretrain.sweep.table import rows_of, size_of, to_text
 from sharebert import ShareBertConfig, ShareBertForMaskedLM
 from sharebert_common.errors import STOPPED, BadInput
 from sharebert_common.recipe import load, to_yaml
-from sharebert_common.run_files import read_state, write_state
+from sharebert_common.run_files import last_logged_step, read_state, write_state
 
 
 @pytest.fixture
@@ -69,6 +73,37 @@ def test_trials_are_arms_times_grid_times_seeds(base: Path, tmp_path: Path) -> N
         trials(load(SweepRecipe, sweep_recipe(base, tmp_path, reference="plan")))
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"arms": {"lr 1": {"optimizer.lr": 0.1}, "lr_1": {"optimizer.lr": 0.2}}},
+            r"arm lr_1: two trials, with different optimizer\.lr, would have the folder .*/runs/lr_1,seed=0; rename",
+        ),
+        (
+            {"arms": {"a": {}, "a,lr=0.1": {"optimizer.lr": 0.5}}, "grid": {"optimizer.lr": [0.1]}},
+            r"arm a,lr=0\.1: two trials, with different optimizer\.lr, .*/runs/a,lr=0\.1,seed=0",
+        ),
+        ({"grid": {"distill.teacher": ["a/b", "a_b"]}}, r"arm plain: two trials, with different distill\.teacher"),
+        ({"grid": {"seed": [1, 2]}}, "grid: seed is set by the sweep for each trial .`seeds` is for that.; remove it"),
+        ({"common": {"seed": 1}}, "common: seed is set by the sweep"),
+        ({"arms": {"a": {"run": "elsewhere"}}}, "arms.a: run is set by the sweep for each trial .it follows from"),
+        (
+            {"arms": {"a": {"optimizer": {"lr": 0.5}}}, "grid": {"optimizer.lr": [0.1, 0.2]}},
+            "arm a: 'a,lr=0.1' and 'a,lr=0.2' are the same training; .*write it as the grid does",
+        ),
+        ({"arms": {"a": {"zero.stage": 2}}, "grid": {"zero": [0, 1]}}, "arm a: 'a,zero=0' and 'a,zero=1' are the same"),
+        ({"only": []}, "only: List should have at least 1 item"),
+        ({"grid": {"optimizer.lr": []}}, r"grid\.optimizer\.lr: List should have at least 1 item"),
+    ],
+)
+def test_no_trial_is_dropped_or_has_a_wrong_name(
+    keys: dict[str, Any], message: str, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        trials(load(SweepRecipe, sweep_recipe(base, tmp_path, **keys)))
+
+
 def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     """Final losses 2.0 and 2.2 of the reference: their mean 2.1 is reached half way between 1,280 and 2,560 tokens."""
     made = trials(load(SweepRecipe, sweep_recipe(base, tmp_path, seeds=[0, 1])))
@@ -97,10 +132,12 @@ def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     matrices, head, rows = 4 * 32 * 32 + 2 * 32 * 48, 32 * 8 + 8 * 304, 10 * 32
     layers, attention, making = 6 * 2 * matrices, 12 * 2 * 32 * 32, 6 * 8 * matrices / rows
     assert plain.flops_a_step == pytest.approx(rows * (layers + attention + 6 * 0.15 * head + making))
-    text = to_text([plain, muon], unfinished=1)
+    text = to_text([plain, muon], "plain", unfinished=1)
     assert "| plain | 2 | 2.1000 ± 0.1414 | never |" in text
     assert "| muon | 1 | 1.5000 | 1,920 | 0.500 |" in text
+    assert "\n\nThe reference is plain.\n" in text
     assert text.endswith("1 trials are not finished")
+    assert "| muon | 1 | 1.5000 |  |  |" in to_text(rows_of(runs | {"other": []}, "other"), "other")
     write_hparams(made, tmp_path / "board")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -110,14 +147,57 @@ def test_the_table_is_what_the_logs_say(base: Path, tmp_path: Path) -> None:
     assert "_hparams_/session_start_info" in board.PluginTagToContent("hparams")
 
 
-def test_a_finished_run_with_other_keys_is_refused(base: Path, tmp_path: Path) -> None:
-    """Else the sweep would leave the run out, and its table show what was asked before."""
+def test_the_table_needs_no_dataset(base: Path, tmp_path: Path) -> None:
+    """The rows' length is in the log, the model in the checkpoint. The recipe leaves both to the dataset, and the
+    defaults (512 tokens, 30,522 words) are others."""
+    (trial, *_) = trials(load(SweepRecipe, sweep_recipe(base, tmp_path)))
+    recipe, model = trial.recipe, trial.recipe.resolve().model.config
+    gone = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, dataset=[WeightedDataset(path="nowhere")]))
+    checkpoint = trial.run / "checkpoints" / "step-00000012"
+    checkpoint.mkdir(parents=True)
+    manifest = {"format": 1, "step": 12, "training": {"model": model.to_dict()}, "shapes": {}, "files": {}}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+    lines = [{"step": 12, "rows": 120, "tokens": 120 * 32, "step_s": 0.5}, {"step": 12, "valid_loss": 2.0}]
+    (trial.run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tables = []
+    for written in (recipe, gone):
+        (trial.run / "config.yaml").write_text(to_yaml(written))
+        tables.append(rows_of({"plain": [trial.run]}, "plain"))
+    assert tables[0] == tables[1]
+    (row,) = tables[1]
+    assert row.tokens_to_reference == 12 * 10 * 32
+    assert (row.parameters, row.flops_a_step) == size_of(recipe)
+    shutil.rmtree(trial.run / "checkpoints")
+    (unknown,) = rows_of({"plain": [trial.run]}, "plain")
+    assert unknown == dataclasses.replace(row, parameters=None, flops_a_step=None)
+    assert "| 1.000 | unknown | unknown | 0.5000 |" in to_text([unknown], "plain")
+
+
+def test_the_reference_may_be_left_out(base: Path, tmp_path: Path) -> None:
+    """Of the arms that run, the first row is the reference then; a reference that is no row of any arm is wrong."""
+    file = sweep_recipe(base, tmp_path, grid={"optimizer.lr": [0.1, 0.2]}, reference="plain,lr=0.2")
+
+    def reference(*overrides: str) -> str:
+        recipe = load(SweepRecipe, file, overrides)
+        return summarise(recipe, trials(recipe)).splitlines()[3]
+
+    assert reference() == "The reference is plain,lr=0.2, which is not finished."
+    assert reference("only=[plain]") == "The reference is plain,lr=0.2, which is not finished."
+    assert reference("only=[muon]") == "The reference is muon,lr=0.1, which is not finished."
+    for only in ("null", "[muon]"):
+        with pytest.raises(BadInput, match=r"reference: no row 'plain,lr=0\.3'; did you mean 'plain,lr=0\.[12]'"):
+            trials(load(SweepRecipe, file, ["reference='plain,lr=0.3'", f"only={only}"]))
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped", "failed", "running"])
+def test_a_run_with_other_keys_is_refused(state: str, base: Path, tmp_path: Path) -> None:
+    """Else its row would show what was asked before, or, of a run that goes on, a mixture."""
     (trial, *_) = trials(load(SweepRecipe, sweep_recipe(base, tmp_path)))
     trial.run.mkdir(parents=True)
     settled = dataclasses.replace(trial.recipe, data=dataclasses.replace(trial.recipe.data, micro_batch=2))
     (trial.run / "config.yaml").write_text(to_yaml(settled))
-    write_state(trial.run, "finished")
-    assert is_finished(trial)
+    write_state(trial.run, state)
+    assert is_finished(trial) == (state == "finished")
     refuse_other_keys([trial])
     (trial.run / "config.yaml").write_text(to_yaml(dataclasses.replace(settled, steps=settled.steps + 1)))
     with pytest.raises(BadInput, match=r"was trained with other keys \(steps\); remove it, or give another folder"):
@@ -186,18 +266,23 @@ def counted_flops(config: ShareBertConfig, rows: int, masked: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_resumes_and_its_table_is_that_of_the_runs(base: Path, tmp_path: Path) -> None:
+def test_a_stopped_or_killed_sweep_resumes_and_its_table_is_that_of_the_runs(base: Path, tmp_path: Path) -> None:
     file = sweep_recipe(base, tmp_path)
     command = [sys.executable, "-m", "sharebert_cli", "sweep", str(file), "common={steps: 300, checkpoint.every: 20}"]
-    first = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    plain = tmp_path / "out" / "runs" / "plain,seed=0"
-    while not (plain / "log.jsonl").exists() or not log_of(plain):
-        assert first.poll() is None
-        time.sleep(0.1)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == STOPPED
-    stopped = read_state(plain)
-    assert stopped["state"] == "stopped"
+    plain, stopped = tmp_path / "out" / "runs" / "plain,seed=0", {"step": 0}
+    for asked in (signal.SIGTERM, signal.SIGKILL):
+        sweep = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while last_logged_step(plain) <= stopped["step"]:
+            assert sweep.poll() is None
+            time.sleep(0.1)
+        sweep.send_signal(asked)
+        assert sweep.wait(60) == (STOPPED if asked == signal.SIGTERM else -signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while (stopped := read_state(plain))["state"] != "stopped":  # also where the sweep could ask for nothing
+            assert asked == signal.SIGKILL
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert stopped["reason"] == "signal SIGTERM"
     again = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     assert read_state(plain)["resumed_from"] == stopped["step"]
     table = (tmp_path / "out" / "TABLE.md").read_text()
