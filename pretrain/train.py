@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pretrain import distributed
+from pretrain.checkpoint.format import Checkpoint
 from pretrain.checkpoint.identity import identity, report_changes
 from pretrain.checkpoint.training_state import TrainingState, find_checkpoint
 from pretrain.data.loader import Loader, StepBatch
@@ -93,6 +94,15 @@ def make_objective(recipe: TrainRecipe, training: ResolvedTraining, device: torc
     return Distillation(mlm, teacher, recipe.data.mask_rate)
 
 
+def refuse_fewer_steps(recipe: TrainRecipe, found: Checkpoint | None) -> None:
+    """Raise Refused where the run has made more steps than it is to have. Every rank knows `found`."""
+    if found is not None and found.step > recipe.steps:
+        raise distributed.Refused(
+            f"steps: {recipe.steps}, and the newest checkpoint of {recipe.run} is of step {found.step}; give "
+            f"{found.step} or more, or delete the checkpoints after the one to resume from"
+        )
+
+
 class Trainer:
     """One attempt at a run. Entering builds everything and loads the newest checkpoint; `loop` trains."""
 
@@ -143,6 +153,7 @@ class Trainer:
                 self.loader.check_state,
                 or_none=recipe.checkpoint.restart_if_unreadable,
             )
+            refuse_fewer_steps(recipe, found)
             attention_dropout = training.model.config.attention_probs_dropout_prob
             set_numerics(attention_dropout, deterministic=recipe.deterministic)
             torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))

@@ -59,7 +59,7 @@ class ScheduleRecipe:
     decay: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """Shape after the warm-up. `wsd` (warm-up, stable, decay: Hu et al., "MiniCPM", COLM 2024, section 4) stays at the
     highest rate up to the last `cooldown` steps, and falls linearly over these. So one long run serves several budgets:
-    each is a resume with fewer `steps`."""
+    each is a resume with fewer `steps`, but no fewer than the checkpoint has."""
     cooldown: Annotated[float, Field(gt=0)] = 0.2
     """Length of the decay of `wsd`: a fraction of all steps up to 1, a number of steps above 1."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
