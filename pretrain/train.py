@@ -280,7 +280,8 @@ class Trainer:
 
     def validate(self, step: int) -> None:
         """Score the held-out rows, and log the result."""
-        self.watchdog.at(f"validation after step {step}")
+        place = f"validation after step {step}"
+        self.watchdog.at(place)
         self.engine.eval()
         with self.engine.averaged() if self.recipe.validate.ema else contextlib.nullcontext():
             loss, accuracy = validate(
@@ -292,11 +293,13 @@ class Trainer:
                 whole_word=self.recipe.data.whole_word,
                 rank=self.world.rank,
                 world_size=self.world.world_size,
-                progress=self.metric_log.progress,
+                progress=lambda *given: self.watchdog.at_each(place, self.metric_log.progress(*given)),
             )
+            self.watchdog.at(f"{place} done")
             self.metric_log.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
             if self.looker is not None:
                 self.metric_log.look(self.looker.look(step, self.engine.module))
+        self.watchdog.at(f"{place} and look done")
         self.engine.train()
         self.meter.skip_time()
 

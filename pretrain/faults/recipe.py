@@ -23,7 +23,8 @@ class FaultsRecipe:
     """A logged loss this many running deviations above the running mean is reported as a spike; 0 for no reports."""
     hang_s: Annotated[float, Field(ge=0)] = 600.0
     """A rank that makes no progress for this long ends the attempt, with the stacks of all ranks in the log; 0 for
-    never. Keep it below `collective_timeout_s` and above the longest step."""
+    never. Keep it below `collective_timeout_s`, and above the longest step, the longest block of a validation and the
+    longest look (`monitor.look`): each is progress."""
     slow_factor: Annotated[float, Field(ge=0)] = 1.5
     """A rank whose own work (waiting for rows, and forward passes) takes this many times the median is reported; 0
     for no reports."""
