@@ -22,7 +22,7 @@ from pretrain.distill.cached_teacher import CachedTeacher
 from pretrain.distill.objective import Distillation
 from pretrain.distill.teacher import Teacher, load_teacher
 from pretrain.distributed import World
-from pretrain.engine.config import deepspeed_config
+from pretrain.engine.config import deepspeed_config, refuse_fp16_without_cuda
 from pretrain.engine.engine import open_engine
 from pretrain.engine.numerics import set_numerics
 from pretrain.engine.optimizer import learning_rate
@@ -73,6 +73,7 @@ def accept(recipe: TrainRecipe, run: RunFolder, world: World) -> ResolvedTrainin
     """Check everything that was given, before anything is built; a refusal reaches all ranks. A collective."""
     with distributed.refused_by_all():
         training = recipe.resolve(world.world_size)
+        refuse_fp16_without_cuda(recipe.precision, world.device)
         if recipe.data.within_documents:
             refuse_dropout_within_documents(training.model, training.seq_len, world.device)
         if world.is_main:
@@ -111,23 +112,23 @@ class Trainer:
     ) -> None:
         self.recipe, self.run, self.world, self.stop, self.training = recipe, run, world, stop, training
         self.identity = identity(training.model.config, training.datasets[0])
-        self.loader = Loader(
-            training.datasets,
-            recipe.data,
-            recipe.seed,
-            world.rank,
-            world.world_size,
-            recipe.steps,
-            beside=training.teacher_cache,
-        )
+        with distributed.refused_by_all():
+            self.loader = Loader(
+                training.datasets,
+                recipe.data,
+                recipe.seed,
+                world.rank,
+                world.world_size,
+                recipe.steps,
+                beside=training.teacher_cache,
+            )
+            self.objective: Objective = make_objective(recipe, training, world.device)
         self.shard_check = ShardCheck(training.datasets, world.rank, world.world_size)
         self.bad_rows = BadRowsFile(run.bad_rows, world, self.report)
         self.skips = SkippedSteps(recipe.faults, self.bad_rows, self.report)
         self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
         self.metric_log = MetricLog(run, enabled=world.is_main, steps=recipe.steps)
         self.watchdog = Watchdog(run, world, recipe.faults.hang_s)
-        with distributed.refused_by_all():
-            self.objective: Objective = make_objective(recipe, training, world.device)
         self.meter = Meter(
             world, training.model.config, training.seq_len, recipe.data, training.micro_rows, recipe.monitor
         )
@@ -157,7 +158,8 @@ class Trainer:
             attention_dropout = training.model.config.attention_probs_dropout_prob
             set_numerics(attention_dropout, deterministic=recipe.deterministic)
             torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))
-            model = build_model(training.model, recipe.seed, recipe.quantise, training.distill)
+            with distributed.refused_by_all():
+                model = build_model(training.model, recipe.seed, recipe.quantise, training.distill)
             model.sharebert.recompute = recipe.recompute
             if recipe.compile:
                 compile_layers(model)

@@ -90,6 +90,12 @@ def check_zero(zero: ZeroRecipe) -> None:
         raise BadInput("zero.round_robin_gradients: checkpoints would be wrong with it; remove it")
 
 
+def refuse_fp16_without_cuda(precision: Precision, device: torch.device) -> None:
+    """Raise BadInput for a precision that the device cannot do."""
+    if precision == "fp16" and device.type != "cuda":
+        raise BadInput("precision: fp16 needs a CUDA device; on a CPU use fp32 or bf16")
+
+
 def deepspeed_config(
     *,
     zero: ZeroRecipe,

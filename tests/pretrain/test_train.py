@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from tiny_runs import log_of, losses, train_arguments, train_many, whole
 
+from exports.export import Export
+from exports.forms import write_export
 from pretrain.checkpoint import format as checkpoint
 from pretrain.engine.fragments import STATES
 
@@ -83,6 +86,16 @@ def matrix(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             on = Path(f"{run}-on")
             plan.append({"overrides": train_arguments(dataset, on, **extra), "copy": [str(run), 10]})
             plan.append({"overrides": train_arguments(dataset, on, **extra), "save_again": True})
+    write_export(
+        Export.of_model(tiny_model(vocab_size=304, max_position_embeddings=32, num_attention_heads=4)),
+        folder / "export",
+    )
+    for wrong, said in (
+        ({"data__whole_word": True}, "data.whole_word: "),
+        ({"model__init_from": folder / "export"}, "model.init_from: "),
+    ):  # each rank finds it alone, and all refuse it together: one line is printed, and no rank waits
+        refused = {"overrides": train_arguments(dataset, folder / "refused", **wrong)}
+        plan.append(refused | {"error": f"pretrain.distributed.Refused: {said}"})
     train_many(plan, 2, folder)
     return folder
 
