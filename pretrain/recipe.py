@@ -165,10 +165,8 @@ class TrainRecipe:
             raise BadInput(
                 "optimizer.muon.generated: not with zero.stage 3 or precision fp16; use stage 0 to 2 and bf16"
             )
-        if self.optimizer.muon.matrices and (self.zero.stage == 3 or "offload_optimizer" in self.zero.deepspeed):
-            raise BadInput(
-                "optimizer.muon.matrices: not with zero.stage 3 or zero.offload_optimizer; use stage 0 to 2 without it"
-            )
+        if self.optimizer.muon.matrices and self.zero.stage == 3:
+            raise BadInput("optimizer.muon.matrices: not with zero.stage 3; use stage 0 to 2")
         if self.optimizer.muon.matrices and self.model.sharing == "eps":
             raise BadInput("optimizer.muon.matrices: model.sharing eps has no matrices that are parameters; remove it")
         if self.optimizer.groups.clipped and self.zero.stage == 3:
