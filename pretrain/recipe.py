@@ -23,7 +23,7 @@ from pretrain.run.metric_log import MonitorRecipe
 from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate
 from sharebert import ShareBertConfig
 from sharebert_common.errors import BadInput
-from sharebert_common.recipe import STRICT
+from sharebert_common.recipe import MOST_SECONDS, STRICT
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TrainRecipe:
     """What is logged."""
     faults: FaultsRecipe = field(default_factory=FaultsRecipe)
     """What is done about steps that are not finite, spikes of the loss, ranks that hang or are slow, and memory."""
-    collective_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    collective_timeout_s: Annotated[float, Field(gt=0, le=MOST_SECONDS)] = 1800.0
     """A collective that some rank does not join for this long ends the attempt."""
 
     def resolve(self, world_size: int = 1, *, needs_data: bool = True) -> ResolvedTraining:

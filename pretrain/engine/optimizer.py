@@ -18,6 +18,8 @@ from pretrain.engine.parameter_groups import GroupsRecipe, split_groups
 from sharebert import parameter_roles
 from sharebert_common.recipe import STRICT
 
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
 
 @dataclass(config=STRICT, kw_only=True)
 class OptimizerRecipe:
@@ -25,7 +27,7 @@ class OptimizerRecipe:
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Highest learning rate, reached at the end of the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.98)
     """Decay rates of the first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-6
     """Added to the root of the second moment."""
