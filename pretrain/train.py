@@ -262,7 +262,8 @@ class Trainer:
                 masked, stops = sums()
             # DeepSpeed averages gradients over the ranks. Times the world size, over the masked tokens of all ranks,
             # that average is the gradient of the global mean.
-            self.engine.backward(losses.loss * (self.world.world_size / masked))
+            # (Rows of [UNK] alone have none: the loss is 0.)
+            self.engine.backward(losses.loss * (self.world.world_size / max(1, masked)))
             skipped = self.engine.step()
             self.meter.add(losses)
         self.meter.end_step(batch, skipped=skipped)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_dataset
 from tiny_models import tiny_model
 from tiny_runs import log_of, losses, train_arguments, train_many, whole
 
@@ -86,6 +87,8 @@ def matrix(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             on = Path(f"{run}-on")
             plan.append({"overrides": train_arguments(dataset, on, **extra), "copy": [str(run), 10]})
             plan.append({"overrides": train_arguments(dataset, on, **extra), "save_again": True})
+    unknown = make_dataset(folder / "unknown", unknown=True)
+    plan.append({"overrides": train_arguments(unknown, folder / "nothing-to-predict", steps=2)})
     write_export(
         Export.of_model(tiny_model(vocab_size=304, max_position_embeddings=32, num_attention_heads=4)),
         folder / "export",
@@ -133,6 +136,13 @@ def test_the_slices_of_all_ranks_cover_each_element_once(matrix: Path, stage: in
             assert start == end, f"{name} at {start}"
             end += length
         assert end == math.prod(saved.manifest["shapes"][name]), name
+
+
+def test_steps_in_which_no_word_is_masked_have_no_gradient(matrix: Path) -> None:
+    """The gradient is 0, and there is no loss to log."""
+    lines = log_of(matrix / "nothing-to-predict")
+    assert [(line["step"], line["grad_norm"], line["skipped"]) for line in lines] == [(1, 0.0, 0), (2, 0.0, 0)]
+    assert not any("loss" in line for line in lines)
 
 
 def test_stages_agree(matrix: Path) -> None:
