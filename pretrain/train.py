@@ -133,7 +133,8 @@ class Trainer:
             world, training.model.config, training.seq_len, recipe.data, training.micro_rows, recipe.monitor
         )
         self.looker: Looker | None = None
-        self._at_step = 0
+        self.looks = recipe.monitor.look and recipe.zero.stage < 3 and world.is_main
+        self._at_step, self._look_failed = 0, False
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Trainer:
@@ -185,8 +186,6 @@ class Trainer:
             self.start_run()
             self.metric_log.open(self.first_step, self.recipe_text())
             self.metric_log.event(self.first_step, f"resumed from step {self.first_step}" if found else "started")
-            if recipe.monitor.look and recipe.zero.stage < 3 and self.world.is_main:
-                self.looker = Looker(self.training.datasets[0].tokenizer_path, recipe.monitor.sentences)
             opened.callback(self.metric_log.close)
             self.watchdog.__enter__()
             self._open = opened.pop_all()
@@ -300,11 +299,23 @@ class Trainer:
             )
             self.watchdog.at(f"{place} done")
             self.metric_log.line({"step": step, "valid_loss": loss, "valid_accuracy": accuracy})
-            if self.looker is not None:
-                self.metric_log.look(self.looker.look(step, self.engine.module))
+            if self.looks:
+                self.look(step)
         self.watchdog.at(f"{place} and look done")
         self.engine.train()
         self.meter.skip_time()
+
+    def look(self, step: int) -> None:
+        """Show the model in TensorBoard. Where that fails, it is said once: the other ranks train on without it."""
+        try:
+            if self.looker is None:
+                self.looker = Looker(self.training.datasets[0].tokenizer_path, self.recipe.monitor.sentences)
+            self.metric_log.look(self.looker.look(step, self.engine.module))
+        except Exception as error:  # weights that are not finite have no singular values, for instance
+            if not self._look_failed:
+                first_line = str(error).partition("\n")[0]
+                self.report(f"step {step}: no look into the model ({type(error).__name__}: {first_line})")
+            self._look_failed = True
 
     def save(self, step: int) -> None:
         """Start to save. Waits for an earlier save that is still being written."""

@@ -109,7 +109,7 @@ def test_each_block_of_a_validation_and_a_look_are_progress(tmp_path: Path, monk
     trainer, seen = MagicMock(), []
     trainer.watchdog = watchdog
     trainer.metric_log.progress = lambda items, what, total: items
-    trainer.looker.look = lambda step, model: seen.append((watchdog._moves, watchdog._place))
+    trainer.look = lambda step: seen.append((watchdog._moves, watchdog._place))
 
     def validate(*given: Any, progress: Any, **more: Any) -> tuple[float, float]:
         seen.extend((watchdog._moves, watchdog._place) for _ in progress("abc", "validation", 3))
