@@ -123,7 +123,7 @@ class Trainer:
                 beside=training.teacher_cache,
             )
             self.objective: Objective = make_objective(recipe, training, world.device)
-        self.shard_check = ShardCheck(training.datasets, world.rank, world.world_size)
+        self.shard_check = ShardCheck(training.datasets, world.rank, world.world_size, run.say)
         self.bad_rows = BadRowsFile(run.bad_rows, world, self.report)
         self.skips = SkippedSteps(recipe.faults, self.bad_rows, self.report)
         self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
