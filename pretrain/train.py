@@ -176,7 +176,14 @@ class Trainer:
                 model, self.deepspeed_keys, recipe.optimizer, timeout_s=recipe.collective_timeout_s
             )
             self.state = TrainingState(
-                recipe.checkpoint, self.run, self.world, self.engine, self.loader, self.identity, self.metric_log.sync
+                recipe.checkpoint,
+                self.run,
+                self.world,
+                self.engine,
+                self.loader,
+                self.meter,
+                self.identity,
+                self.metric_log.sync,
             )
             self.state.open()
             if recipe.faults.memory_probe and (found is None or found.step < recipe.steps):
@@ -220,7 +227,7 @@ class Trainer:
         """Make all optimizer steps that are left; an exit code."""
         step, steps = self.first_step, self.recipe.steps
         validate_every = self.recipe.validate.every
-        self.meter.reset()
+        self.meter.start_clock()
         if step == 0 and validate_every:
             self.validate(step)
         stopping = save_due = False
@@ -336,7 +343,6 @@ class Trainer:
             self.loader.skip(self.skips.give_up_rows(step, found))
             assert found is not None
             self.state.load(found, self.recipe.seed)
-        self.meter.reset()
         self.metric_log.return_to(found.step)
         self.metric_log.event(found.step, f"returned from step {step} to the checkpoint of step {found.step}")
         return found.step

@@ -87,6 +87,11 @@ def matrix(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             on = Path(f"{run}-on")
             plan.append({"overrides": train_arguments(dataset, on, **extra), "copy": [str(run), 10]})
             plan.append({"overrides": train_arguments(dataset, on, **extra), "save_again": True})
+    few_lines = {"zero__stage": 2, "checkpoint__every": 10, "monitor__every": 6, "data__micro_batch": 2}
+    few_lines |= {"model__hidden_dropout_prob": 0.1}
+    plan.append({"overrides": train_arguments(dataset, folder / "few-lines", **few_lines)})
+    on = train_arguments(dataset, folder / "few-lines-on", **few_lines)
+    plan.append({"overrides": on, "copy": [str(folder / "few-lines"), 10]})
     unknown = make_dataset(folder / "unknown", unknown=True)
     plan.append({"overrides": train_arguments(unknown, folder / "nothing-to-predict", steps=2)})
     write_export(
@@ -110,6 +115,14 @@ def test_a_run_goes_on_bit_for_bit(matrix: Path, stage: int, precision: str) -> 
     undisturbed, resumed = losses(run), losses(Path(f"{run}-on"))
     assert len(undisturbed) == 20
     assert resumed == undisturbed
+
+
+def test_a_line_of_steps_before_and_after_a_resume_is_that_of_an_undisturbed_run(matrix: Path) -> None:
+    undisturbed, resumed = log_of(matrix / "few-lines"), log_of(matrix / "few-lines-on")
+    keys = ("step", "loss", "accuracy", "lr", "grad_norm")
+    assert [line["step"] for line in resumed] == [6, 12, 18, 20], "the checkpoint is of step 10"
+    assert [[line[key] for key in keys] for line in resumed] == [[line[key] for key in keys] for line in undisturbed]
+    assert len(whole(matrix / "few-lines-on", 20).training["interval"]) == 3
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
