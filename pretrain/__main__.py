@@ -32,7 +32,7 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
     from pretrain.recipe import TrainRecipe
     from pretrain.train import train
 
-    joined = failed = False
+    joined = together = False
     try:
         recipe = load(TrainRecipe, config, overrides)
         world = distributed.join(recipe.collective_timeout_s)
@@ -40,22 +40,23 @@ def launch(config: str, overrides: Sequence[str], *, debug: bool) -> int:
         if under_torchrun:
             stop_with_the_launcher()
         code = train(recipe, world, stop)
+        together = True
     except BadInput as error:
+        together = isinstance(error, distributed.Refused)
         if debug:
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not (joined or under_torchrun):  # RANK may be left over from elsewhere
             print(f"error: {error}", file=sys.stderr)
-        elif joined and not isinstance(error, distributed.Refused):  # this rank alone knows of it
+        elif joined and not together:  # this rank alone knows of it
             print(f"error on rank {rank}: {error}", file=sys.stderr)
         write_refusal(error)
         return BAD_INPUT
     except Exception:
         traceback.print_exc()
-        failed = True
         return FAILED
     finally:
-        if not failed:  # the teardown would wait for the other ranks; this process ends now
+        if together:  # else the teardown would wait for the other ranks; this process ends now
             distributed.leave()
         stop.close()
     return FINISHED if code == STOPPED and under_torchrun else code

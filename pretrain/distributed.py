@@ -122,7 +122,8 @@ def set_timeout(timeout_s: float) -> None:
 def leave() -> None:
     """Leave the process group, if this process is in one, after all ranks came to a common end.
 
-    After an error it must not be called: NCCL's teardown waits for ranks that may never come (pytorch#141510).
+    After an error that is not Refused it must not be called, BadInput included: NCCL's teardown waits for ranks that
+    may never come (pytorch#141510).
     """
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -23,7 +23,7 @@ from pretrain.run.metric_log import MonitorRecipe
 from pretrain.validate import ValidateRecipe, refuse_nothing_to_validate
 from sharebert import ShareBertConfig
 from sharebert_common.errors import BadInput
-from sharebert_common.recipe import STRICT
+from sharebert_common.recipe import MOST_SECONDS, STRICT
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TrainRecipe:
     """What is logged."""
     faults: FaultsRecipe = field(default_factory=FaultsRecipe)
     """What is done about steps that are not finite, spikes of the loss, ranks that hang or are slow, and memory."""
-    collective_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    collective_timeout_s: Annotated[float, Field(gt=0, le=MOST_SECONDS)] = 1800.0
     """A collective that some rank does not join for this long ends the attempt."""
 
     def resolve(self, world_size: int = 1, *, needs_data: bool = True) -> ResolvedTraining:
@@ -165,10 +165,8 @@ class TrainRecipe:
             raise BadInput(
                 "optimizer.muon.generated: not with zero.stage 3 or precision fp16; use stage 0 to 2 and bf16"
             )
-        if self.optimizer.muon.matrices and (self.zero.stage == 3 or "offload_optimizer" in self.zero.deepspeed):
-            raise BadInput(
-                "optimizer.muon.matrices: not with zero.stage 3 or zero.offload_optimizer; use stage 0 to 2 without it"
-            )
+        if self.optimizer.muon.matrices and self.zero.stage == 3:
+            raise BadInput("optimizer.muon.matrices: not with zero.stage 3; use stage 0 to 2")
         if self.optimizer.muon.matrices and self.model.sharing == "eps":
             raise BadInput("optimizer.muon.matrices: model.sharing eps has no matrices that are parameters; remove it")
         if self.optimizer.groups.clipped and self.zero.stage == 3:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pretrain import distributed
+from pretrain.checkpoint.format import Checkpoint
 from pretrain.checkpoint.identity import identity, report_changes
 from pretrain.checkpoint.training_state import TrainingState, find_checkpoint
 from pretrain.data.loader import Loader, StepBatch
@@ -21,7 +22,7 @@ from pretrain.distill.cached_teacher import CachedTeacher
 from pretrain.distill.objective import Distillation
 from pretrain.distill.teacher import Teacher, load_teacher
 from pretrain.distributed import World
-from pretrain.engine.config import deepspeed_config
+from pretrain.engine.config import deepspeed_config, refuse_fp16_without_cuda
 from pretrain.engine.engine import open_engine
 from pretrain.engine.numerics import set_numerics
 from pretrain.engine.optimizer import learning_rate
@@ -72,6 +73,7 @@ def accept(recipe: TrainRecipe, run: RunFolder, world: World) -> ResolvedTrainin
     """Check everything that was given, before anything is built; a refusal reaches all ranks. A collective."""
     with distributed.refused_by_all():
         training = recipe.resolve(world.world_size)
+        refuse_fp16_without_cuda(recipe.precision, world.device)
         if recipe.data.within_documents:
             refuse_dropout_within_documents(training.model, training.seq_len, world.device)
         if world.is_main:
@@ -93,6 +95,15 @@ def make_objective(recipe: TrainRecipe, training: ResolvedTraining, device: torc
     return Distillation(mlm, teacher)
 
 
+def refuse_fewer_steps(recipe: TrainRecipe, found: Checkpoint | None) -> None:
+    """Raise Refused where the run has made more steps than it is to have. Every rank knows `found`."""
+    if found is not None and found.step > recipe.steps:
+        raise distributed.Refused(
+            f"steps: {recipe.steps}, and the newest checkpoint of {recipe.run} is of step {found.step}; give "
+            f"{found.step} or more, or delete the checkpoints after the one to resume from"
+        )
+
+
 class Trainer:
     """One attempt at a run. Entering builds everything and loads the newest checkpoint; `loop` trains."""
 
@@ -101,28 +112,29 @@ class Trainer:
     ) -> None:
         self.recipe, self.run, self.world, self.stop, self.training = recipe, run, world, stop, training
         self.identity = identity(training.model.config, training.datasets[0])
-        self.loader = Loader(
-            training.datasets,
-            recipe.data,
-            recipe.seed,
-            world.rank,
-            world.world_size,
-            recipe.steps,
-            beside=training.teacher_cache,
-        )
-        self.shard_check = ShardCheck(training.datasets, world.rank, world.world_size)
+        with distributed.refused_by_all():
+            self.loader = Loader(
+                training.datasets,
+                recipe.data,
+                recipe.seed,
+                world.rank,
+                world.world_size,
+                recipe.steps,
+                beside=training.teacher_cache,
+            )
+            self.objective: Objective = make_objective(recipe, training, world.device)
+        self.shard_check = ShardCheck(training.datasets, world.rank, world.world_size, run.say)
         self.bad_rows = BadRowsFile(run.bad_rows, world, self.report)
         self.skips = SkippedSteps(recipe.faults, self.bad_rows, self.report)
         self.spikes = SpikeDetector(recipe.faults.spike_deviations, self.report)
         self.metric_log = MetricLog(run, enabled=world.is_main, steps=recipe.steps)
         self.watchdog = Watchdog(run, world, recipe.faults.hang_s)
-        with distributed.refused_by_all():
-            self.objective: Objective = make_objective(recipe, training, world.device)
         self.meter = Meter(
             world, training.model.config, training.seq_len, recipe.data, training.micro_rows, recipe.monitor
         )
         self.looker: Looker | None = None
-        self._at_step = 0
+        self.looks = recipe.monitor.look and recipe.zero.stage < 3 and world.is_main
+        self._at_step, self._look_failed = 0, False
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Trainer:
@@ -143,10 +155,12 @@ class Trainer:
                 self.loader.check_state,
                 or_none=recipe.checkpoint.restart_if_unreadable,
             )
+            refuse_fewer_steps(recipe, found)
             attention_dropout = training.model.config.attention_probs_dropout_prob
             set_numerics(attention_dropout, deterministic=recipe.deterministic)
             torch.manual_seed(distributed.seed_of(recipe.seed, 0, self.world.rank))
-            model = build_model(training.model, recipe.seed, recipe.quantise, training.distill)
+            with distributed.refused_by_all():
+                model = build_model(training.model, recipe.seed, recipe.quantise, training.distill)
             model.sharebert.recompute = recipe.recompute
             if recipe.compile:
                 compile_layers(model)
@@ -162,7 +176,14 @@ class Trainer:
                 model, self.deepspeed_keys, recipe.optimizer, timeout_s=recipe.collective_timeout_s
             )
             self.state = TrainingState(
-                recipe.checkpoint, self.run, self.world, self.engine, self.loader, self.identity, self.metric_log.sync
+                recipe.checkpoint,
+                self.run,
+                self.world,
+                self.engine,
+                self.loader,
+                self.meter,
+                self.identity,
+                self.metric_log.sync,
             )
             self.state.open()
             if recipe.faults.memory_probe and (found is None or found.step < recipe.steps):
@@ -172,8 +193,6 @@ class Trainer:
             self.start_run()
             self.metric_log.open(self.first_step, self.recipe_text())
             self.metric_log.event(self.first_step, f"resumed from step {self.first_step}" if found else "started")
-            if recipe.monitor.look and recipe.zero.stage < 3 and self.world.is_main:
-                self.looker = Looker(self.training.datasets[0].tokenizer_path, recipe.monitor.sentences)
             opened.callback(self.metric_log.close)
             self.watchdog.__enter__()
             self._open = opened.pop_all()
@@ -208,7 +227,7 @@ class Trainer:
         """Make all optimizer steps that are left; an exit code."""
         step, steps = self.first_step, self.recipe.steps
         validate_every = self.recipe.validate.every
-        self.meter.reset()
+        self.meter.start_clock()
         if step == 0 and validate_every:
             self.validate(step)
         stopping = save_due = False
@@ -249,7 +268,8 @@ class Trainer:
                 masked, stops = sums()
             # DeepSpeed averages gradients over the ranks. Times the world size, over the masked tokens of all ranks,
             # that average is the gradient of the global mean.
-            self.engine.backward(losses.loss * (self.world.world_size / masked))
+            # (Rows of [UNK] alone have none: the loss is 0.)
+            self.engine.backward(losses.loss * (self.world.world_size / max(1, masked)))
             skipped = self.engine.step()
             self.meter.add(losses)
         self.meter.end_step(batch, skipped=skipped)
@@ -269,7 +289,8 @@ class Trainer:
 
     def validate(self, step: int) -> None:
         """Score the held-out rows, and log the result."""
-        self.watchdog.at(f"validation after step {step}")
+        place = f"validation after step {step}"
+        self.watchdog.at(place)
         self.engine.eval()
         with self.engine.averaged() if self.recipe.validate.ema else contextlib.nullcontext(False) as averaged:
             loss, accuracy = validate(
@@ -282,14 +303,28 @@ class Trainer:
                 weights=[entry.weight for entry in self.recipe.data.dataset],
                 rank=self.world.rank,
                 world_size=self.world.world_size,
-                progress=self.metric_log.progress,
+                progress=lambda *given: self.watchdog.at_each(place, self.metric_log.progress(*given)),
             )
+            self.watchdog.at(f"{place} done")
             line = {"step": step, "valid_loss": loss, "valid_accuracy": accuracy, "valid_of_average": averaged or None}
             self.metric_log.line(line)
-            if self.looker is not None:
-                self.metric_log.look(self.looker.look(step, self.engine.module))
+            if self.looks:
+                self.look(step)
+        self.watchdog.at(f"{place} and look done")
         self.engine.train()
         self.meter.skip_time()
+
+    def look(self, step: int) -> None:
+        """Show the model in TensorBoard. Where that fails, it is said once: the other ranks train on without it."""
+        try:
+            if self.looker is None:
+                self.looker = Looker(self.training.datasets[0].tokenizer_path, self.recipe.monitor.sentences)
+            self.metric_log.look(self.looker.look(step, self.engine.module))
+        except Exception as error:  # weights that are not finite have no singular values, for instance
+            if not self._look_failed:
+                first_line = str(error).partition("\n")[0]
+                self.report(f"step {step}: no look into the model ({type(error).__name__}: {first_line})")
+            self._look_failed = True
 
     def save(self, step: int) -> None:
         """Start to save. Waits for an earlier save that is still being written."""
@@ -310,7 +345,6 @@ class Trainer:
             self.loader.skip(self.skips.give_up_rows(step, found))
             assert found is not None
             self.state.load(found, self.recipe.seed)
-        self.meter.reset()
         self.metric_log.return_to(found.step)
         self.metric_log.event(found.step, f"returned from step {step} to the checkpoint of step {found.step}")
         return found.step

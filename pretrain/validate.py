@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as recipe_dataclass
 
 from data_prep.shards.reader import Dataset
 from pretrain.data.batches import Batcher, MicroBatch
+from pretrain.distributed import Refused
 from pretrain.objective import Model, Objective
 from sharebert_common.errors import BadInput
 from sharebert_common.progress import Progress, progress
@@ -162,6 +163,8 @@ def validate(
         world_size: of the group.
         hide: as in `validation_blocks`.
         progress: shows how far it is.
+
+    Raises Refused, on every rank, where the rows have no ordinary word.
     """
     turns = -(-min(recipe.rows, sum(dataset.split("validation").rows for dataset in datasets)) // recipe.block)
     turns = -(-turns // world_size)
@@ -186,6 +189,11 @@ def validate(
     if world_size > 1:
         dist.all_reduce(sums)  # each element comes from one rank, so the sum is exact
     loss, correct_count, weight = (sum(column) for column in sums.T.tolist())
+    if not weight:
+        raise Refused(
+            f"{datasets[0].path}: the validation rows hold no ordinary word (special ones, such as [UNK], alone), so "
+            "there is nothing to predict; prepare it with others, or train with validate.every=0"
+        )
     return Score(loss / weight, correct_count / weight)
 
 

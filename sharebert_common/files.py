@@ -22,18 +22,18 @@ from sharebert_common.errors import BadInput
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: Path, text: str, durable: bool = True) -> None:
-    """Write `text` to `path`: a reader sees the old file or the new one, never a part; nor does a crash leave one.
+def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
+    """Write `content` to `path`: a reader sees the old file or the new one, never a part; nor does a crash leave one.
 
     Args:
         path: of the file.
-        text: the whole of it.
+        content: the whole of it; a text as UTF-8.
         durable: survive a power cut, not only the end of the process; this waits for the disk, some 10 ms.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        with temporary.open("w", encoding="utf-8") as out:
-            out.write(text)
+        with temporary.open("wb") as out:
+            out.write(content if isinstance(content, bytes) else content.encode())
             if durable:
                 out.flush()
                 os.fsync(out.fileno())

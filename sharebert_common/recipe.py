@@ -29,13 +29,17 @@ T = TypeVar("T")
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*)(\.[\w-]+|\[\d+\])*=")
 _IN_HOME = re.compile(r"~[\w.-]*/")
 
-STRICT = ConfigDict(extra="forbid", defer_build=True)
+STRICT = ConfigDict(extra="forbid", defer_build=True, allow_inf_nan=False)
 """The pydantic config of every recipe dataclass: `@dataclass(config=STRICT, kw_only=True)`.
+
+No key means anything with a number that is not finite; "none" or "never" is null or 0, as its docstring says.
 
 Validators are built when a recipe is read, and docstrings are read for `--help`. The many processes that only unpickle
 a recipe need neither, and both together take longer than the import of NumPy.
 """
 
+MOST_SECONDS = 31_536_000
+"""The longest time that a recipe can give: a year. Far longer ones overflow the clocks of Python and torch."""
 
 CONFIGS = Path(__file__).parent / "configs"
 """The recipes that ship with the project: a link to the folder of that name in a checkout, a copy in a wheel."""

@@ -23,8 +23,13 @@ SEQ_LEN = 32
 WORDS = 296
 
 
-def make_dataset(folder: Path, *, train_rows: int = 192, validation_rows: int = 24, seed: int = 0) -> Path:
-    """A dataset in format 1 whose words follow each other in a fixed order most of the time: it can be learnt."""
+def make_dataset(
+    folder: Path, *, train_rows: int = 192, validation_rows: int = 24, seed: int = 0, unknown: bool = False
+) -> Path:
+    """A dataset in format 1 whose words follow each other in a fixed order most of the time: it can be learnt.
+
+    With `unknown`, all of its words are [UNK].
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -46,6 +51,8 @@ def make_dataset(folder: Path, *, train_rows: int = 192, validation_rows: int = 
     def rows_of(count: int) -> tuple[np.ndarray, np.ndarray]:
         steps = np.where(rng.random((count, SEQ_LEN)) < 0.9, 1, rng.integers(1, WORDS, (count, SEQ_LEN)))
         tokens = (len(special) + np.cumsum(steps, axis=1) % WORDS).astype(np.uint16)
+        if unknown:
+            tokens[:] = special.index("[UNK]")
         document_ids = np.ones_like(tokens, dtype=np.uint8)
         tokens[:, 0], tokens[:, -1] = 2, 3
         tokens[0, -5:], document_ids[0, -5:] = 0, 0  # one row has padding

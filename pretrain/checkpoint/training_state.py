@@ -18,6 +18,7 @@ from pretrain.distributed import World
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import EMA, MOMENTUM, STATES
 from pretrain.run.folder import RunFolder
+from pretrain.run.meter import Meter
 
 LACKING = {
     STATES[1:]: "moments of AdamW: they start at 0",
@@ -71,11 +72,13 @@ class TrainingState:
         world: World,
         engine: Engine,
         loader: Loader,
+        meter: Meter,
         identity: dict[str, Any],
         sync_log: Callable[[], None],
     ) -> None:
         """`sync_log` makes the run's log durable; it is called before a checkpoint becomes whole."""
         self.run, self.world, self.engine, self.loader, self.identity = run, world, engine, loader, identity
+        self.meter = meter
         self.files = CheckpointWriter(run.checkpoints, recipe, world.rank, world.world_size, run.say, sync_log)
 
     def open(self) -> None:
@@ -84,8 +87,9 @@ class TrainingState:
         self.files.allocate(self.engine.fragments(self.world), rng_state())
 
     def save(self, step: int) -> None:
-        """Save the state after optimizer step `step`. The files are written in the background."""
-        training = {**self.identity, "loader": self.loader.state(), **self.engine.state()}
+        """Save the state after optimizer step `step`. The files are written in the background. A collective."""
+        interval = {"interval": self.meter.state()}
+        training = {**self.identity, "loader": self.loader.state(), **self.engine.state(), **interval}
         self.files.save(step, self.engine.fragments(self.world), self.engine.shapes(), rng_state(), training)
 
     def finish(self) -> bool:
@@ -98,7 +102,8 @@ class TrainingState:
         return 0
 
     def load(self, found: Checkpoint, seed: int) -> int:
-        """Take up a checkpoint: weights, moments, counters, rows and generators. Returns its step. A collective.
+        """Take up a checkpoint: weights, moments, counters, rows, generators, and the sums of the interval of the log
+        that it is in. Returns its step. A collective.
 
         Args:
             found: from `find_checkpoint`.
@@ -112,6 +117,7 @@ class TrainingState:
         self.engine.load_state(found.step, found.training)
         self._report_changed_data(found)
         self.loader.load_state(found.training["loader"])
+        self.meter.load_state(found.training.get("interval", (0.0, 0.0, 0.0)))  # older checkpoints have none
         if found.world_size == self.world.world_size:
             set_rng_state(load_rng_state(found, self.world.rank))
         else:

@@ -28,7 +28,7 @@ from pretrain.checkpoint.saving import GivenUpElsewhere, RankSave
 from pretrain.engine.fragments import ALL_STATES, Fragment
 from sharebert_common.errors import BadInput
 from sharebert_common.files import make_folders, remove_unfinished, write_atomically
-from sharebert_common.recipe import STRICT
+from sharebert_common.recipe import MOST_SECONDS, STRICT
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
 """Between tries of a write that fails. Each pause is twice the one before."""
@@ -44,7 +44,7 @@ class CheckpointRecipe:
     """How many of the newest whole checkpoints are kept."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Checkpoints at multiples of this number of steps are never deleted; 0 for none."""
-    write_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    write_timeout_s: Annotated[float, Field(gt=0, le=MOST_SECONDS)] = 1800.0
     """How long a failing write is tried again, and how long rank 0 waits for the files of all ranks, before the
     checkpoint is given up. A newer checkpoint ends the retries at once."""
     restart_if_unreadable: bool = False

@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pretrain.engine.deepspeed_import import import_deepspeed
@@ -73,7 +73,8 @@ ZeroSettings = Annotated[ZeroRecipe, BeforeValidator(_gather_deepspeed_keys)]
 
 
 def check_zero(zero: ZeroRecipe) -> None:
-    """Raise BadInput where a key is none of DeepSpeed's, or would make our checkpoints wrong."""
+    """Raise BadInput where a key is none of DeepSpeed's or its value is wrong, where it would make our checkpoints
+    wrong, and where DeepSpeed cannot do it with our optimizer."""
     if not zero.deepspeed:
         return
     import_deepspeed()
@@ -82,12 +83,39 @@ def check_zero(zero: ZeroRecipe) -> None:
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {info.alias for info in fields.values() if info.alias}
     for key in zero.deepspeed:
+        if key in ZeroRecipe.__dataclass_fields__:
+            raise BadInput(f"zero.deepspeed.{key}: this is a key of zero itself; write zero.{key}")
         if key not in known:
             raise BadInput(f"zero.{key}: unknown key{nearest(key, known)}")
-    if zero.deepspeed.get("round_robin_gradients"):
+    try:
+        checked = DeepSpeedZeroConfig(**zero.deepspeed_keys())
+    except ValidationError as error:
+        raise BadInput("; ".join(map(_explain, error.errors()))) from error
+    except AssertionError as error:  # an old name of a key beside its new one
+        raise BadInput(f"zero: {error}") from error
+    if checked.offload_optimizer is not None and checked.offload_optimizer.device != "none":
+        # DeepSpeed 0.19.8 refuses it by an exception. With `zero_force_ds_cpu_optimizer: false` it runs, but losses in
+        # bf16 are not numbers after a resume.
+        raise BadInput(
+            "zero.offload_optimizer: DeepSpeed offloads its own Adam alone, not the optimizer of this program; remove "
+            "it, and raise zero.stage where memory does not suffice"
+        )
+    if checked.round_robin_gradients:
         # DeepSpeed 0.19.8 then lays parameters out in another order than its map of fp32 fragments says, and a
         # checkpoint would hold each parameter's values under another's name.
         raise BadInput("zero.round_robin_gradients: checkpoints would be wrong with it; remove it")
+
+
+def _explain(error: Any) -> str:
+    """An error of pydantic about DeepSpeed's keys, in one line."""
+    key, text = ".".join(["zero", *map(str, error["loc"])]), error["msg"].removeprefix("Value error, ")
+    return f"{key}: {text} (got {error['input']!r})" if error["loc"] else f"{key}: {text}"
+
+
+def refuse_fp16_without_cuda(precision: Precision, device: torch.device) -> None:
+    """Raise BadInput for a precision that the device cannot do."""
+    if precision == "fp16" and device.type != "cuda":
+        raise BadInput("precision: fp16 needs a CUDA device; on a CPU use fp32 or bf16")
 
 
 def deepspeed_config(

@@ -26,7 +26,6 @@ from pretrain.engine.loss_scaler import (
 )
 from pretrain.engine.muon import MuonRecipe
 from pretrain.engine.optimizer import OptimizerRecipe, make_optimizer
-from sharebert_common.errors import BadInput
 
 COUNTERS = ("skipped_steps", "global_steps", "global_samples")
 """DeepSpeed's counters of what was trained."""
@@ -216,14 +215,9 @@ def open_engine(
         optimizer: its settings.
         timeout_s: a collective that some rank does not join for this long fails, in DeepSpeed's own groups too; None
             leaves torch's 30 minutes.
-
-    Raises BadInput for a precision that the device cannot do.
     """
     deepspeed = import_deepspeed()
     stage = config["zero_optimization"]["stage"]
-    half = config.get("fp16") or config.get("torch_autocast", {}).get("dtype") == "float16"
-    if half and not torch.cuda.is_available():
-        raise BadInput("precision: fp16 needs a CUDA device; on a CPU use fp32 or bf16")
     adamw = make_optimizer(model, optimizer)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
     with contextlib.redirect_stdout(None) if stage == 3 else contextlib.nullcontext():

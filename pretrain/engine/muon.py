@@ -29,7 +29,7 @@ class MuonRecipe:
 
     matrices: bool = False
     """Step the matrices that are parameters (groups `matrices` and `factor_linear`) by Muon instead of AdamW (Jordan et
-    al., "Muon", 2024). Not with zero.stage 3 or zero.offload_optimizer."""
+    al., "Muon", 2024). Not with zero.stage 3."""
     lr: Annotated[float, Field(gt=0)] = 0.02
     """Highest learning rate of the matrices that Muon steps; `schedule` acts on it as on optimizer.lr."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -18,6 +18,8 @@ from pretrain.engine.parameter_groups import GroupsRecipe, split_groups
 from sharebert import parameter_roles
 from sharebert_common.recipe import STRICT
 
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
 
 @dataclass(config=STRICT, kw_only=True)
 class OptimizerRecipe:
@@ -25,7 +27,7 @@ class OptimizerRecipe:
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Highest learning rate, reached at the end of the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.98)
     """Decay rates of the first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-6
     """Added to the root of the second moment."""
@@ -59,7 +61,7 @@ class ScheduleRecipe:
     decay: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """Shape after the warm-up. `wsd` (warm-up, stable, decay: Hu et al., "MiniCPM", COLM 2024, section 4) stays at the
     highest rate up to the last `cooldown` steps, and falls linearly over these. So one long run serves several budgets:
-    each is a resume with fewer `steps`."""
+    each is a resume with fewer `steps`, but no fewer than the checkpoint has."""
     cooldown: Annotated[float, Field(gt=0)] = 0.2
     """Length of the decay of `wsd`: a fraction of all steps up to 1, a number of steps above 1."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0

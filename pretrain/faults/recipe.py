@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from sharebert_common.recipe import STRICT
+from sharebert_common.recipe import MOST_SECONDS, STRICT
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -21,9 +21,10 @@ class FaultsRecipe:
     """How often the run may return to the same checkpoint before it fails."""
     spike_deviations: Annotated[float, Field(ge=0)] = 6.0
     """A logged loss this many running deviations above the running mean is reported as a spike; 0 for no reports."""
-    hang_s: Annotated[float, Field(ge=0)] = 600.0
+    hang_s: Annotated[float, Field(ge=0, le=MOST_SECONDS)] = 600.0
     """A rank that makes no progress for this long ends the attempt, with the stacks of all ranks in the log; 0 for
-    never. Keep it below `collective_timeout_s` and above the longest step."""
+    never. Keep it below `collective_timeout_s`, and above the longest step, the longest block of a validation and the
+    longest look (`monitor.look`): each is progress."""
     slow_factor: Annotated[float, Field(ge=0)] = 1.5
     """A rank whose own work (waiting for rows, and forward passes) takes this many times the median is reported; 0
     for no reports."""

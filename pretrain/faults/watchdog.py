@@ -19,12 +19,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from pretrain.distributed import World
 from pretrain.run.folder import RunFolder
+
+T = TypeVar("T")
 
 BEATS_PER_LIMIT = 10
 """How many times within `hang_s` a rank checks, and writes its file."""
@@ -69,6 +72,12 @@ class Watchdog:
     def at(self, place: str) -> None:
         """The training made progress, and is now at `place`."""
         self._moves, self._place, self._moved = self._moves + 1, place, time.monotonic()
+
+    def at_each(self, place: str, items: Iterable[T]) -> Iterator[T]:
+        """The items one by one: at each the training made progress, and is at `place`."""
+        for number, item in enumerate(items):
+            self.at(f"{place}, block {number}")
+            yield item
 
     @contextmanager
     def patient(self, place: str, seconds: float) -> Iterator[None]:

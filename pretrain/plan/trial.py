@@ -100,7 +100,7 @@ class Trial:
         import torch
 
         from pretrain import distributed
-        from pretrain.engine.config import deepspeed_config
+        from pretrain.engine.config import deepspeed_config, refuse_fp16_without_cuda
         from pretrain.engine.deepspeed_import import import_deepspeed
         from pretrain.engine.engine import open_engine
         from pretrain.engine.numerics import set_numerics
@@ -111,6 +111,7 @@ class Trial:
         self.micro_batches, self._mask_rate = micro_batches, recipe.data.highest_mask_rate
         self.world = distributed.join(recipe.collective_timeout_s)
         self.cuda = self.world.device.type == "cuda"
+        refuse_fp16_without_cuda(recipe.precision, self.world.device)
         import_deepspeed()
         set_numerics(self.training.model.config.attention_probs_dropout_prob, deterministic=recipe.deterministic)
         # Threads and libraries that load at the first use.

@@ -109,7 +109,10 @@ class EventFile:
                 for tag, value in scalars(values).items():
                     self._writer.add_scalar(tag, value, values["step"])
             for look in self.looks:
-                _write_look(self._writer, look)
+                try:
+                    _write_look(self._writer, look)
+                except (ValueError, ArithmeticError, TypeError) as error:  # values that are not finite, for instance
+                    self._writer.add_text("events", f"no look into the model ({error})", look.step)
             for step, note in self.notes:
                 self._writer.add_text("events", note, step)
             self._writer.flush()

@@ -163,7 +163,7 @@ class RunFolder:
         for path in (self.tokenizer, self.config, self.environment, self.bad_rows, self.path / run_files.STATE_FILE):
             remove_unfinished(path)
         with self._or_say(self.tokenizer):
-            write_atomically(self.tokenizer, tokenizer.read_text(encoding="utf-8"))
+            write_atomically(self.tokenizer, tokenizer.read_bytes())  # bit for bit: its checksum is compared
         with self._or_say(self.config):
             write_atomically(self.config, recipe_yaml)
         with self._or_say(self.environment):

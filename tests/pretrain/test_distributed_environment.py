@@ -91,18 +91,30 @@ def test_the_timeout_of_every_group() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_after_an_error_nothing_waits_for_the_other_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL's teardown would: it must not begin."""
+@pytest.mark.parametrize(
+    ("error", "code", "teardowns"),
+    [
+        (OSError("a disk is full"), 1, 0),
+        (BadInput("a shard is damaged"), 2, 0),
+        (distributed.Refused("all ranks know"), 2, 1),
+    ],
+)
+def test_after_an_error_of_one_rank_nothing_waits_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, teardowns: int
+) -> None:
+    """NCCL's teardown would: it must not begin, unless all ranks come to it."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"run: {tmp_path}/run\ndata: {{dataset: {tmp_path}, global_batch: 1, micro_batch: 1}}\n")
 
     def broken(*_: object) -> int:
-        raise OSError("a disk is full")
+        raise error
 
+    began: list[None] = []
     monkeypatch.setattr(pretrain.train, "train", broken)
     with monkeypatch.context() as teardown:
-        teardown.setattr(dist, "destroy_process_group", lambda: pytest.fail("the teardown began"))
-        assert launch(str(recipe), [], debug=False) == 1
+        teardown.setattr(dist, "destroy_process_group", lambda: began.append(None))
+        assert launch(str(recipe), [], debug=False) == code
+    assert len(began) == teardowns
     assert dist.is_initialized()
 
 

@@ -141,6 +141,9 @@ BAD = {
     "too few positions": (["model.max_position_embeddings=8"], "max_position_embeddings: 8, and the dataset's rows"),
     "fp16 on a CPU": (["precision=fp16"], "fp16 needs a CUDA device"),
     "a mask rate": (["data.mask_rate=0.9"], "data.mask_rate"),
+    "a decay rate of 1": (["optimizer.betas=[1.0, 0.98]"], "optimizer.betas.0: Input should be less than 1"),
+    "a timeout of ages": (["collective_timeout_s=1e30"], "collective_timeout_s: Input should be less than or equal to"),
+    "an infinite weight": (["data.dataset=[{path: x, weight: .inf}]"], "weight: Input should be a finite number"),
     "no number": (["steps=many"], "steps: Input should be a valid integer"),
 }
 

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_dataset
+from tiny_models import tiny_model
 from tiny_runs import log_of, losses, train_arguments, train_many, whole
 
+from exports.export import Export
+from exports.forms import write_export
 from pretrain.checkpoint import format as checkpoint
 from pretrain.engine.fragments import STATES
 
@@ -83,6 +87,23 @@ def matrix(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             on = Path(f"{run}-on")
             plan.append({"overrides": train_arguments(dataset, on, **extra), "copy": [str(run), 10]})
             plan.append({"overrides": train_arguments(dataset, on, **extra), "save_again": True})
+    few_lines = {"zero__stage": 2, "checkpoint__every": 10, "monitor__every": 6, "data__micro_batch": 2}
+    few_lines |= {"model__hidden_dropout_prob": 0.1}
+    plan.append({"overrides": train_arguments(dataset, folder / "few-lines", **few_lines)})
+    on = train_arguments(dataset, folder / "few-lines-on", **few_lines)
+    plan.append({"overrides": on, "copy": [str(folder / "few-lines"), 10]})
+    unknown = make_dataset(folder / "unknown", unknown=True)
+    plan.append({"overrides": train_arguments(unknown, folder / "nothing-to-predict", steps=2)})
+    write_export(
+        Export.of_model(tiny_model(vocab_size=304, max_position_embeddings=32, num_attention_heads=4)),
+        folder / "export",
+    )
+    for wrong, said in (
+        ({"data__whole_word": True}, "data.whole_word: "),
+        ({"model__init_from": folder / "export"}, "model.init_from: "),
+    ):  # each rank finds it alone, and all refuse it together: one line is printed, and no rank waits
+        refused = {"overrides": train_arguments(dataset, folder / "refused", **wrong)}
+        plan.append(refused | {"error": f"pretrain.distributed.Refused: {said}"})
     train_many(plan, 2, folder)
     return folder
 
@@ -94,6 +115,14 @@ def test_a_run_goes_on_bit_for_bit(matrix: Path, stage: int, precision: str) -> 
     undisturbed, resumed = losses(run), losses(Path(f"{run}-on"))
     assert len(undisturbed) == 20
     assert resumed == undisturbed
+
+
+def test_a_line_of_steps_before_and_after_a_resume_is_that_of_an_undisturbed_run(matrix: Path) -> None:
+    undisturbed, resumed = log_of(matrix / "few-lines"), log_of(matrix / "few-lines-on")
+    keys = ("step", "loss", "accuracy", "lr", "grad_norm")
+    assert [line["step"] for line in resumed] == [6, 12, 18, 20], "the checkpoint is of step 10"
+    assert [[line[key] for key in keys] for line in resumed] == [[line[key] for key in keys] for line in undisturbed]
+    assert len(whole(matrix / "few-lines-on", 20).training["interval"]) == 3
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -120,6 +149,13 @@ def test_the_slices_of_all_ranks_cover_each_element_once(matrix: Path, stage: in
             assert start == end, f"{name} at {start}"
             end += length
         assert end == math.prod(saved.manifest["shapes"][name]), name
+
+
+def test_steps_in_which_no_word_is_masked_have_no_gradient(matrix: Path) -> None:
+    """The gradient is 0, and there is no loss to log."""
+    lines = log_of(matrix / "nothing-to-predict")
+    assert [(line["step"], line["grad_norm"], line["skipped"]) for line in lines] == [(1, 0.0, 0), (2, 0.0, 0)]
+    assert not any("loss" in line for line in lines)
 
 
 def test_stages_agree(matrix: Path) -> None:

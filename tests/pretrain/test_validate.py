@@ -6,13 +6,18 @@ import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
+from conftest import make_dataset
 from numbered import SPECIAL_IDS, numbered_dataset, numbers_of, originals, real_rows, rows_saying
 
-from data_prep.shards.reader import Dataset
-from pretrain.validate import Block, rows_of_each, unigram_entropy, validation_blocks
+from data_prep.shards.reader import Dataset, open_dataset
+from pretrain.distributed import Refused
+from pretrain.objective import LossSums
+from pretrain.validate import Block, ValidateRecipe, rows_of_each, unigram_entropy, validate, validation_blocks
 from sharebert_common.errors import BadInput
 
 VALIDATION = [20, 13]
@@ -93,6 +98,13 @@ def test_some_rows_of_several_datasets_are_shared_out_by_weight(dataset: Dataset
 def test_no_validation_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="validation split is empty"):
         blocks([numbered_dataset(tmp_path / "dataset", [8], [])])
+
+
+def test_rows_without_an_ordinary_word_are_refused(tmp_path: Path) -> None:
+    words = open_dataset(make_dataset(tmp_path / "dataset", unknown=True))
+    nothing = LossSums(torch.zeros(()), torch.zeros(()))
+    with pytest.raises(Refused, match="dataset: the validation rows hold no ordinary word"):
+        validate(lambda *_: nothing, MagicMock(), [words], ValidateRecipe(), mask_rate=0.15, whole_word=False)
 
 
 @pytest.mark.parametrize(("split", "rows"), [("train", 8000), ("validation", 33)])

@@ -131,6 +131,12 @@ def test_a_boolean_is_no_number(given: str) -> None:
     assert str(raised.value).startswith(f"command line: {given.partition('=')[0]}: YAML reads on, off, yes")
 
 
+@pytest.mark.parametrize("given", [".inf", "-.inf", ".nan", "1e999"])
+def test_numbers_are_finite(given: str) -> None:
+    with pytest.raises(BadInput, match=r"^command line: rate: Input should be a finite number"):
+        load(Example, None, [f"rate={given}"])
+
+
 def test_each_error_names_where_its_key_was_given(tmp_path: Path) -> None:
     file = tmp_path / "example.yaml"
     file.write_text("steps: many\nrun: 7\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import make_dataset, retokenize
 from tiny_runs import log_of, train_arguments
 
@@ -77,7 +77,9 @@ def folder(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(dataset: Path, folder: Path) -> dict[str, tuple[int, str, list[str]]]:
     """All launches, by name; those that are refused leave the run as it was."""
-    run, mixed = folder / "run", folder / "mixed"
+    run, mixed, shorter = folder / "run", folder / "mixed", folder / "shorter"
+    shorter.mkdir()
+    (shorter / "stop").touch()  # its first attempt ends after a step
     other = make_dataset(folder / "other", seed=1)
     more = make_dataset(folder / "more", train_rows=288)
     retokenized = retokenize(make_dataset(folder / "retokenized"))
@@ -97,12 +99,15 @@ def results(dataset: Path, folder: Path) -> dict[str, tuple[int, str, list[str]]
         "other shape": given(run, steps=4, model__num_hidden_layers=3),
         "other seed": given(run, steps=4, seed=5),
         "other settings": given(run, steps=4, optimizer__lr=1e-3, data__global_batch=12),
+        "too few steps": given(run, steps=3, optimizer__lr=1e-3, data__global_batch=12),
         "added shards": given(run, steps=6, data__dataset=more, data__may_change=True),
         "once more": given(run, steps=8, data__dataset=more),
         "mixture": given(mixed, extra=mixture(1.0)),
         "other weights": given(mixed, steps=4, extra=mixture(3.0)),
         "other weights, as asked": given(mixed, steps=4, extra=[*mixture(3.0), "data.may_change=true"]),
         "private": given(folder / "private"),
+        "many steps": given(shorter, steps=8),
+        "fewer steps": given(shorter, steps=2),
     }
     umasks = [0o077 if name == "private" else 0o022 for name in plan]
     return dict(zip(plan, launch_all(folder, list(plan.values()), umasks), strict=True))
@@ -114,6 +119,7 @@ REFUSED = {
     "other vocabulary": r"made with model.vocab_size 304, this recipe has 320",
     "other shape": r"made with model.num_hidden_layers 2, this recipe has 3",
     "other seed": r"written with data seed 0, this run has 5",
+    "too few steps": r"steps: 3, and the newest checkpoint of \S+run is of step 4; give 4 or more, or delete",
     "other weights": r"written with data fingerprint \w+ x 1 \+ \w+ x 1 .*, this run has \w+ x 16385 \+ \w+ x 49151",
 }
 
@@ -157,10 +163,19 @@ def test_changed_mixture_weights_are_taken_where_the_recipe_asks_for_it(results:
     assert [line["step"] for line in log_of(folder / "mixed")] == [1, 2, 3, 4]
 
 
+def test_fewer_steps_than_before_are_taken(results: dict[str, Any], folder: Path) -> None:
+    """As long as the checkpoint has no more."""
+    assert results["many steps"][0] == 75
+    code, said, _ = results["fewer steps"]
+    assert code == 0
+    assert "the recipe changed: steps was 8, is now 2" in said
+    assert [line["step"] for line in log_of(folder / "shorter")] == [1, 2]
+
+
 def test_each_start_is_recorded(results: dict[str, Any], folder: Path) -> None:
     starts = json.loads((folder / "run" / "environment.json").read_text())
     assert len(starts) == 4
-    assert starts[0]["packages"]["torch"] == torch.__version__.partition("+")[0] or starts[0]["packages"]["torch"]
+    assert starts[0]["packages"]["torch"] == importlib.metadata.version("torch")
     assert starts[0]["variables"]["NCCL_DEBUG_FILE"] == "made-up"
     assert starts[0]["cpu"]["count"] == os.cpu_count()
     assert starts[0]["commit"]

@@ -116,6 +116,24 @@ def test_deepspeeds_own_keys_win_and_unknown_ones_are_refused() -> None:
         check_zero(zero_of("zero.stage=2", "zero.round_robin_gradients=true"))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("zero.deepspeed.stage=3", "zero.deepspeed.stage: this is a key of zero itself; write zero.stage"),
+        ("zero.contiguous_gradients=maybe", "zero.contiguous_gradients: Input should be a valid boolean.*got 'maybe'"),
+        ("zero.stage3_prefetch_bucket_size=-1", "zero.stage3_prefetch_bucket_size: Input should be greater"),
+        ("zero.offload_param={device: moon}", "zero.offload_param.device: Input should be 'none', 'cpu' or 'nvme'"),
+        ("zero.offload_optimizer={device: cpu}", "zero.offload_optimizer: DeepSpeed offloads its own Adam alone"),
+        ("zero.cpu_offload=true", "zero.offload_optimizer: DeepSpeed offloads its own Adam alone"),
+        ("zero.compute_grad_norm=false", "zero: compute_grad_norm=false is supported only with ZeRO Stage 1 or 2$"),
+    ],
+)
+def test_wrong_values_of_deepspeeds_keys_are_one_line(given: str, said: str) -> None:
+    with pytest.raises(BadInput, match=f"^{said}") as raised:
+        check_zero(zero_of("zero.stage=3", given))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_start_does_not_load_a_compiler() -> None:
     """DeepSpeed asks for its Muon optimizer at every start, whose decorators would load Inductor."""
     code = (

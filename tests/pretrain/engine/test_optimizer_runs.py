@@ -28,6 +28,8 @@ KEYS: dict[str, Any] = {
     "model__sharing": "none",
     "data__global_batch": 8,
     "data__micro_batch": 2,
+    "data__mask_rate": 0.3,
+    "data__mask_schedule__last_rate": 0.15,
     "schedule__decay": "constant",
     "schedule__warmup": 1,
     "optimizer__clip": 0.0,
@@ -43,6 +45,7 @@ KEYS: dict[str, Any] = {
 }
 AVERAGED = KEYS | {"optimizer__ema__decay": DECAY, "optimizer__ema__start": 2}
 HALF = 3
+SKIPPED = 3
 PLAIN: dict[str, Any] = {
     "data__global_batch": 8,
     "data__micro_batch": 2,
@@ -57,8 +60,9 @@ LINEAR = "sharebert.factor_linear.weight"
 
 @pytest.fixture(scope="module")
 def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On two ranks: a run at each stage, three with averages that are validated, and `begun`: half of a plain run that
-    is resumed with Muon on generated matrices and an average. `said` has what was said."""
+    """On two ranks: a run at each stage, three with averages that are validated, the same three with a step that is
+    skipped and averages from the first step on, and `begun`: half of a plain run that is resumed with Muon on generated
+    matrices and an average. `said` has what was said."""
     folder = tmp_path_factory.mktemp("optimizer")
     plan = [
         {"overrides": train_arguments(dataset, folder / f"zero-{stage}", **KEYS, zero__stage=stage)}
@@ -74,6 +78,9 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "model__sharing": "veps",
             }
         plan.append({"overrides": train_arguments(dataset, folder / f"averaged-{stage}", **given)})
+        given |= {"optimizer__ema__start": 0, "validate__every": 0}
+        skipping = train_arguments(dataset, folder / f"skipping-{stage}", **given)
+        plan.append({"overrides": skipping, "bad_steps": [SKIPPED, SKIPPED + 1]})
     plan.append({"overrides": train_arguments(dataset, folder / "plain", **PLAIN, steps=HALF)})
     begun = train_arguments(dataset, folder / "begun", **PLAIN, **BEGUN, steps=STEPS)
     plan.append({"overrides": begun, "copy": [str(folder / "plain"), HALF], "save_again": True})
@@ -135,6 +142,21 @@ def test_the_average_is_that_of_the_weights_after_each_step(runs: Path, stage: i
         torch.testing.assert_close(read_whole(last, name, "ema"), wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_neither_a_skipped_step_nor_the_memory_probe_is_in_the_average(runs: Path, stage: int) -> None:
+    """The probe is a step before the first one, which is skipped as well."""
+    run = runs / f"skipping-{stage}"
+    last = whole(run, STEPS)
+    assert [line["skipped"] for line in log_of(run)] == [0, 0, 1, 1, 1, 1]
+    assert last.training["ema_steps"] == STEPS - 1
+    for name in last.manifest["shapes"]:
+        wanted = torch.zeros(())
+        for number, step in enumerate(step for step in range(1, STEPS + 1) if step != SKIPPED):
+            decay = min(DECAY, number / (number + 1))
+            wanted = decay * wanted + (1 - decay) * read_whole(whole(run, step), name)
+        torch.testing.assert_close(read_whole(last, name, "ema"), wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_momenta_and_an_average_may_begin_at_a_resume(runs: Path) -> None:
     """Both are 0 when the run is loaded; then it trains, and both take in the steps since."""
     run, said = runs / "begun", (runs / "said").read_text()
@@ -181,7 +203,7 @@ def test_validation_and_the_export_use_the_average(runs: Path, dataset: Path, tm
         load_model(out).eval(),
         open_datasets(DataRecipe(dataset=[WeightedDataset(path=str(dataset))], global_batch=8, micro_batch=2)),
         ValidateRecipe(rows=16),
-        mask_rate=0.15,
+        mask_rate=0.15,  # that of the last step, whatever the step
         whole_word=False,
     )
     logged = [line["valid_loss"] for line in log_of(run) if "valid_loss" in line]

@@ -8,8 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import torch
+
+from pretrain import train as training
+from pretrain.distributed import World
+from pretrain.faults.watchdog import Watchdog
+from pretrain.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
 
@@ -93,3 +101,25 @@ def test_the_guard_ends_with_the_rank(tmp_path: Path) -> None:
     while Path(f"/proc/{guard}").exists() and "Z" not in Path(f"/proc/{guard}/stat").read_text().split(")")[1]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_each_block_of_a_validation_and_a_look_are_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation of many short blocks may take longer than a rank may hang."""
+    watchdog = Watchdog(RunFolder(tmp_path), World(0, 1, 0, torch.device("cpu")), hang_s=2.0)
+    trainer, seen = MagicMock(), []
+    trainer.watchdog = watchdog
+    trainer.metric_log.progress = lambda items, what, total: items
+    trainer.look = lambda step: seen.append((watchdog._moves, watchdog._place))
+
+    def validate(*given: Any, progress: Any, **more: Any) -> tuple[float, float]:
+        seen.extend((watchdog._moves, watchdog._place) for _ in progress("abc", "validation", 3))
+        return 1.0, 0.5
+
+    monkeypatch.setattr(training, "validate", validate)
+    training.Trainer.validate(trainer, 7)
+    assert [place for _, place in seen] == [
+        *(f"validation after step 7, block {n}" for n in range(3)),
+        "validation after step 7 done",
+    ]
+    assert [moves for moves, _ in seen] == [2, 3, 4, 5]
+    assert watchdog._place == "validation after step 7 and look done"

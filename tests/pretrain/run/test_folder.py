@@ -256,6 +256,14 @@ def test_a_state_that_somebody_broke_does_not_end_a_training(
     assert "state.json: not JSON" in capsys.readouterr().err
 
 
+def test_the_tokenizer_is_copied_bit_for_bit(run: RunFolder) -> None:
+    """An export compares its checksum with the dataset's, whatever its line ends."""
+    given = run.path / "given.json"
+    given.write_bytes(b'\xef\xbb\xbf{\r\n"a": 1\r}\n')
+    run.start(step=0, steps=1, tokenizer=given, recipe_yaml="", environment={})
+    assert run.tokenizer.read_bytes() == given.read_bytes()
+
+
 def test_leftovers_of_killed_writes_are_removed(run: RunFolder) -> None:
     for name in (".state.json.12-34", ".config.yaml.12-34", ".tokenizer.json.12-34"):
         (run.path / name).touch()

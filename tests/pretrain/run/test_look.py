@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain.run.draw import attention_image, curves_image
 from pretrain.run.folder import RunFolder
-from pretrain.run.look import Looker, singular_values, virtual_singular_values
+from pretrain.run.look import Look, Looker, singular_values, virtual_singular_values
 from pretrain.run.metric_log import MetricLog
+from pretrain.train import Trainer
 from sharebert import ShareBertConfig, ShareBertForMaskedLM, initialize
 
 SENTENCES = ["word1 word2 [MASK] word4", "word7 [MASK]", "no mask", "[MASK] " * 200]
@@ -119,3 +121,28 @@ def test_tensorboard_shows_it(model: ShareBertForMaskedLM, dataset: Path, tmp_pa
     assert data.plugin_name == "hparams"
     assert b"b.c" in data.content
     assert "custom_scalars__config__" in board.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_weights_that_cannot_be_shown_end_no_training(
+    model: ShareBertForMaskedLM, dataset: Path, tmp_path: Path, value: float
+) -> None:
+    """It is said once, and the lines of the log go on."""
+    with torch.no_grad():
+        model.sharebert.word_embeddings.weight[:] = value
+    log, trainer, said = MetricLog(RunFolder(tmp_path), enabled=True, steps=9), MagicMock(), []
+    log.open(0, "")
+    trainer.looker, trainer.metric_log, trainer._look_failed = Looker(dataset / "tokenizer.json", SENTENCES), log, False
+    trainer.engine.module, trainer.report = model, said.append
+    for step in (0, 4):
+        Trainer.look(trainer, step)
+        log.line({"step": step, "loss": 2.0, "step_s": 0.5, "lr": 1e-3, "tokens_per_s": 9.0})
+    assert len(said) == 1
+    assert said[0].startswith("step 0: no look into the model (")
+
+    log.look(Look(step=6, histograms={"weights/E": np.full(5, value, np.float32)}))
+    log.line({"step": 8, "loss": 1.0, "step_s": 0.5, "lr": 1e-3, "tokens_per_s": 9.0})
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [0, 4, 8]
