@@ -24,6 +24,7 @@ from sharebert_common.run_files import write_state
 
 FINISH = "(run / 'state.json').write_text('{\"state\": \"finished\"}')"
 STOP_WHEN_ASKED = "signal.signal(signal.SIGTERM, lambda *_: os._exit(75))"
+SLEEP = "time.sleep(10); (run / 'slept').touch()"
 ASK_PARENT = "os.kill(os.getppid(), signal.SIGTERM)"
 
 
@@ -89,10 +90,10 @@ def test_a_trial_that_fails_or_is_killed_leaves_the_others(
     "code",
     [
         pytest.param(f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {ASK_PARENT}; {FINISH}", id="at its end"),
-        pytest.param(f"{STOP_WHEN_ASKED}; {ASK_PARENT}; time.sleep(60)", id="saves"),
-        pytest.param(f"{ASK_PARENT}; time.sleep(60)", id="before it can save"),
-        pytest.param(f"{STOP_WHEN_ASKED}; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)", id="Ctrl-C"),
-        pytest.param(f"{STOP_WHEN_ASKED}; os.kill(os.getppid(), signal.SIGUSR1); time.sleep(60)", id="SLURM's"),
+        pytest.param(f"{STOP_WHEN_ASKED}; {ASK_PARENT}; {SLEEP}", id="saves"),
+        pytest.param(f"{ASK_PARENT}; {SLEEP}", id="before it can save"),
+        pytest.param(f"{STOP_WHEN_ASKED}; os.kill(os.getppid(), signal.SIGINT); {SLEEP}", id="Ctrl-C"),
+        pytest.param(f"{STOP_WHEN_ASKED}; os.kill(os.getppid(), signal.SIGUSR1); {SLEEP}", id="SLURM's"),
         pytest.param("os._exit(75)", id="the trial alone was asked"),
     ],
 )
@@ -102,6 +103,7 @@ def test_a_stop_ends_all(code: str, three: list[Trial], train: Callable[[str], N
     said: list[str] = []
     assert run_all(three, said.append) == STOPPED
     assert begun(three) == ["a"]
+    assert not (three[0].run / "slept").exists(), "the stop was not passed on"
     assert said == [f"trial 1 of 3: {three[0].run}"]
     assert [signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)] == before
 
@@ -116,7 +118,7 @@ def test_a_stop_at_the_end_of_the_last_trial_is_not_forgotten(three: list[Trial]
 def test_a_stop_before_the_process_of_a_trial_reaches_it(
     three: list[Trial], train: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train("time.sleep(60)")
+    train(SLEEP)
     command = runner._command
 
     def asked(trial: Trial) -> list[str]:
@@ -126,6 +128,7 @@ def test_a_stop_before_the_process_of_a_trial_reaches_it(
     monkeypatch.setattr(runner, "_command", asked)
     assert run_all(three, lambda line: None) == STOPPED
     assert begun(three) == ["a"]
+    assert not (three[0].run / "slept").exists(), "the stop was not passed on"
 
 
 def test_a_trial_knows_whose_death_stops_it(three: list[Trial], train: Callable[[str], None]) -> None:
