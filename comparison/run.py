@@ -35,7 +35,7 @@ def compare(recipe: CompareRecipe, *, only_table: bool = False, time_again: bool
     code, maker, table = FINISHED, Maker(recipe, rows), write(recipe, rows)
     for row in [] if only_table else rows:
         try:
-            maker.make(row)
+            maker.go_through(row)
         except Stopped as error:
             say(f"{row.name}: {error}")
             code = STOPPED
