@@ -12,8 +12,8 @@ from typing import Any
 
 from compress.measure import OF_A_FOLDER, Measured, is_baseline, measure, measure_baseline, needs_task
 from compress.recipe import CompressRecipe, RowsRecipe
-from compress.report import STEP, model_files, table, write_report
-from compress.source import JSON, open_source
+from compress.report import STEP, check_replaceable, model_files, table, write_report
+from compress.source import open_source
 from compress.step import FormName, Source, Step
 from compress.step_folders import StepFolder, checksums, digest
 from compress.steps import all_steps
@@ -99,8 +99,7 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
         )
     if parent.exists() and not (parent / MARK).is_file() and (not parent.is_dir() or any(parent.iterdir())):
         raise BadInput(f"{parent}: holds something else than results of steps; choose another OUT, or remove it first")
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / JSON).is_file())):
-        raise BadInput(f"{out}: exists and is no result of `compress`; choose another folder, or remove it first")
+    check_replaceable(out)
     needed = ROOM * sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())
     nearest = next(place for place in (out.parent, *out.parent.parents, Path()) if place.is_dir())
     free = shutil.disk_usage(nearest).free

@@ -23,7 +23,7 @@ import compress.run
 from compress.recipe import CompressRecipe
 from compress.report import check, model_files, read_report, table
 from compress.run import compress as run
-from compress.step_folders import checksums
+from compress.step_folders import StepFolder, checksums
 from compress.steps import step_of
 from compress.trim import Trim
 from data_prep.shards.reader import open_dataset
@@ -240,6 +240,57 @@ def test_other_folders_are_never_replaced(source: Path, tmp_path: Path) -> None:
         run(source, recipe_of(tmp_path, "steps: [trim]"), out)
     with pytest.raises(BadInput, match="is the source"):
         run(source, recipe_of(tmp_path, "steps: [trim]"), source)
+
+
+@pytest.mark.parametrize("theirs", ["a thesis", "a result with a file more", "a result that was trained on"])
+def test_a_report_alone_makes_no_result(source: Path, tmp_path: Path, theirs: str) -> None:
+    """Only what `compress` wrote is replaced, file by file."""
+    out, recipe = tmp_path / "out", recipe_of(tmp_path, "steps: [trim]")
+    if theirs == "a thesis":
+        out.mkdir()
+        (out / "report.json").write_text('{"chapters": 7}')
+        message = "exists and is no result of `compress`"
+    else:
+        run(source, recipe, out)
+        run(source, recipe, out)
+        changed = out / ("notes.txt" if "file more" in theirs else "model.safetensors")
+        changed.write_bytes(b"mine")
+        message = "its files are not those that `compress` wrote"
+    before = model_files(checksums(out))
+    with pytest.raises(BadInput, match=message):
+        run(source, recipe, out)
+    assert model_files(checksums(out)) == before
+
+
+def test_a_folder_that_no_step_made_is_in_the_way(tmp_path: Path) -> None:
+    place = StepFolder(tmp_path, "1-trim")
+    place.model.mkdir()
+    (place.model / "thesis.tex").write_text("x")
+    with pytest.raises(BadInput, match="exists and was not made here; move it away"):
+        place.result({"of": 1}, print)
+    assert (place.model / "thesis.tex").is_file()
+    (place.model / "thesis.tex").unlink()
+    place.open({"of": 1})
+    assert place.result({"of": 1}, print) is None, "the process died while it made the model"
+    assert not place.model.exists()
+
+
+def test_a_removal_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = StepFolder(tmp_path, "1-trim")
+    place.open({"of": 1})
+    place.model.mkdir()
+    place.finish({"of": 1}, {})
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            place.remove()
+    assert place.model.exists()
+    assert place.result({"of": 2}, print) is None
+    assert not place.model.exists()
 
 
 def test_a_folder_of_another_model(tmp_path: Path) -> None:
