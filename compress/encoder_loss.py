@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.calibrate import Batch, batches, hidden_error, losses_of, random_product, random_scores
-from compress.source import config_of
+from compress.source import pad_id
 from scoring.architecture import Inputs
 from sharebert_common.errors import BadInput
 
@@ -23,7 +23,7 @@ def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: in
     """
     if head == "MaskedLM":
         return batches(tokens, folder / "tokenizer.json", seed, rows_at_once)
-    pad = config_of(folder).get("pad_token_id") or 0
+    pad = pad_id(folder)
     return [Batch(part, (part != pad).long(), torch.full_like(part, -100)) for part in tokens.split(rows_at_once)]
 
 
