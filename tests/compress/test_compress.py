@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 from compress_models import tiny_export
+from hub_folders import hub_folder
 from tiny_models import tiny_model
 
 import compress.run
+from compress.measure import sizes
 from compress.recipe import CompressRecipe
 from compress.report import check, model_files, read_report, table
 from compress.run import compress as run
@@ -91,6 +93,18 @@ def test_curves_are_those_of_the_report(source: Path, tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in board.Scalars("compress/bytes")] == [
         (n, row.bytes) for n, row in enumerate(rows)
     ]
+
+
+def test_weights_are_counted_once(tmp_path: Path) -> None:
+    """A second copy in another format is not read, and no part of the size."""
+    folder = hub_folder(tmp_path / "hub", "MaskedLM")
+    size = (folder / "model.safetensors").stat().st_size
+    for name in ("pytorch_model.bin", "training_args.bin", "model.fp16.safetensors"):
+        (folder / name).write_bytes(b"x" * 1000)
+    assert sizes(folder)[0] == size
+    (folder / "model.onnx").write_bytes(b"x" * 10)
+    (folder / "model.onnx.data").write_bytes(b"x" * 100)
+    assert sizes(folder)[0] == 110
 
 
 def test_a_killed_command_goes_on_after_the_last_whole_step(source: Path, tmp_path: Path) -> None:
