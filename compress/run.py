@@ -20,10 +20,10 @@ from compress.steps import all_steps
 from compress.tools import RecipeTools, open_rows
 from data_prep.shards.reader import open_dataset
 from exports.read import read_config
-from scoring.recipe import BLIMP, PROBE
+from scoring.recipe import BLIMP, PROBE, EvaluateRecipe
 from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
-from sharebert_common.files import make_folders, whole_or_absent_folder, write_atomically
+from sharebert_common.files import file_sha256, make_folders, whole_or_absent_folder, write_atomically
 from sharebert_common.recipe import plain
 
 MARK = ".steps-of-compress"
@@ -162,6 +162,22 @@ def identity_of(rows: RowsRecipe) -> dict[str, Any] | None:
     return {"fingerprint": open_dataset(rows.dataset).manifest["fingerprint"], "rows": rows.rows}
 
 
+def identity_of_task(task: EvaluateRecipe | None) -> dict[str, Any] | None:
+    """What tells a task from all others, wherever its files lie: keys, and checksums of its rows and of the models that
+    teach it or make further rows. Rows of the hub are known by their name."""
+    if task is None:
+        return None
+    given = plain(task)
+    data, distill = given["data"], given["finetune"]["distill"]
+    paths = [data["path"], data["augment"]["model"], distill["teacher"]]
+    data["path"] = data["augment"]["model"] = distill["teacher"] = given["output"] = None
+    return {**given, "files": [None if path is None else _checksum(Path(path)) for path in paths]}
+
+
+def _checksum(path: Path) -> str:
+    return file_sha256(path) if path.is_file() else digest(model_files(checksums(path)))
+
+
 class Rows:
     """The rows of the report. Each is kept in a file as soon as it was measured."""
 
@@ -169,9 +185,12 @@ class Rows:
         self.rows: list[Measured] = []
         self.files: dict[str, str] = {}
         self._recipe, self._parent, self._say = recipe, parent, say
-        given = plain(recipe)
-        self._asked = {key: given[key] for key in ("task", "report")}
-        self._asked["validation"] = identity_of(recipe.validation)
+        self._asked = {
+            "task": identity_of_task(recipe.task),
+            "report": plain(recipe.report),
+            "validation": identity_of(recipe.validation),
+            "version": version("sharebert"),
+        }
 
     def add(self, name: str, role: str, folder: Path, notes: dict[str, Any], files: dict[str, str]) -> None:
         """Measure the model in `folder`, or take the row from before if its files and the recipe are the same.
@@ -184,7 +203,7 @@ class Rows:
         try:
             record = json.loads(kept.read_text(encoding="utf-8"))
             if record["asked"] == json.loads(json.dumps(asked)):
-                self.rows.append(Measured(**record["row"]))
+                self.rows.append(Measured(**{**record["row"], "folder": str(folder)}))  # it may have been moved
                 return
         except (OSError, ValueError, KeyError, TypeError):
             pass

@@ -95,6 +95,20 @@ def test_curves_are_those_of_the_report(source: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_a_command_may_go_on_by_another_path(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were measured before say where their models are now, so that `--check` finds them."""
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(tmp_path, "steps: [trim]")
+    with monkeypatch.context() as patch:
+        patch.setattr(compress.run, "write_report", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(Path("source"), recipe, Path("out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(compress.run, "measure", lambda *_: pytest.fail("the rows are there"))
+        run(source, recipe, tmp_path / "out")
+    assert check(tmp_path / "out").count("are right") == 2
+
+
 def test_weights_are_counted_once(tmp_path: Path) -> None:
     """A second copy in another format is not read, and no part of the size."""
     folder = hub_folder(tmp_path / "hub", "MaskedLM")
