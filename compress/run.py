@@ -29,6 +29,9 @@ from sharebert_common.recipe import plain
 MARK = ".steps-of-compress"
 """A file in OUT.steps. A folder of that name without it is somebody else's, and is left alone."""
 
+ONCE = ("awq", "onnx_int8")
+"""Steps that take no model that they have made. `quantise` does: it rounds the numbers that codes stand for."""
+
 ROOM = 3
 """Free space that a result needs, as a multiple of its source: the result, what it is made from, and a report."""
 
@@ -114,7 +117,9 @@ def check_steps(
 
     Returns form and config of the result. A config is None where it is not known.
     """
-    for name, step in steps:
+    for number, (name, step) in enumerate(steps):
+        if name in ONCE and name in [other for other, _ in steps[:number]]:
+            raise BadInput(f"steps: {name} stands there twice, and would round codes; leave one of them out")
         step.check_ahead(form, config)
         form = step.result_form(form)
         config = step.result_config(config) if config is not None and form in ("compact", "dense") else None

@@ -67,6 +67,14 @@ class OnnxInt8(NeedsNoRows):
     def check(self, source: Source) -> None:
         """See `Step.check`."""
         self.check_ahead(source.form, None)
+        import onnx
+
+        try:
+            graph = onnx.load(source.folder / FILE, load_external_data=False).graph
+        except Exception as error:  # of protobuf, whose classes differ by version
+            raise BadInput(f"{source.folder / FILE}: not readable as an ONNX file") from error
+        if any("QuantizeLinear" in node.op_type or node.op_type.endswith("Integer") for node in graph.node):
+            raise BadInput(f"onnx_int8: {source.folder} is quantised already")
 
     def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
         """See `Step.check_ahead`."""

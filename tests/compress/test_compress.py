@@ -379,6 +379,7 @@ def test_loss_and_latency(source: Path, dataset: Path, tmp_path: Path) -> None:
         ("[{prune_structure: {columns: 20}}, dense, {prune_hidden: {columns: 21}}]", "21 are to stay, .* has 20"),
         ("[dense, {awq: {group: 32}}]", "awq.group: 32 does not divide hidden_size, which is 24"),
         ("[trim, {onnx: {opset: 99}}]", "opset: 99 is not one of"),
+        ("[onnx, onnx_int8, {onnx_int8: {mode: static}}]", "steps: onnx_int8 stands there twice"),
         (
             "[{low_rank: {rank: 4, calibrated: false}}, {quantise: {rotate: true}}]",
             "quantise.rotate: needs W_all .* sharing: low_rank has none",

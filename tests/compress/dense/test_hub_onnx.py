@@ -75,6 +75,9 @@ def test_a_tied_decoder_is_stored_once_and_quantised(tmp_path: Path) -> None:
     stored = [tensor for tensor in onnx.load(out / "model.onnx").graph.initializer if tensor.data_type == 1]
     assert sum(int(torch.Size(tensor.dims).numel()) for tensor in stored) == pytest.approx(parameters, rel=0.01)
     OnnxInt8().apply(open_source(out), None, tmp_path / "int8")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"int8 is quantised already$"):
+        OnnxInt8().check(open_source(tmp_path / "int8"))
+    OnnxInt8().check(open_source(out))
     ours, theirs = (OnnxModel(folder).logits(TOKENS, MASK) for folder in (tmp_path / "int8", out))
     assert (ours - theirs).abs().max() < 0.1 * theirs.abs().max()
     left = [tensor for tensor in onnx.load(tmp_path / "int8/model.onnx").graph.initializer if tensor.data_type == 1]
