@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from compress.calibrate import Batch, batches, hidden_error, losses_of, random_product, random_scores
 from compress.source import pad_id
-from scoring.architecture import Inputs
-from sharebert_common.errors import BadInput
 
 
 def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: int = 32) -> list[Batch]:
@@ -25,13 +23,6 @@ def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: in
         return batches(tokens, folder / "tokenizer.json", seed, rows_at_once)
     pad = pad_id(folder)
     return [Batch(part, (part != pad).long(), torch.full_like(part, -100)) for part in tokens.split(rows_at_once)]
-
-
-def check_positions(tokens: Tensor, model: Any, folder: Path) -> None:
-    """Raise BadInput where calibration rows [rows, length] have more tokens than the model has positions."""
-    longest = Inputs.of(model, model.config).positions
-    if longest is not None and tokens.shape[1] > longest:
-        raise BadInput(f"calibration.dataset: rows of {tokens.shape[1]} tokens, but {folder} has {longest} positions")
 
 
 def outputs(model: nn.Module, batch: Batch) -> Any:

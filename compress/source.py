@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress.step import FormName, Source
 from exports.bert_attention import has_mlm_head
 from exports.dense import MODEL_TYPE as DENSE
 from exports.onnx import FILE as ONNX_FILE
-from scoring.architecture import read_model_type
-from scoring.hub_weights import load_hub_model
+from exports.read import read_config
+from scoring.architecture import Inputs, read_model_type
+from scoring.hub_weights import LOCAL, load_hub_model, naming_folder
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 
@@ -51,6 +54,17 @@ def config_of(folder: Path) -> dict[str, Any]:
 def pad_id(folder: Path) -> int:
     """The id of the padding token of the model in `folder`; 0 where its `config.json` names none."""
     return int(config_of(folder).get("pad_token_id") or 0)
+
+
+def positions_of(folder: Path) -> int | None:
+    """The longest row that the model in `folder` takes, in tokens; None where there is no limit."""
+    if open_source(folder).form == "compact":
+        return read_config(folder).max_position_embeddings
+    from transformers import AutoConfig, AutoModel
+
+    with naming_folder(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        return Inputs.of(AutoModel.from_config(config), config).positions
 
 
 def has_class(folder: Path, *endings: str) -> bool:

@@ -242,8 +242,6 @@ def test_a_source_that_cannot_be_taken_is_one_line(tmp_path: Path, monkeypatch: 
         pruned(tmp_path, source, sparsity=0)
     with pytest.raises(BadInput, match="not an ONNX file"):
         PruneWeights().result_form("onnx")
-    with pytest.raises(BadInput, match=r"rows of 40 tokens, but .* has 32 positions"):
-        PruneWeights().apply(open_source(source), tools(tmp_path, 40), tmp_path / "long")
     other = PrunableEncoder(source)
     other.model.embeddings.LayerNorm = nn.Identity()
     other.model.encoder.layer[0].attention.output.LayerNorm = nn.LayerNorm(7)
