@@ -21,7 +21,7 @@ from compress.dense.pack_quantised import unpacked
 from compress.recipe import CompressRecipe
 from compress.source import config_of, is_classifier, open_source
 from compress.static import STATIC, STATIC_INT8, static_scores
-from compress.tools import masked_lm_loss
+from compress.tools import UnfitRows, masked_lm_loss
 from exports.compact import stored_weights
 from exports.onnx import FILE as ONNX_FILE
 from exports.read import read_export
@@ -84,7 +84,10 @@ def measure(name: str, folder: Path, recipe: CompressRecipe, results: Path, note
     row.parameters, row.nonzeros = counts(folder)
     row.bytes, row.gzip_bytes = sizes(folder)
     if recipe.validation.dataset is not None:
-        row.loss = masked_lm_loss(folder, recipe.validation)
+        try:
+            row.loss = masked_lm_loss(folder, recipe.validation)
+        except UnfitRows as error:  # of a reference: the source was checked before the first step
+            row.notes["no loss"] = str(error)
     if recipe.task is not None:
         if is_classifier(folder) and recipe.task.task != PROBE:
             row.scores = score_as_is(folder, source.form, recipe.task)

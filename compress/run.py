@@ -10,16 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from compress.as_is import check_labels
 from compress.measure import OF_A_FOLDER, Measured, is_baseline, measure, measure_baseline, needs_task
 from compress.recipe import CompressRecipe, RowsRecipe
 from compress.report import STEP, check_replaceable, model_files, table, write_report
-from compress.source import open_source
+from compress.source import is_classifier, open_source
 from compress.step import FormName, Source, Step
 from compress.step_folders import StepFolder, checksums, digest
 from compress.steps import all_steps
 from compress.tools import RecipeTools, open_rows
 from data_prep.shards.reader import open_dataset
 from exports.read import read_config
+from scoring.data import load_task
 from scoring.recipe import BLIMP, PROBE, EvaluateRecipe
 from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
@@ -90,8 +92,12 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
             raise BadInput(f"report.references: {reference} needs a task to be scored on")
         if needs_task(reference) and recipe.task is not None and recipe.task.task in (BLIMP, PROBE):
             raise BadInput(f"report.references: {reference} needs a task with labels, {recipe.task.task} has none")
-        if not is_baseline(reference):
-            open_source(Path(reference.partition(":")[2] if reference.startswith(OF_A_FOLDER) else reference))
+        if is_baseline(reference):
+            continue
+        other = open_source(Path(reference.partition(":")[2] if reference.startswith(OF_A_FOLDER) else reference))
+        as_is = not needs_task(reference) and is_classifier(other.folder)
+        if as_is and recipe.task is not None and recipe.task.task not in (BLIMP, PROBE):
+            check_labels(other.folder, load_task(recipe.task.task, recipe.task.data).task)
     parent = steps_of(out)
     here, there = source.folder.resolve(), out.resolve()
     if here == there:

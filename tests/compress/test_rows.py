@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from compress_models import tiny_export
 from hub_folders import hub_folder
 from tiny_models import tiny_model
 
-from compress.recipe import CompressRecipe, RowsRecipe
+from compress.recipe import CompressRecipe, ReportRecipe, RowsRecipe
+from compress.report import check, read_report
 from compress.run import compress
 from compress.source import positions_of
 from compress.tools import UnfitRows, open_rows
@@ -57,3 +59,37 @@ def test_the_positions_of_an_onnx_folder_are_those_of_its_config(tmp_path: Path)
     (folder / "model.safetensors").unlink()
     (folder / "model.onnx").write_bytes(b"")
     assert positions_of(folder) == 32
+
+
+def test_a_reference_that_the_rows_do_not_fit_has_no_loss(dataset: Path, tmp_path: Path) -> None:
+    """And a note that says why; all other numbers are there."""
+    source = model(tmp_path / "source", "compact", dataset, 32)
+    others = [hub_folder(tmp_path / "words", "MaskedLM"), model(tmp_path / "short", "hub", dataset, 16)]
+    recipe = CompressRecipe(
+        steps=["trim"],
+        validation=RowsRecipe(dataset=str(dataset), rows=8),
+        report=ReportRecipe(latency=[], references=[str(other) for other in others]),
+    )
+    compress(source, recipe, tmp_path / "out")
+    _, _, rows = read_report(tmp_path / "out")
+    assert [row.loss is None for row in rows] == [False, False, True, True]
+    assert "was made with another tokenizer than that of" in rows[2].notes["no loss"]
+    assert "has 16 positions" in rows[3].notes["no loss"]
+    assert rows[2].bytes
+    assert "reference words: parameters, nonzeros, bytes, gzip_bytes are right" in check(tmp_path / "out")
+
+
+def test_a_reference_with_other_labels_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    task = tmp_path / "task"
+    task.mkdir()
+    for split in ("train", "dev"):
+        (task / f"{split}.tsv").write_text("text\tlabel\n" + "w17\tyes\nw19\tno\n" * 4)
+    data = {"path": str(task), "text": "text", "label": "label"}
+    recipe = CompressRecipe(
+        steps=["trim"],
+        task={"task": "mine", "data": data},  # type: ignore[arg-type]
+        report=ReportRecipe(latency=[], references=[str(hub_folder(tmp_path / "other", "SequenceClassification"))]),
+    )
+    with pytest.raises(BadInput, match="other: its labels are bad, good; those of mine are no, yes"):
+        compress(tiny_export(tmp_path / "source"), recipe, tmp_path / "out")
+    assert not (tmp_path / "out.steps").exists()
