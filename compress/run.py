@@ -19,13 +19,14 @@ from compress.step import FormName, Source, Step
 from compress.step_folders import StepFolder, checksums, digest
 from compress.steps import all_steps
 from compress.tools import RecipeTools, open_rows
+from data_prep.lock import LOCK, locked
 from data_prep.shards.reader import open_dataset
 from exports.read import read_config
 from scoring.data import load_task
 from scoring.recipe import BLIMP, PROBE, EvaluateRecipe
 from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
-from sharebert_common.files import file_sha256, make_folders, whole_or_absent_folder, write_atomically
+from sharebert_common.files import file_sha256, whole_or_absent_folder, write_atomically
 from sharebert_common.recipe import plain
 
 MARK = ".steps-of-compress"
@@ -42,7 +43,8 @@ def compress(folder: Path, recipe: CompressRecipe, out: Path) -> str:
     """Compress the model in `folder` into the new folder `out`; the table of the report.
 
     The result of every step is kept in `out`.steps, and taken up again if the command is called again after it was
-    killed. It is removed once `out` is whole, unless the recipe keeps it.
+    killed. It is removed once `out` is whole, unless the recipe keeps it. Another process that works there is waited
+    for.
 
     Raises BadInput before the first step: no model in `folder`, a step that cannot take what it would get, no teacher
     for a step that needs one, a dataset of another tokenizer, too little disk, `out` holds something else.
@@ -51,8 +53,14 @@ def compress(folder: Path, recipe: CompressRecipe, out: Path) -> str:
     steps = all_steps(recipe.steps)
     check_all(source, recipe, steps, out)
     parent = steps_of(out)
-    make_folders(parent)
-    (parent / MARK).touch()
+    with locked(parent, who="process", at=parent):
+        (parent / MARK).touch()
+        return _compressed(source, recipe, steps, out)
+
+
+def _compressed(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Step]], out: Path) -> str:
+    """See `compress`; nobody else works in `out`.steps."""
+    parent = steps_of(out)
     rows = Rows(recipe, parent, say)
     current, files = source, checksums(source.folder)
     rows.add("source", "source", source.folder, {}, files)
@@ -64,6 +72,7 @@ def compress(folder: Path, recipe: CompressRecipe, out: Path) -> str:
         say(table(rows.rows))
     for reference in recipe.report.references:
         rows.add_reference(reference)
+    check_replaceable(out)  # hours later, something else may be there
     with whole_or_absent_folder(out) as whole:
         shutil.copytree(current.folder, whole, dirs_exist_ok=True)
         text = write_report(whole, rows.rows, recipe, rows.files)
@@ -106,7 +115,7 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
         raise BadInput(
             f"{out}: the result, or {parent.name}, would hold the source or lie in it; choose another folder"
         )
-    if parent.exists() and not (parent / MARK).is_file() and (not parent.is_dir() or any(parent.iterdir())):
+    if parent.exists() and not (parent / MARK).is_file() and not (parent.is_dir() and _is_empty(parent)):
         raise BadInput(f"{parent}: holds something else than results of steps; choose another OUT, or remove it first")
     check_replaceable(out)
     needed = ROOM * sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())
@@ -114,6 +123,11 @@ def check_all(source: Source, recipe: CompressRecipe, steps: list[tuple[str, Ste
     free = shutil.disk_usage(nearest).free
     if free < needed:
         raise BadInput(f"{out}: its disk has {free / 1e6:,.0f} MB left, and this may need {needed / 1e6:,.0f} MB")
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but the lock of a process that died before it did anything."""
+    return all(path.name == LOCK for path in folder.iterdir())
 
 
 def check_steps(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,10 @@ from comparison.maker import Maker
 from comparison.pieces import Compress, Finder, FineTune, Piece, Pieces, Wanted
 from comparison.recipe import CompareRecipe
 from comparison.rows import Row, checked
+from comparison.run import compare
 from compress.step_folders import StepFolder
+from data_prep.lock import locked
+from sharebert_common.errors import FINISHED
 
 SST2 = "sst2"
 
@@ -99,6 +104,25 @@ def test_a_score_without_its_classifier_is_made_again_by_the_maker_alone(
     assert made == [Path(recipe.folder) / "classifiers" / "veps" / SST2 / f"seed-{seed}" for seed in recipe.seeds]
     Maker(recipe, rows).go_through(rows[0])
     assert len(made) == len(recipe.seeds)
+
+
+def test_one_process_makes_pieces_and_the_table_needs_no_lock(
+    recipe: CompareRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, begun = Path(recipe.folder), threading.Event()
+    monkeypatch.setattr(Maker, "go_through", lambda *_: begun.set())
+    worker = threading.Thread(target=compare, args=(recipe,))
+    with locked(folder):
+        assert compare(recipe, only_table=True)[0] == FINISHED
+        worker.start()
+        line, heard, end = f"another process works in {folder}; waiting until it ends", "", time.monotonic() + 60
+        while line not in heard and time.monotonic() < end:
+            heard += capsys.readouterr().err
+            time.sleep(0.01)
+        assert line in heard
+        assert not begun.is_set()
+    worker.join(60)
+    assert begun.is_set()
 
 
 def test_a_compressed_classifier_is_scored_and_not_kept(recipe: CompareRecipe) -> None:
