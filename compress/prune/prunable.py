@@ -41,7 +41,7 @@ class Prunable(Protocol):
         ...
 
     def batches(self, tools: Tools, rows_at_once: int) -> list[Batch]:
-        """The calibration rows. Raises BadInput: longer than the model's positions, or a special token is missing."""
+        """The calibration rows. Raises BadInput: a special token is missing."""
         ...
 
     def objective(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
