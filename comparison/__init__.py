@@ -4,7 +4,8 @@ recipe   what is compared: the rows, the tasks, the published figures, the train
 rows     the rows, checked: what each is made of, and what it needs of the rows before it
 checks   what cannot work, said before the first row
 lines    what the table says about a row
-maker    makes the pieces of rows, or finds those that are there
+pieces   the pieces of rows: where each lies, what it is made from, and which are there; nothing is written
+maker    makes them
 run      makes all rows, one piece after the other; goes on after a kill
 times    the times of all models, taken in turns
 table    the table, computed from the files of the pieces alone

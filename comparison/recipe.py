@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from compress.recipe import ReportRecipe
-from scoring.recipe import FineTuneRecipe, TaskDataRecipe
+from scoring.recipe import FineTuneRecipe, Seeds, TaskDataRecipe
 from sharebert_common.recipe import STRICT
 
 Keys = dict[str, Any]
@@ -70,9 +70,7 @@ class CompareRecipe:
     """The rows of each task by the task's name, as `data` of `sharebert evaluate`."""
     finetune: FineTuneRecipe = field(default_factory=FineTuneRecipe)
     """How models are fine-tuned on the tasks. The first seed of a row chooses among several learning rates."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = field(
-        default_factory=lambda: [1, 2, 3, 4, 5]
-    )
+    seeds: Seeds = field(default_factory=lambda: [1, 2, 3, 4, 5])
     """Seeds of the fine-tunings; each is a piece of its own, which a kill does not undo."""
     report: ReportRecipe = field(default_factory=ReportRecipe)
     """What is timed, and how; `references` are not used."""

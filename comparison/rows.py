@@ -150,8 +150,6 @@ def _check_names(recipe: CompareRecipe) -> None:
             if other is not None and other not in above:
                 raise BadInput(f"{where}.{key}: no row '{other}' above this one{nearest(other, above)}")
         above.append(name)
-    if len(set(recipe.seeds)) < len(recipe.seeds):
-        raise BadInput("seeds: one of them stands there twice; a spread needs different ones")
     if recipe.reference is not None and recipe.reference not in above:
         raise BadInput(f"reference: no row '{recipe.reference}'{nearest(recipe.reference, above)}")
 

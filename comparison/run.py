@@ -8,8 +8,9 @@ from comparison import times
 from comparison.checks import check_models, check_tasks
 from comparison.maker import Maker, say
 from comparison.recipe import CompareRecipe
-from comparison.rows import checked
+from comparison.rows import Row, checked
 from comparison.table import write
+from data_prep.lock import locked
 from pretrain.sweep.runner import Stopped
 from sharebert import ShareBertError
 from sharebert_common.errors import FAILED, FINISHED, STOPPED, CommandError
@@ -21,7 +22,7 @@ def compare(recipe: CompareRecipe, *, only_table: bool = False, time_again: bool
 
     Args:
         recipe: of the comparison.
-        only_table: make nothing, and write the table of what there is.
+        only_table: make nothing, and write the table of what there is, also beside a process that makes some.
         time_again: time all models again, also where that was done.
 
     Returns an exit code (FAILED where some row failed; STOPPED where a training was asked to stop), and the table.
@@ -31,11 +32,20 @@ def compare(recipe: CompareRecipe, *, only_table: bool = False, time_again: bool
     check_models(recipe, rows)
     if not only_table:
         check_tasks(recipe)
-    make_folders(Path(recipe.folder))
+    folder = Path(recipe.folder)
+    if only_table:
+        make_folders(folder)
+        return FINISHED, write(recipe, rows)
+    with locked(folder, who="process", at=folder):
+        return _compare(recipe, rows, time_again)
+
+
+def _compare(recipe: CompareRecipe, rows: list[Row], time_again: bool) -> tuple[int, str]:
+    """See `compare`; nobody else makes pieces in the folder."""
     code, maker, table = FINISHED, Maker(recipe, rows), write(recipe, rows)
-    for row in [] if only_table else rows:
+    for row in rows:
         try:
-            maker.make(row)
+            maker.go_through(row)
         except Stopped as error:
             say(f"{row.name}: {error}")
             code = STOPPED

@@ -11,7 +11,7 @@ from statistics import mean
 from pydantic import TypeAdapter
 
 from comparison.lines import Line, Planned
-from comparison.maker import NOT_RUN, Finder
+from comparison.pieces import NOT_RUN, Finder
 from comparison.recipe import CompareRecipe, Keys
 from comparison.rows import BEFORE, Row
 from comparison.text import to_text

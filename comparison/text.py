@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 
 from comparison.lines import Line, Planned
-from comparison.maker import NOT_RUN
+from comparison.pieces import NOT_RUN
 from comparison.recipe import CompareRecipe
 
 ENOUGH = 0.97

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from comparison.maker import Piece
+from comparison.pieces import Piece
 from comparison.recipe import CompareRecipe
 from compress import latency
 from compress.source import open_source

@@ -17,6 +17,7 @@ from scoring.data import load_task
 from scoring.encoders import Encoder, HuggingFaceEncoder, ShareBertExport, label_names
 from scoring.metrics import measure
 from scoring.recipe import EvaluateRecipe, FineTuneRecipe
+from scoring.tasks import Task
 from sharebert_common.errors import BadInput
 
 
@@ -32,18 +33,20 @@ def score_as_is(folder: Path, form: FormName, recipe: EvaluateRecipe) -> dict[st
     settings = FineTuneRecipe(max_length=recipe.finetune.max_length)
     spec = str(folder)
     encoder: Encoder = ShareBertExport(spec, settings) if form == "compact" else HuggingFaceEncoder(spec, settings)
-    given = read_labels(folder)
-    wanted = list(label_names(data.task))
-    if given != wanted and not (data.task.regression and len(given) == 1):
-        raise BadInput(
-            f"{folder}: its labels are {', '.join(given)}; those of {data.task.name} are {', '.join(wanted)}"
-        )
+    check_labels(folder, data.task)
     classifier = Classifier(encoder, model_of(folder, form), torch.device("cpu"), data.task.regression)
     found: dict[str, list[float]] = {}
     for split, rows in data.held_out.items():
         values = measure(data.task.metrics, classifier.predict(rows.texts), rows.labels)
         found |= {f"{split} {metric}": [value] for metric, value in values.items()}
     return found
+
+
+def check_labels(folder: Path, task: Task) -> None:
+    """Raise BadInput where the classifier in `folder` has other labels than a task."""
+    given, wanted = read_labels(folder), list(label_names(task))
+    if given != wanted and not (task.regression and len(given) == 1):
+        raise BadInput(f"{folder}: its labels are {', '.join(given)}; those of {task.name} are {', '.join(wanted)}")
 
 
 def model_of(folder: Path, form: FormName) -> nn.Module:

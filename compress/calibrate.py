@@ -13,7 +13,6 @@ from torch import Tensor
 from compress.source import config_of, is_classifier
 from compress.step import MASK_RATE, Source, Tools
 from exports.tokenizer import load_tokenizer
-from sharebert.config import ShareBertConfig
 from sharebert.encoder import Layer, visible
 from sharebert.heads import ShareBertForMaskedLM
 from sharebert.kernels import attention, linear_gelu
@@ -81,15 +80,6 @@ def first_position(tokens: Tensor) -> Tensor:
     return (torch.arange(tokens.shape[1]) == 0).expand_as(tokens)
 
 
-def check_length(tokens: Tensor, config: ShareBertConfig) -> None:
-    """Raise BadInput where calibration rows have more tokens than the model has positions."""
-    if tokens.shape[1] > config.max_position_embeddings:
-        raise BadInput(
-            f"calibration.dataset: its rows have {tokens.shape[1]} tokens, but the model has "
-            f"{config.max_position_embeddings} positions"
-        )
-
-
 Watch = Callable[[int, str, Tensor], None]
 """Is given the number of a layer, the name of a matrix, and what it is multiplied by [B, T, width] (`query` stands for
 key and value too); or `branches`, and what the layer adds to the stream [B, T, H]."""
@@ -112,10 +102,7 @@ def hidden_states(
         columns: [B or 1, inner], a factor on each column inside the feed-forward block, likewise.
         layers: [B or 1, L], a factor on what each layer adds to the stream.
         watch: see `Watch`.
-
-    Raises BadInput: rows with more tokens than the model has positions.
     """
-    check_length(batch.tokens, model.config)
     encoder = model.sharebert
     weights = encoder.layer_weights(pooler=False)
     stream = encoder._embed(encoder.word_embeddings(batch.tokens), None, None)

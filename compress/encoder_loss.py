@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.calibrate import Batch, batches, hidden_error, losses_of, random_product, random_scores
-from compress.source import config_of
-from scoring.architecture import Inputs
-from sharebert_common.errors import BadInput
+from compress.source import pad_id
 
 
 def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: int = 32) -> list[Batch]:
@@ -23,15 +21,8 @@ def rows_of(tokens: Tensor, folder: Path, head: str, seed: int, rows_at_once: in
     """
     if head == "MaskedLM":
         return batches(tokens, folder / "tokenizer.json", seed, rows_at_once)
-    pad = config_of(folder).get("pad_token_id") or 0
+    pad = pad_id(folder)
     return [Batch(part, (part != pad).long(), torch.full_like(part, -100)) for part in tokens.split(rows_at_once)]
-
-
-def check_positions(tokens: Tensor, model: Any, folder: Path) -> None:
-    """Raise BadInput where calibration rows [rows, length] have more tokens than the model has positions."""
-    longest = Inputs.of(model, model.config).positions
-    if longest is not None and tokens.shape[1] > longest:
-        raise BadInput(f"calibration.dataset: rows of {tokens.shape[1]} tokens, but {folder} has {longest} positions")
 
 
 def outputs(model: nn.Module, batch: Batch) -> Any:

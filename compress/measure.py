@@ -21,18 +21,17 @@ from compress.dense.pack_quantised import unpacked
 from compress.recipe import CompressRecipe
 from compress.source import config_of, is_classifier, open_source
 from compress.static import STATIC, STATIC_INT8, static_scores
-from compress.tools import masked_lm_loss
+from compress.tools import UnfitRows, masked_lm_loss
 from exports.compact import stored_weights
+from exports.onnx import FILE as ONNX_FILE
 from exports.read import read_export
-from exports.weight_files import read_weights
+from exports.weight_files import read_weights, safetensors_files
 from exports.weight_source import whole
 from scoring.encoders import RANDOM
 from scoring.recipe import PROBE
 from scoring.report import read_results
 from scoring.score import BASELINES, evaluate
 from sharebert_common.errors import BadInput
-
-WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data", "*.bin")
 
 GZIP_LEVEL = 6
 
@@ -54,7 +53,7 @@ class Measured:
     """Learned numbers that the model needs, quantised ones as one each."""
     nonzeros: int | None = None
     bytes: int | None = None
-    """Of the files with weights."""
+    """Of the files that the weights are read from."""
     gzip_bytes: int | None = None
     """Of the same files, compressed by gzip at level 6."""
     loss: float | None = None
@@ -85,7 +84,10 @@ def measure(name: str, folder: Path, recipe: CompressRecipe, results: Path, note
     row.parameters, row.nonzeros = counts(folder)
     row.bytes, row.gzip_bytes = sizes(folder)
     if recipe.validation.dataset is not None:
-        row.loss = masked_lm_loss(folder, recipe.validation)
+        try:
+            row.loss = masked_lm_loss(folder, recipe.validation)
+        except UnfitRows as error:  # of a reference: the source was checked before the first step
+            row.notes["no loss"] = str(error)
     if recipe.task is not None:
         if is_classifier(folder) and recipe.task.task != PROBE:
             row.scores = score_as_is(folder, source.form, recipe.task)
@@ -159,7 +161,7 @@ def tensors_of(folder: Path) -> list[Tensor]:
     if form == "onnx":
         import onnx
 
-        graph = onnx.load(str(folder / "model.onnx")).graph
+        graph = onnx.load(str(folder / ONNX_FILE)).graph
         initializers = {tensor.name: tensor for tensor in graph.initializer}
         arrays = [
             onnx.numpy_helper.to_array(tensor)
@@ -183,8 +185,9 @@ def _is_learned(name: str, stored: Collection[str]) -> bool:
 
 
 def sizes(folder: Path) -> tuple[int, int]:
-    """Bytes of the files with weights, and of the same files after gzip."""
-    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
+    """Bytes of the files that the weights are read from, and of the same files after gzip."""
+    onnx = open_source(folder).form == "onnx"
+    files = sorted(folder.glob(f"{ONNX_FILE}*")) if onnx else safetensors_files(folder)  # not a second copy beside them
     return sum(path.stat().st_size for path in files), sum(map(_gzipped, files))
 
 

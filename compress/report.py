@@ -209,6 +209,19 @@ def check(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def check_replaceable(out: Path) -> None:
+    """Raise BadInput where `out` exists, unless it is empty, or a result of `compress` to which nothing was added."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    advice = "choose another folder, or remove it first"
+    try:
+        _, files, rows = read_report(out)
+    except BadInput as error:
+        raise BadInput(f"{out}: exists and is no result of `compress`; {advice}") from error
+    if digest(model_files(checksums(out))) != files.get(result_row(rows).folder):
+        raise BadInput(f"{out}: its files are not those that `compress` wrote; {advice}")
+
+
 def result_row(rows: Sequence[Measured]) -> Measured:
     """The row of the last step: what lies in OUT."""
     return [row for row in rows if row.notes.get("role") == STEP][-1]

@@ -14,8 +14,9 @@ from compress.step import FormName, Source
 from exports.bert_attention import has_mlm_head
 from exports.dense import MODEL_TYPE as DENSE
 from exports.onnx import FILE as ONNX_FILE
-from scoring.architecture import read_model_type
-from scoring.encoders import naming_folder
+from exports.read import read_config
+from scoring.architecture import Inputs, read_model_type
+from scoring.hub_weights import LOCAL, load_hub_model, naming_folder
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 
@@ -50,6 +51,22 @@ def config_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
+def pad_id(folder: Path) -> int:
+    """The id of the padding token of the model in `folder`; 0 where its `config.json` names none."""
+    return int(config_of(folder).get("pad_token_id") or 0)
+
+
+def positions_of(folder: Path) -> int | None:
+    """The longest row that the model in `folder` takes, in tokens; None where there is no limit."""
+    if open_source(folder).form == "compact":
+        return read_config(folder).max_position_embeddings
+    from transformers import AutoConfig, AutoModel
+
+    with naming_folder(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        return Inputs.of(AutoModel.from_config(config), config).positions
+
+
 def has_class(folder: Path, *endings: str) -> bool:
     """Whether a class that `config.json` names ends in one of `endings`, as `ForMaskedLM`."""
     return any(name.endswith(endings) for name in config_of(folder).get("architectures") or [])
@@ -73,16 +90,18 @@ def open_hub_model(folder: Path, head: str = "", **options: Any) -> Any:
         head: of the class, as `MaskedLM` or `SequenceClassification`; empty: the encoder alone.
         options: further arguments of `from_pretrained`.
 
-    Raises BadInput, naming the folder, where transformers cannot load it.
+    A pooler that the folder lacks is left out. Raises BadInput, naming the folder: transformers cannot load it, or
+    another parameter is missing, or of another size than `config.json` says.
     """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # a model's other heads are left out on purpose
     transformers.utils.logging.disable_progress_bar()
     auto_class = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
-    local = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
-    with naming_folder(folder):
-        return auto_class.from_pretrained(folder, **local, **options).eval()
+    model, missing = load_hub_model(auto_class, folder, "nothing" if head else "pooler", **options)
+    if missing:
+        model.pooler = None  # it would be one of random numbers
+    return model.eval()
 
 
 def copy_model(folder: Path, out: Path, *without: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from compress.recipe import CompressRecipe
 from compress.source import open_hub_model, open_source
 from exports.read import load_model
+from scoring.baselines import fit_strength
 from scoring.data import TaskData, Texts, load_task
 from scoring.encoders import Encoder, open_encoder
 from scoring.metrics import measure
@@ -45,7 +46,6 @@ Matrix = NDArray[np.float32]
 def static_scores(name: str, recipe: CompressRecipe) -> tuple[dict[str, list[float]], int, int]:
     """Scores on the recipe's task ("split metric" → its value), parameters, and their bytes; nothing is random."""
     from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.model_selection import GridSearchCV
 
     assert recipe.task is not None
     folder = Path(name.partition(":")[2])
@@ -57,12 +57,10 @@ def static_scores(name: str, recipe: CompressRecipe) -> tuple[dict[str, list[flo
         codes, scale = in_int8(vectors)
         vectors, size = (codes * scale).astype(np.float32), codes.nbytes + scale.nbytes
     train = features(data.train.texts, vectors, encoder)
-    labels = data.train.labels
     if data.task.regression:
-        linear = Ridge().fit(train, labels)
+        linear = Ridge().fit(train, data.train.labels)
     else:
-        linear = GridSearchCV(LogisticRegression(max_iter=1000), {"C": list(STRENGTHS)}, cv=3).fit(train, labels)
-        linear = linear.best_estimator_
+        linear = fit_strength(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, train, data)
     size += 4 * (linear.coef_.size + np.size(linear.intercept_))
     parameters = vectors.size + linear.coef_.size + np.size(linear.intercept_)
     return _scores(data, lambda texts: linear.predict(features(texts, vectors, encoder))), parameters, size

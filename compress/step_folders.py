@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sharebert_common.errors import BadInput
 from sharebert_common.files import file_sha256, make_folders, write_atomically
 
 OF = "identity.json"
@@ -56,9 +57,12 @@ class StepFolder:
     def result(self, identity: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
         """The record of a whole result that `identity` made, or None where the step must run.
 
-        A result that is damaged, or was made otherwise, is removed, with a line.
+        A result that is damaged, or was made otherwise, is removed, with a line. Raises BadInput where a folder is in
+        its place that no step made.
         """
         if not self._record.is_file():
+            if self.model.exists() and not (self.scratch / OF).is_file():  # `open` writes it before the model is made
+                raise BadInput(f"{self.model}: exists and was not made here; move it away, its place is needed")
             shutil.rmtree(self.model, ignore_errors=True)
             self._keep_scratch_of(identity)
             return None
@@ -96,7 +100,9 @@ class StepFolder:
         return record
 
     def remove(self) -> None:
-        """Remove the result and its record, the record first."""
+        """Remove the result and its record, the record first; a folder of intermediate files says whose it was."""
+        if self.model.exists():
+            self.open({})
         self._record.unlink(missing_ok=True)
         shutil.rmtree(self.model, ignore_errors=True)
         shutil.rmtree(self.scratch, ignore_errors=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.recipe import CompressRecipe, RowsRecipe
-from compress.source import is_masked_lm, open_hub_model, open_source
+from compress.source import is_masked_lm, open_hub_model, open_source, positions_of
 from compress.step import MASK_RATE
 from data_prep.shards.reader import Dataset, open_dataset
 from exports.read import load_model
@@ -68,21 +68,34 @@ class RecipeTools:
         return loss
 
 
+class UnfitRows(BadInput):
+    """A dataset's rows are no rows for a model."""
+
+
 def open_rows(key: str, rows: RowsRecipe, model: Path) -> Dataset:
-    """The dataset of a key of the recipe. Raises BadInput where its tokenizer is not the model's."""
+    """The dataset of a key of the recipe.
+
+    Raises UnfitRows: its tokenizer is not the model's, or its rows have more tokens than the model has positions.
+    """
     assert rows.dataset is not None
     dataset, theirs = open_dataset(rows.dataset), model / "tokenizer.json"
     if theirs.is_file() and training_tokenizer_sha256(theirs) != dataset.manifest["tokenizer_sha256"]:
         ours = load_tokenizer(dataset.tokenizer_path).get_vocab()
         if ours != load_tokenizer(theirs).get_vocab():  # another file may hold the same words
-            raise BadInput(f"{key}.dataset: {rows.dataset} was made with another tokenizer than that of {model}")
+            raise UnfitRows(f"{key}.dataset: {rows.dataset} was made with another tokenizer than that of {model}")
+    positions = positions_of(model)
+    if positions is not None and dataset.seq_len > positions:
+        raise UnfitRows(
+            f"{key}.dataset: {rows.dataset} has rows of {dataset.seq_len} tokens, and {model} has {positions} "
+            "positions; name a dataset with shorter rows"
+        )
     return dataset
 
 
 def masked_lm_loss(folder: Path, rows: RowsRecipe) -> float | None:
     """Loss in nats of the model in `folder`, of any form; None without a masked-language-model head.
 
-    The rows are those of a training's validation, in the same fixed order, all chosen tokens masked.
+    The rows are those of a training's validation, in the same fixed order, all chosen tokens masked. Raises UnfitRows.
     """
     model = masked_lm(folder)
     if model is None:

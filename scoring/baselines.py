@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,21 +51,32 @@ def fit_tfidf(data: TaskData) -> Baseline:
     The features of a pair of texts are those of the first text, those of the second, and their products.
     """
     from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.model_selection import GridSearchCV
 
     features = PairFeatures()
     train = features.fit(data.train.texts)
     if data.task.regression:
-        linear, grid = Ridge(), {"alpha": list(STRENGTHS)}
+        linear = fit_strength(Ridge(), {"alpha": STRENGTHS}, train, data)
     else:
-        linear, grid = LogisticRegression(max_iter=1000), {"C": list(STRENGTHS)}
-    rarest = len(data.train) if data.task.regression else min(Counter(data.train.labels.tolist()).values())
-    if rarest >= 3:
-        linear = GridSearchCV(linear, grid, cv=3).fit(train, data.train.labels).best_estimator_
-    else:
-        linear.fit(train, data.train.labels)
+        linear = fit_strength(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, train, data)
     parameters = int(np.size(linear.coef_) + np.size(linear.intercept_) + features.words)
     return Baseline(_Pipeline(features, linear), parameters)
+
+
+FOLDS = 3
+"""Of the cross-validation that chooses a strength."""
+
+
+def fit_strength(linear: Any, strengths: Mapping[str, Sequence[float]], features: Any, data: TaskData) -> Any:
+    """A linear model of scikit-learn, fitted to the train rows' features [N, …] with the strength that
+    cross-validation chooses; with its own strength where a label has fewer rows than there are folds."""
+    from sklearn.model_selection import GridSearchCV
+
+    labels = data.train.labels
+    rarest = len(labels) if data.task.regression else min(Counter(labels.tolist()).values())
+    if rarest < FOLDS:
+        return linear.fit(features, labels)
+    grid = {key: list(values) for key, values in strengths.items()}
+    return GridSearchCV(linear, grid, cv=FOLDS).fit(features, labels).best_estimator_
 
 
 class PairFeatures:

@@ -29,6 +29,7 @@ from exports.tokenizer import (
 from exports.weight_source import TensorWeights
 from scoring.architecture import Inputs, inputs_of, read_model_type, set_dropout
 from scoring.data import Texts
+from scoring.hub_weights import LOCAL, load_hub_model, naming_folder
 from scoring.recipe import FineTuneRecipe
 from scoring.tasks import Task
 from sharebert import ShareBertForMaskedLM, initialize
@@ -36,9 +37,6 @@ from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import whole_or_absent_folder
 from sharebert_common.inference_tokenizer import for_inference
-
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""For every `from_pretrained`. With `trust_remote_code` None, transformers would ask on the terminal."""
 
 RANDOM = "random:"
 """Before a folder: the architecture there, with new weights for each seed."""
@@ -147,11 +145,6 @@ def open_encoder(spec: str, settings: FineTuneRecipe) -> Encoder:
     return ShareBertExport(spec, settings) if kind == MODEL_TYPE else HuggingFaceEncoder(spec, settings)
 
 
-def naming_folder(folder: Path) -> Any:
-    """A context in which the errors of transformers and safetensors become one line that names the folder."""
-    return _BadFolder(folder)
-
-
 class ShareBertExport(Encoder):
     """An export of this project, read by this project: the code in the folder does not run."""
 
@@ -253,12 +246,12 @@ class HuggingFaceEncoder(Encoder):
             )
         if settings.quantise.bits is not None:
             raise BadInput(f"finetune.quantise: is for ShareBERT exports, and {self.folder} is another model")
-        with self._naming_folder():
-            self.config = AutoConfig.from_pretrained(self.folder, **_LOCAL)
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, use_fast=True, **_LOCAL)
+        with naming_folder(self.folder):
+            self.config = AutoConfig.from_pretrained(self.folder, **LOCAL)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, use_fast=True, **LOCAL)
         if self.tokenizer.pad_token is None:
             raise BadInput(f"{self.folder}: its tokenizer has no padding token")
-        with self._naming_folder():
+        with naming_folder(self.folder):
             self.inputs = inputs_of(self.config)
         self.words = self.config.vocab_size
         self.positions = min(self.inputs.positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
@@ -279,18 +272,11 @@ class HuggingFaceEncoder(Encoder):
             }
         )
         torch.manual_seed(seed)
-        with self._naming_folder():
-            if self.fresh:
+        if self.fresh:
+            with naming_folder(self.folder):
                 return AutoModelForSequenceClassification.from_config(config)
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                self.folder,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # the folder may hold a classifier for another task
-                output_loading_info=True,
-                **_LOCAL,
-            )
-        self._missing = frozenset(found["missing_keys"])
+        # the folder may hold a classifier for another task, or none
+        model, self._missing = load_hub_model(AutoModelForSequenceClassification, self.folder, "head", config=config)
         return model
 
     def new_parameters(self, model: Any) -> list[str]:
@@ -306,26 +292,6 @@ class HuggingFaceEncoder(Encoder):
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             (folder / CARD).write_text(f"# Fine-tuned on {task.name}\n\n{scores}\n", encoding="utf-8")
-
-    def _naming_folder(self) -> Any:
-        return _BadFolder(self.folder)
-
-
-class _BadFolder:
-    """Turns the errors of transformers and safetensors for the files of a folder into one line."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        from safetensors import SafetensorError
-
-        if isinstance(error, (OSError, ValueError, KeyError, SafetensorError)):
-            cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise BadInput(f"{self._folder}: cannot be loaded as a Hugging Face encoder ({cause})") from error
 
 
 def label_names(task: Task) -> tuple[str, ...]:

@@ -34,14 +34,14 @@ def matthews(predicted: Values, true: Values) -> float:
 
 
 def pearson(predicted: Values, true: Values) -> float:
-    """Pearson's correlation; 0 for a constant prediction, for which it is not defined."""
+    """Pearson's correlation; 0 where it is not defined: for a constant prediction, and for one row."""
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, predicted, true)
 
 
 def spearman(predicted: Values, true: Values) -> float:
-    """Spearman's correlation; 0 for a constant prediction, for which it is not defined."""
+    """Spearman's correlation; 0 where it is not defined: for a constant prediction, and for one row."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, predicted, true)
@@ -58,6 +58,8 @@ def measure(names: Sequence[str], predicted: Values, true: Values) -> dict[str, 
 
 
 def _correlation(function: Callable[..., Any], predicted: Values, true: Values) -> float:
+    if len(true) < 2:
+        return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SciPy warns about constant input and returns NaN
         value = float(function(predicted, true).statistic)

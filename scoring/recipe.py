@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from exports.fake_quantise import QuantiseRecipe
@@ -19,6 +19,15 @@ PROBE = "probe"
 
 FACTORS, GENERATED = "factors", "generated"
 """What `finetune.lora.targets` may name in a ShareBERT."""
+
+
+def _different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("one of them stands there twice; a spread needs different ones")
+    return seeds
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_different)]
 
 
 def _as_list(value: Any) -> Any:
@@ -217,9 +226,7 @@ class EvaluateRecipe:
     """How BLiMP is scored."""
     probe: ProbeRecipe = field(default_factory=ProbeRecipe)
     """How layers are probed."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), Field(min_length=1)] = field(
-        default_factory=lambda: [1, 2, 3, 4, 5]
-    )
+    seeds: Annotated[Seeds, BeforeValidator(_as_list)] = field(default_factory=lambda: [1, 2, 3, 4, 5])
     """One fine-tuning a seed: it decides the start of the classifier, the order of rows, and dropout."""
     output: str = "scores"
     """The folder for results; each task has a folder of its name in it."""

@@ -6,7 +6,6 @@ model runs, a scale for each call. Static: a scale for each place, from calibrat
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import tempfile
@@ -21,9 +20,8 @@ from pydantic.dataclasses import dataclass
 
 from compress.dense.runtime import batches
 from compress.dense.smooth import smooth
-from compress.source import copy_model
+from compress.source import copy_model, pad_id
 from compress.step import FormName, NeedsNoRows, Source, Tools
-from exports.files import CONFIG
 from exports.onnx import FILE
 from sharebert.config import ShareBertConfig
 from sharebert_common.errors import BadInput
@@ -69,6 +67,14 @@ class OnnxInt8(NeedsNoRows):
     def check(self, source: Source) -> None:
         """See `Step.check`."""
         self.check_ahead(source.form, None)
+        import onnx
+
+        try:
+            graph = onnx.load(source.folder / FILE, load_external_data=False).graph
+        except Exception as error:  # of protobuf, whose classes differ by version
+            raise BadInput(f"{source.folder / FILE}: not readable as an ONNX file") from error
+        if any("QuantizeLinear" in node.op_type or node.op_type.endswith("Integer") for node in graph.node):
+            raise BadInput(f"onnx_int8: {source.folder} is quantised already")
 
     def check_ahead(self, form: FormName, config: ShareBertConfig | None) -> None:
         """See `Step.check_ahead`."""
@@ -90,7 +96,7 @@ class OnnxInt8(NeedsNoRows):
         full = source.folder / FILE
         said: dict[str, Any] = {}
         rows = tools.calibration()[: self.calibration_rows] if self.needs_calibration else None
-        inputs = [] if rows is None else list(batches(rows, _pad_id(source.folder)))
+        inputs = [] if rows is None else list(batches(rows, pad_id(source.folder)))
         if self.smooth is not None:
             smoothed = tools.scratch / "smoothed.onnx"
             said["smoothed_norms"] = smooth(full, smoothed, inputs, self.smooth)
@@ -159,10 +165,6 @@ class OnnxInt8(NeedsNoRows):
 def kind_of(node: str) -> str:
     """The pattern for the node in every layer."""
     return re.sub(r"layer\.\d+\.", "layer.*.", node)
-
-
-def _pad_id(folder: Path) -> int:
-    return int(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("pad_token_id") or 0)
 
 
 @contextmanager

@@ -59,6 +59,9 @@ class OnnxModel:
 
 
 def batches(rows: Tensor, pad: int, size: int = 8) -> Iterator[dict[str, Any]]:
-    """The inputs of a session for rows [N, T] that are padded with the id `pad`, `size` rows at a time."""
-    for part in rows.split(size):
-        yield {"input_ids": part.numpy(), "attention_mask": (part != pad).numpy().astype(np.int64)}
+    """The inputs of a session for rows [N, T] that end in the id `pad`, `size` rows of one length at a time, so that
+    there is no padding: whoever looks at activations inside the model would count those of it."""
+    lengths = ((rows != pad) * torch.arange(1, rows.shape[1] + 1)).amax(1)
+    for length in lengths.unique().tolist():
+        for part in rows[lengths == length, :length].split(size) if length else ():
+            yield {"input_ids": part.numpy(), "attention_mask": (part != pad).numpy().astype(np.int64)}

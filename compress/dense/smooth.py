@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from sharebert_common.errors import BadInput
+
 SMALLEST = 1e-5
 """A channel's scale is at least this, as in the authors' code."""
 
@@ -22,12 +24,17 @@ def smooth(source: Path, out: Path, inputs: Iterable[dict[str, Any]], alpha: flo
     """Write the smoothed model of the ONNX file `source` to `out`; `inputs` are a session's calibration inputs.
 
     A LayerNorm whose output something else than a product reads, as the residual stream of a post-LN model, stays as
-    it is. Returns how many LayerNorms were changed.
+    it is. Returns how many LayerNorms were changed. Raises BadInput where that would be none.
     """
     import onnx
 
     model = onnx.load(source)
     groups = _groups(model.graph)
+    if not groups:
+        raise BadInput(
+            "onnx_int8.smooth: no LayerNorm of this model is read by products alone, as in a post-LN model such as "
+            "BERT; leave smooth out"
+        )
     largest = _largest(source, [norm.output[0] for norms, _ in groups for norm in norms], inputs)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     changed = 0

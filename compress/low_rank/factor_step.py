@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.low_rank.factor import basis, least_squares, mean_hessian
 from compress.quantise.hessians import collect, of_embedding
+from compress.source import pad_id
 from compress.step import FromCompact, Source, Tools
 from exports.forms import write_export
 from exports.read import load_model, read_export
@@ -64,7 +65,8 @@ class LowerFactor(FromCompact):
         weights, metric = None, None
         if self.gauge == "hessians":
             model = load_model(source.folder)
-            statistics = collect(model, tools.calibration())
+            tokens = tools.calibration()
+            statistics = collect(model, tokens, tokens != pad_id(source.folder))
             weights, metric = mean_hessian(of_embedding(model, statistics, tensors[PROJECTION]), len(embedding))
         elif self.gauge == "product":
             metric = projection.t() @ projection

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.calibrate import Batch, calibration_batches, hidden_states, objective
 from compress.dense.hub_onnx import head_of, open_for_onnx, write_model_onnx
-from compress.encoder_loss import check_positions, encoder_loss, outputs, rows_of
+from compress.encoder_loss import encoder_loss, outputs, rows_of
 from compress.low_rank.fading import FadingMatrices, Schedule, base_share
 from compress.low_rank.fading_linears import fade, linears_of, put, ranks_of, second_moments, trained_of
 from compress.low_rank.step import low_rank_config, products, rank_notes, with_products
@@ -139,12 +139,9 @@ class PcLora(NeedsNoRows):
     def low_rank_encoder(self, folder: Path, tools: Tools) -> tuple[Any, dict[str, Any]]:
         """A model whose layers have matrices of their own, with trained products in their place, as pairs of
         `nn.Linear`; and what the report says about it.
-
-        Raises BadInput: calibration rows are longer than the model's positions.
         """
         teacher, student = (open_for_onnx(folder).requires_grad_(False) for _ in range(2))
         head, tokens = head_of(folder), tools.calibration()
-        check_positions(tokens, teacher, folder)
         rows = rows_of(tokens, folder, head, tools.seed, self.batch)
         linears = linears_of(student)
         ranks = ranks_of(linears, self.rank, self.ranks, folder)

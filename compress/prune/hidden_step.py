@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic.dataclasses import dataclass
 
-from compress.calibrate import check_length
 from compress.encoder_loss import rows_of
 from compress.prune.amount import Amount, amount
 from compress.prune.dense_parts import channel_magnitudes, gradients, survey
@@ -139,7 +138,6 @@ class PruneHidden(NeedsNoRows):
         head = "SequenceClassification" if is_classifier(source.folder) else "MaskedLM"
         model = read_dense(source.folder, config, labels_of(source.folder)).requires_grad_(False)
         rows = rows_of(tools.calibration(), source.folder, head, tools.seed)
-        check_length(rows[0].tokens, config)
         small, notes = self.pruned(model, config, sizes, rows, tools)
         copy_model(source.folder, out, *WEIGHTS)
         before = read_weights(source.folder)

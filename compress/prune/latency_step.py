@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from compress.calibrate import Batch, calibration_batches, check_length
+from compress.calibrate import Batch, calibration_batches
 from compress.prune.gate_training import GateTraining
 from compress.prune.latency_table import LatencyTable, keep_table, kept_table, measure_table
 from compress.prune.structure import Inputs, fisher
@@ -94,7 +94,6 @@ class PruneToLatency(FromCompact):
     def apply(self, source: Source, tools: Tools, out: Path) -> dict[str, Any]:
         """See `Step.apply`."""
         export = read_export(source.folder)
-        check_length(tools.calibration(), export.config)
         table = self.table(export.config, self.call(tools.calibration().shape[1]), tools)
         check_target(table, self.latency, "prune_to_latency.latency")
         notes: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compress.calibrate import Batch, calibration_batches, hidden_states, objective
 from compress.quantise.hessians import collect
 from compress.quantise.step import EMBEDDING, error_costs, with_tensors
+from compress.source import pad_id
 from compress.step import Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export, model_of
@@ -40,7 +41,7 @@ class Prunable(Protocol):
         ...
 
     def batches(self, tools: Tools, rows_at_once: int) -> list[Batch]:
-        """The calibration rows. Raises BadInput: longer than the model's positions, or a special token is missing."""
+        """The calibration rows. Raises BadInput: a special token is missing."""
         ...
 
     def objective(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -98,7 +99,8 @@ class PrunableCompact:
     def costs(self, weights: dict[str, Tensor], tools: Tools) -> dict[str, Tensor]:
         """See `Prunable.costs`."""
         model = self.with_weights(weights)
-        statistics = collect(model, tools.calibration())
+        tokens = tools.calibration()
+        statistics = collect(model, tokens, tokens != pad_id(self.source.folder))
         full = {name: model.get_parameter(name).detach() for name in weights}
         return {name: error_costs(name, len(tensor), model, statistics, full) for name, tensor in weights.items()}
 

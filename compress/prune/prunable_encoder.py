@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.calibrate import Batch, hidden_error
 from compress.dense.hub_onnx import head_of
-from compress.encoder_loss import check_positions, encoder_objective, outputs, rows_of
+from compress.encoder_loss import encoder_objective, outputs, rows_of
 from compress.low_rank.fading_linears import linears_of, watch_inputs
 from compress.source import WEIGHTS, config_of, copy_model, open_hub_model
 from compress.step import Tools
@@ -81,7 +81,6 @@ class PrunableEncoder:
 
     def batches(self, tools: Tools, rows_at_once: int) -> list[Batch]:
         """See `Prunable.batches`."""
-        check_positions(tools.calibration(), self.model, self.folder)
         return rows_of(tools.calibration(), self.folder, self.head, tools.seed, rows_at_once)
 
     def objective(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -122,9 +121,7 @@ class PrunableEncoder:
         LayerNorm and multiplied by its weights; a word that never occurs counts as seen once. A head that is tied to
         the embeddings adds the mean squares of its own input, as often as the word occurs.
         """
-        tokens = tools.calibration()
-        check_positions(tokens, self.model, self.folder)
-        rows = rows_of(tokens, self.folder, "", tools.seed, ROWS_AT_ONCE)  # without [MASK]
+        rows = rows_of(tools.calibration(), self.folder, "", tools.seed, ROWS_AT_ONCE)  # without [MASK]
         seen = torch.cat([batch.tokens[batch.visible.bool()] for batch in rows])
         decoder, words = self.model.get_output_embeddings(), weights[self.embedding]
         tied = decoder is not None and decoder.weight is self.model.get_parameter(self.embedding)

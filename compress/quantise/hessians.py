@@ -45,19 +45,23 @@ class _Inputs(TorchDispatchMode):
         super().__init__()
         self._names = {matrix.data_ptr(): name for name, matrix in matrices.items()}
         self.squares = {name: torch.zeros(len(matrix), dtype=torch.float64) for name, matrix in matrices.items()}
+        self.real: Tensor | None = None
+        """[B·T], False at padding; None where there is none."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.addmm.default and args[2].data_ptr() in self._names:
-            self.squares[self._names[args[2].data_ptr()]] += (args[1].double() ** 2).sum(0)
+            given = args[1] if self.real is None else args[1][self.real]
+            self.squares[self._names[args[2].data_ptr()]] += (given.double() ** 2).sum(0)
         return func(*args, **(kwargs or {}))
 
 
-def collect(model: ShareBertForMaskedLM, tokens: Tensor, rows_at_once: int = 64) -> Statistics:
-    """Run rows through the encoder, and watch what its matrices are multiplied by.
+def collect(model: ShareBertForMaskedLM, tokens: Tensor, real: Tensor, rows_at_once: int = 64) -> Statistics:
+    """Run rows through the encoder, and watch what its matrices are multiplied by. Padding does not count.
 
     Args:
         model: in evaluation mode, on the CPU.
         tokens: [rows, length].
+        real: [rows, length], False at padding.
         rows_at_once: rows of a batch.
     """
     encoder, config, head = model.sharebert, model.config, model.mlm_head
@@ -67,17 +71,19 @@ def collect(model: ShareBertForMaskedLM, tokens: Tensor, rows_at_once: int = 64)
         encoder.sharing = lambda *_: made  # the same tensors in every batch, so that they can be told apart
         try:
             with _Inputs(made.of_layer(0)._asdict()) as inputs:
-                for first in range(0, len(tokens), rows_at_once):
-                    hidden = encoder(tokens[first : first + rows_at_once], pool=False).hidden
+                for some, mask in zip(tokens.split(rows_at_once), real.split(rows_at_once), strict=True):
+                    inputs.real = None if mask.all() else mask.flatten()
+                    hidden = encoder(some, None if mask.all() else mask, pool=False).hidden
                     if head is not None and head.tied:
-                        t = head.norm(F.gelu(head.dense(hidden))).flatten(0, 1).double()
+                        t = head.norm(F.gelu(head.dense(hidden[mask]))).double()
                         products += t.t() @ t
         finally:
             encoder.sharing = OneGeneratedSet(config)
-    squares = {name: (total / tokens.numel()).float() for name, total in inputs.squares.items()}
-    counts = torch.bincount(tokens.flatten(), minlength=config.vocab_size).float() / tokens.numel()
+    words = tokens[real]
+    squares = {name: (total / len(words)).float() for name, total in inputs.squares.items()}
+    counts = torch.bincount(words, minlength=config.vocab_size).float() / len(words)
     tied = head is not None and head.tied
-    return Statistics(squares, counts, (products / tokens.numel()).float() if tied else None)
+    return Statistics(squares, counts, (products / len(words)).float() if tied else None)
 
 
 def of_embedding(model: ShareBertForMaskedLM, statistics: Statistics, projection: Tensor) -> Callable[[slice], Tensor]:

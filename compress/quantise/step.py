@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.quantise.awq import column_factors
 from compress.quantise.hessians import Statistics, collect, of_embedding, of_projection
 from compress.quantise.rounding import gptq, searched
+from compress.source import pad_id
 from compress.step import FromCompact, Source, Tools
 from exports.compact import stored_weights
 from exports.export import Export
@@ -96,7 +97,9 @@ class Quantise(FromCompact):
             if not tensor.isfinite().all():
                 raise BadInput(f"{source.folder}: {name} has numbers that are infinite or NaN; it cannot be quantised")
         model = load_model(source.folder)
-        statistics = collect(model, tools.calibration()) if self.rounding == "gptq" or self.awq else None
+        tokens = tools.calibration() if self.needs_calibration else torch.zeros(0, 0, dtype=torch.int64)
+        real = tokens != pad_id(source.folder)
+        statistics = collect(model, tokens, real) if self.rounding == "gptq" or self.awq else None
         packings = {name: self.packing_of(name, tensor) for name, tensor in tensors.items()}
         parts: dict[str, Tensor] = {}
         back = None
@@ -126,7 +129,7 @@ class Quantise(FromCompact):
             check_scales(name, rounded, source.folder)
             codes = rounded.codes
             if packing.exact:
-                rows = frequent_rows(tools.calibration(), packing.shape[0], packing.exact)
+                rows = frequent_rows(tokens[real], packing.shape[0], packing.exact)
                 codes[rows] = packing.zero  # nobody reads them, and equal codes are short ones
                 exact = to_nearest(unscaled[rows], packing.of_exact)
                 check_scales(name, exact, source.folder)
@@ -214,8 +217,8 @@ def error_costs(
 
 
 def frequent_rows(tokens: Tensor, words: int, count: int) -> Tensor:
-    """The `count` most frequent words of some rows, ascending; among equals those with the lowest id."""
-    counts = torch.bincount(tokens.flatten(), minlength=words)
+    """The `count` most frequent of `tokens` [N], ascending; among equals those with the lowest id."""
+    counts = torch.bincount(tokens, minlength=words)
     return torch.sort(counts, descending=True, stable=True).indices[:count].sort().values
 
 

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 
 from exports.read import load_model, read_config
 from scoring.architecture import Inputs, read_model_type
-from scoring.encoders import naming_folder
+from scoring.hub_weights import LOCAL, load_hub_model, naming_folder
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import file_sha256
 
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 CHECK_ROWS, CHECK_LENGTH = 3, 6
 """The size of the batch on which the shortcut of `HuggingFaceLM` is checked."""
 
@@ -115,18 +114,12 @@ class HuggingFaceLM(MaskedLM):
 
         self.folder = folder
         with naming_folder(folder):
-            config = AutoConfig.from_pretrained(folder, **_LOCAL)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, **_LOCAL)
-            self.model, loaded = AutoModelForMaskedLM.from_pretrained(
-                folder, config=config, dtype=torch.float32, output_loading_info=True, **_LOCAL
-            )
-        missing = sorted(loaded["missing_keys"])
-        if missing:
-            raise BadInput(
-                f"{folder}: has no MLM head, which {needed_by} needs: '{missing[0]}' is not among its weights"
-                if all(not name.startswith(f"{self.model.base_model_prefix}.") for name in missing)
-                else f"{folder}: '{missing[0]}' is not among its weights"
-            )
+            config = AutoConfig.from_pretrained(folder, **LOCAL)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, **LOCAL)
+        self.model, new = load_hub_model(AutoModelForMaskedLM, folder, "head", config=config)
+        head = sorted(name for name in new if not name.startswith(f"{self.model.base_model_prefix}."))
+        if head:
+            raise BadInput(f"{folder}: has no MLM head, which {needed_by} needs: '{head[0]}' is not among its weights")
         inputs = Inputs.of(self.model, config)
         self._arguments = inputs.arguments
         self.positions = min(inputs.positions or self.tokenizer.model_max_length, self.tokenizer.model_max_length)

@@ -17,7 +17,8 @@ from scoring.architecture import read_labels, read_model_type
 from scoring.classifier import Classifier
 from scoring.data import TaskData
 from scoring.distill.watch import AttentionScores
-from scoring.encoders import Encoded, Encoder, label_names, naming_folder, open_encoder
+from scoring.encoders import Encoded, Encoder, label_names, open_encoder
+from scoring.hub_weights import load_hub_model
 from scoring.recipe import FineTuneRecipe, TaskDistillRecipe
 from scoring.tasks import Task
 from sharebert.config import MODEL_TYPE
@@ -146,10 +147,7 @@ def _load(folder: Path) -> nn.Module:
         return ShareBertForSequenceClassification.from_pretrained(folder)  # type: ignore[no-any-return]
     from transformers import AutoModelForSequenceClassification
 
-    with naming_folder(folder):
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+    model: nn.Module = load_hub_model(AutoModelForSequenceClassification, folder, "nothing")[0]
     return model
 
 

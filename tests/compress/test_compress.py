@@ -17,13 +17,15 @@ from typing import Any
 import pytest
 import torch
 from compress_models import tiny_export
+from hub_folders import hub_folder
 from tiny_models import tiny_model
 
 import compress.run
+from compress.measure import sizes
 from compress.recipe import CompressRecipe
 from compress.report import check, model_files, read_report, table
 from compress.run import compress as run
-from compress.step_folders import checksums
+from compress.step_folders import StepFolder, checksums
 from compress.steps import step_of
 from compress.trim import Trim
 from data_prep.shards.reader import open_dataset
@@ -91,6 +93,32 @@ def test_curves_are_those_of_the_report(source: Path, tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in board.Scalars("compress/bytes")] == [
         (n, row.bytes) for n, row in enumerate(rows)
     ]
+
+
+def test_a_command_may_go_on_by_another_path(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were measured before say where their models are now, so that `--check` finds them."""
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(tmp_path, "steps: [trim]")
+    with monkeypatch.context() as patch:
+        patch.setattr(compress.run, "write_report", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(Path("source"), recipe, Path("out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(compress.run, "measure", lambda *_: pytest.fail("the rows are there"))
+        run(source, recipe, tmp_path / "out")
+    assert check(tmp_path / "out").count("are right") == 2
+
+
+def test_weights_are_counted_once(tmp_path: Path) -> None:
+    """A second copy in another format is not read, and no part of the size."""
+    folder = hub_folder(tmp_path / "hub", "MaskedLM")
+    size = (folder / "model.safetensors").stat().st_size
+    for name in ("pytorch_model.bin", "training_args.bin", "model.fp16.safetensors"):
+        (folder / name).write_bytes(b"x" * 1000)
+    assert sizes(folder)[0] == size
+    (folder / "model.onnx").write_bytes(b"x" * 10)
+    (folder / "model.onnx.data").write_bytes(b"x" * 100)
+    assert sizes(folder)[0] == 110
 
 
 def test_a_killed_command_goes_on_after_the_last_whole_step(source: Path, tmp_path: Path) -> None:
@@ -242,6 +270,57 @@ def test_other_folders_are_never_replaced(source: Path, tmp_path: Path) -> None:
         run(source, recipe_of(tmp_path, "steps: [trim]"), source)
 
 
+@pytest.mark.parametrize("theirs", ["a thesis", "a result with a file more", "a result that was trained on"])
+def test_a_report_alone_makes_no_result(source: Path, tmp_path: Path, theirs: str) -> None:
+    """Only what `compress` wrote is replaced, file by file."""
+    out, recipe = tmp_path / "out", recipe_of(tmp_path, "steps: [trim]")
+    if theirs == "a thesis":
+        out.mkdir()
+        (out / "report.json").write_text('{"chapters": 7}')
+        message = "exists and is no result of `compress`"
+    else:
+        run(source, recipe, out)
+        run(source, recipe, out)
+        changed = out / ("notes.txt" if "file more" in theirs else "model.safetensors")
+        changed.write_bytes(b"mine")
+        message = "its files are not those that `compress` wrote"
+    before = model_files(checksums(out))
+    with pytest.raises(BadInput, match=message):
+        run(source, recipe, out)
+    assert model_files(checksums(out)) == before
+
+
+def test_a_folder_that_no_step_made_is_in_the_way(tmp_path: Path) -> None:
+    place = StepFolder(tmp_path, "1-trim")
+    place.model.mkdir()
+    (place.model / "thesis.tex").write_text("x")
+    with pytest.raises(BadInput, match="exists and was not made here; move it away"):
+        place.result({"of": 1}, print)
+    assert (place.model / "thesis.tex").is_file()
+    (place.model / "thesis.tex").unlink()
+    place.open({"of": 1})
+    assert place.result({"of": 1}, print) is None, "the process died while it made the model"
+    assert not place.model.exists()
+
+
+def test_a_removal_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = StepFolder(tmp_path, "1-trim")
+    place.open({"of": 1})
+    place.model.mkdir()
+    place.finish({"of": 1}, {})
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            place.remove()
+    assert place.model.exists()
+    assert place.result({"of": 2}, print) is None
+    assert not place.model.exists()
+
+
 def test_a_folder_of_another_model(tmp_path: Path) -> None:
     folder = tmp_path / "bert"
     folder.mkdir()
@@ -300,6 +379,7 @@ def test_loss_and_latency(source: Path, dataset: Path, tmp_path: Path) -> None:
         ("[{prune_structure: {columns: 20}}, dense, {prune_hidden: {columns: 21}}]", "21 are to stay, .* has 20"),
         ("[dense, {awq: {group: 32}}]", "awq.group: 32 does not divide hidden_size, which is 24"),
         ("[trim, {onnx: {opset: 99}}]", "opset: 99 is not one of"),
+        ("[onnx, onnx_int8, {onnx_int8: {mode: static}}]", "steps: onnx_int8 stands there twice"),
         (
             "[{low_rank: {rank: 4, calibrated: false}}, {quantise: {rotate: true}}]",
             "quantise.rotate: needs W_all .* sharing: low_rank has none",

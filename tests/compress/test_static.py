@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from compress.recipe import CompressRecipe
 from compress.report import read_report
 from compress.run import compress as run
 from compress.source import open_hub_model
-from compress.static import components, features, in_int8, weighted, word_vectors
+from compress.static import STRENGTHS, components, features, in_int8, weighted, word_vectors
 from exports.read import load_model
+from scoring.baselines import fit_strength
+from scoring.data import Split
 from scoring.encoders import open_encoder
 from scoring.recipe import FineTuneRecipe
 from sharebert_common.recipe import load
@@ -61,6 +65,18 @@ def test_a_text_is_the_mean_of_its_words(tmp_path: Path) -> None:
     np.testing.assert_allclose(features([("w17 w20",)], vectors, encoder)[0], u, rtol=1e-5)
     found = features([("w17 w20", "w20")], vectors, encoder)[0]
     np.testing.assert_allclose(found, np.concatenate([u, v, np.abs(u - v), u * v]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "strength"), [(2, 1.0), (3, 0.1)])
+def test_few_rows_of_a_label_have_the_default_strength(rows: int, strength: float) -> None:
+    """Cross-validation with three folds needs three; it chooses a strength, where all are alike the first."""
+    from sklearn.linear_model import LogisticRegression
+
+    labels = np.array([0] * 6 + [1] * rows)
+    split = Split("train", [("x",)] * len(labels), labels)
+    data: Any = SimpleNamespace(train=split, task=SimpleNamespace(regression=False))
+    features = labels[:, None] * 100.0
+    assert strength == fit_strength(LogisticRegression(), {"C": STRENGTHS}, features, data).C
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

@@ -16,7 +16,10 @@ from remote_code import remote_code_cache
 from exports.dense import Dense
 from exports.forms import write_export
 from exports.read import read_export
+from scoring.recipe import EvaluateRecipe
 from sharebert_cli import main
+from sharebert_common.errors import BadInput
+from sharebert_common.recipe import load
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -46,6 +49,12 @@ def bert(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.BertModel(config).save_pretrained(folder)
     transformers.PreTrainedTokenizerFast.from_pretrained(export).save_pretrained(folder)
     return folder
+
+
+def test_a_seed_that_stands_there_twice_is_refused() -> None:
+    with pytest.raises(BadInput, match="seeds: one of them stands there twice; a spread needs different ones"):
+        load(EvaluateRecipe, None, ["task=sst2", "seeds=[1,2,1]"])
+    assert load(EvaluateRecipe, None, ["task=sst2", "seeds=7"]).seeds == [7]
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,10 @@ def test_a_constant_prediction_scores_0() -> None:
     assert measure(("pearson", "spearman"), np.zeros(4), np.arange(4.0)) == {"pearson": 0, "spearman": 0}
 
 
+def test_a_correlation_of_one_row_is_0() -> None:
+    assert measure(("pearson", "spearman"), np.array([1.0]), np.array([2.0])) == {"pearson": 0, "spearman": 0}
+
+
 def test_the_metrics_of_glue() -> None:
     """Wang et al. 2019, table 1."""
     assert {name: task.metrics for name, task in TASKS.items()} == {

@@ -12,6 +12,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from compress.dense.onnx_int8 import OnnxInt8, nodes_with_weights
 from compress.dense.runtime import OnnxModel
+from compress.dense.smooth import smooth
 from compress.dense.to_onnx import ToOnnx
 from compress.measure import counts
 from compress.quantise.step import Quantise
@@ -75,6 +76,11 @@ def test_a_tied_decoder_is_stored_once_and_quantised(tmp_path: Path) -> None:
     stored = [tensor for tensor in onnx.load(out / "model.onnx").graph.initializer if tensor.data_type == 1]
     assert sum(int(torch.Size(tensor.dims).numel()) for tensor in stored) == pytest.approx(parameters, rel=0.01)
     OnnxInt8().apply(open_source(out), None, tmp_path / "int8")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"int8 is quantised already$"):
+        OnnxInt8().check(open_source(tmp_path / "int8"))
+    OnnxInt8().check(open_source(out))
+    with pytest.raises(BadInput, match=r"onnx_int8\.smooth: no LayerNorm of this model is read by products alone"):
+        smooth(out / "model.onnx", tmp_path / "smooth.onnx", [], 0.5)
     ours, theirs = (OnnxModel(folder).logits(TOKENS, MASK) for folder in (tmp_path / "int8", out))
     assert (ours - theirs).abs().max() < 0.1 * theirs.abs().max()
     left = [tensor for tensor in onnx.load(tmp_path / "int8/model.onnx").graph.initializer if tensor.data_type == 1]

@@ -103,6 +103,19 @@ def test_each_shared_matrix_is_there_once_and_is_the_rounded_one(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in folder.iterdir())
 
 
+def test_calibration_sees_no_padding() -> None:
+    """A range of activations would be that of padding as well. Rows without padding stay in their order."""
+    given = list(batches(ROWS, 0, size=2))
+    assert [part["input_ids"].shape for part in given] == [(2, 8), (1, 8), (2, 12), (1, 12)]
+    assert all(part["attention_mask"].all() for part in given)
+    assert sorted(map(tuple, [row for part in given for row in part["input_ids"].tolist()])) == sorted(
+        tuple(word for word in row if word) for row in ROWS.tolist()
+    )
+    whole = torch.cat([torch.from_numpy(part["input_ids"]) for part in batches(ROWS[:3], 0, size=2)])
+    assert whole.equal(ROWS[:3])
+    assert list(batches(torch.zeros(2, 4, dtype=torch.int64), 0)) == []
+
+
 def test_products_that_stay_in_fp32(made: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = made
     pattern = "bert.encoder.layer.*.output.dense"

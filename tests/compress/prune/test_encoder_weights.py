@@ -228,7 +228,7 @@ def test_movement_trains_a_classifier_on_the_labels_before(tmp_path: Path) -> No
     assert model.training_loss(model.before, batch) > 0.1  # a gradient from the first step on
 
 
-def test_a_source_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
+def test_a_source_that_cannot_be_taken_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compress.source import config_of
 
     source = hub_folder(tmp_path / "source", "")
@@ -242,8 +242,6 @@ def test_a_source_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
         pruned(tmp_path, source, sparsity=0)
     with pytest.raises(BadInput, match="not an ONNX file"):
         PruneWeights().result_form("onnx")
-    with pytest.raises(BadInput, match=r"rows of 40 tokens, but .* has 32 positions"):
-        PruneWeights().apply(open_source(source), tools(tmp_path, 40), tmp_path / "long")
     other = PrunableEncoder(source)
     other.model.embeddings.LayerNorm = nn.Identity()
     other.model.encoder.layer[0].attention.output.LayerNorm = nn.LayerNorm(7)
@@ -251,8 +249,12 @@ def test_a_source_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
         other.first_norm()
     tensors = load_file(source / "model.safetensors")
     tensors["word_embeddings"] = tensors.pop("embeddings.word_embeddings.weight")
+    with monkeypatch.context() as patch:  # transformers may load a tensor under another name than the file has
+        patch.setattr("compress.prune.prunable_encoder.read_weights", lambda _: tensors)
+        with pytest.raises(BadInput, match=r"no tensor of its file has the name of embeddings.word_embeddings.weight"):
+            pruned(tmp_path, source)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadInput, match=r"no tensor of its file has the name of embeddings.word_embeddings.weight"):
+    with pytest.raises(BadInput, match=r"source: 'embeddings.word_embeddings.weight' is not among its weights"):
         pruned(tmp_path, source)
     write_json(source / "config.json", config_of(source) | {"quantization_config": {}})
     with pytest.raises(BadInput, match="is quantised; prune the model before"):

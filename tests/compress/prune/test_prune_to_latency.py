@@ -274,15 +274,6 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path) -> None:
         pruned(tmp_path, tiny_export(tmp_path / "source"), latency=0.6, **GATES, lr=1e30)
 
 
-@pytest.mark.parametrize("keys", [{}, GATES])
-def test_rows_longer_than_the_positions_are_one_line(tmp_path: Path, keys: dict[str, Any]) -> None:
-    source = tiny_export(tmp_path / "source", max_position_embeddings=8)
-    with pytest.raises(
-        BadInput, match=r"^calibration.dataset: its rows have 12 tokens, but the model has 8 positions$"
-    ):
-        pruned(tmp_path, source, latency=0.6, **keys)
-
-
 @pytest.mark.parametrize(
     ("keys", "changes", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from compress_models import tokens_of
 from tiny_models import tiny_model
@@ -17,7 +18,7 @@ from sharebert.virtual import blocks
 def test_the_cost_of_an_element_is_the_square_of_its_input() -> None:
     model = tiny_model().eval()
     tokens = tokens_of(model.config, rows=4)
-    statistics = collect(model, tokens)
+    statistics = collect(model, tokens, tokens > 0)
     costs = element_costs(model.config, statistics, slice(None))
     assert costs.shape == (model.config.vocab_size, model.config.hidden_size)
     for name, block in blocks(model.config).items():
@@ -39,14 +40,31 @@ def test_inputs_are_those_of_a_transcription() -> None:
 
     for layer in model.sharebert.layers:
         layer.attention_norm.register_forward_hook(watch)
-    statistics = collect(model, tokens)
+    statistics = collect(model, tokens, tokens > 0)
     torch.testing.assert_close(statistics.squares["query"].double(), seen / tokens.numel(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_padding_does_not_count(head: str) -> None:
+    """Rows with padding say what the same rows say without it, whatever rows they are in a batch with."""
+    model = tiny_model(mlm_head=head).eval()
+    tokens = tokens_of(model.config, rows=5)
+    padded = torch.nn.functional.pad(tokens, (0, 6))
+    expected, found = (collect(model, rows, rows != 0, rows_at_once=2) for rows in (tokens, padded))
+    for name, squares in expected.squares.items():
+        torch.testing.assert_close(found.squares[name], squares, rtol=1e-4, atol=1e-6)
+    assert found.counts.equal(expected.counts)
+    assert found.counts[0] == 0
+    assert (found.heads is None) == (head == "untied")
+    if expected.heads is not None:
+        torch.testing.assert_close(found.heads, expected.heads, rtol=1e-4, atol=1e-6)
 
 
 def test_an_error_of_the_embedding_costs_what_the_form_says() -> None:
     """Without the path of the looked-up word: Σ over the generated matrices of a(i)·error²."""
     model = tiny_model().eval()
-    statistics = collect(model, tokens_of(model.config))
+    tokens = tokens_of(model.config)
+    statistics = collect(model, tokens, tokens > 0)
     statistics = statistics._replace(counts=torch.zeros_like(statistics.counts))
     weight = model.sharebert.factor_linear_all.weight.detach()
     hessians = of_embedding(model, statistics, weight)(slice(0, 9)).double()
@@ -81,7 +99,8 @@ def test_gptq_beats_rounding_where_columns_go_together() -> None:
 
 def test_the_hessian_of_the_projection_is_the_weighted_gram_of_the_embedding() -> None:
     model = tiny_model().eval()
-    statistics = collect(model, tokens_of(model.config))
+    tokens = tokens_of(model.config)
+    statistics = collect(model, tokens, tokens > 0)
     e = model.sharebert.word_embeddings.weight.detach()
     costs = element_costs(model.config, statistics, slice(None))
     row = model.config.hidden_size - 1

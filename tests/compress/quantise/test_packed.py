@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tiny_models import tiny_model
 
+from compress.quantise.hessians import collect, of_embedding
 from compress.quantise.rounding import searched
-from compress.quantise.step import Quantise, frequent_rows
+from compress.quantise.step import EMBEDDING, PROJECTION, Quantise, frequent_rows
 from compress.source import open_source
 from exports.export import Export
 from exports.forms import write_export
@@ -90,6 +91,8 @@ CASES: list[dict[str, Any]] = [
     {"bits": 4, "small_bits": 6, "vectors": 8, "centre": True, "frequent": 7, "coded": True},
     {"bits": 5, "rotate": True},
     {"bits": 4, "rounding": "nearest", "rotate": True, "centre": True, "group": 3},
+    {"bits": 4, "rounding": "gptq"},
+    {"bits": 4, "rounding": "gptq", "rotate": True, "small_bits": 6, "centre": True, "frequent": 7, "group": 3},
 ]
 
 
@@ -159,6 +162,23 @@ def test_the_model_uses_what_the_file_says(tmp_path: Path, keys: dict[str, Any])
     assert 0 < error < 0.25 * plain["sharebert.word_embeddings.weight"].norm()
 
 
+def test_gptq_in_the_step_costs_less_than_the_nearest(tmp_path: Path) -> None:
+    """Measured by what an error costs, on the model before: the step hands each row its own Hessian."""
+    source = tiny_export(tmp_path / "source", mlm_head="tied")
+    model, tokens = load_model(source), Rows().calibration()
+    statistics = collect(model, tokens, tokens > 0)
+    before = {name: model.get_parameter(name).detach() for name in (EMBEDDING, PROJECTION)}
+    costs = {}
+    for rounding in ("search", "gptq"):
+        out = tmp_path / rounding
+        out.mkdir()
+        Quantise(bits=3, small_bits=8, rounding=rounding).apply(open_source(source), Rows(), out)  # type: ignore[arg-type]
+        error = load_model(out).get_parameter(EMBEDDING).detach() - before[EMBEDDING]
+        hessians = of_embedding(model, statistics, before[PROJECTION])(slice(0, len(error)))
+        costs[rounding] = float(torch.einsum("vf,vfg,vg->", error, hessians, error))
+    assert costs["gptq"] < 0.97 * costs["search"]
+
+
 def test_transformers_loads_it(tmp_path: Path) -> None:
     from transformers import AutoModelForMaskedLM
 
@@ -188,9 +208,26 @@ def test_trimmed_and_packed(tmp_path: Path) -> None:
     assert not [name for name in file if "key_bias" in name]
 
 
+@pytest.mark.parametrize("keys", [{"rounding": "gptq"}, {"awq": True}, {"frequent": 7}])
+def test_padding_in_calibration_rows_changes_nothing(tmp_path: Path, keys: dict[str, Any]) -> None:
+    class Padded(Rows):
+        def calibration(self) -> torch.Tensor:
+            return torch.nn.functional.pad(super().calibration(), (0, 7))
+
+    source, files = tiny_export(tmp_path / "source"), []
+    for rows in (Rows(), Padded()):
+        out = tmp_path / type(rows).__name__
+        out.mkdir()
+        Quantise(bits=4, **keys).apply(open_source(source), rows, out)  # type: ignore[arg-type]
+        files.append(load_model(out).state_dict())
+    for name, tensor in files[0].items():
+        same = (tensor - files[1][name]).abs() < 1e-3 * tensor.abs().max()
+        assert same.float().mean() > 0.99, name  # a number at the edge of two codes may take the other one
+
+
 def test_the_rows_of_frequent_words_keep_8_bits(tmp_path: Path) -> None:
     source, out = quantised(tmp_path, {"bits": 3, "frequent": 7})
-    rows = frequent_rows(Rows().calibration(), 256, 7)
+    rows = frequent_rows(Rows().calibration().flatten(), 256, 7)
     counts = torch.bincount(Rows().calibration().flatten(), minlength=256)
     assert counts[rows].min() >= counts[[n for n in range(256) if n not in rows.tolist()]].max()
     name = "sharebert.word_embeddings.weight"
