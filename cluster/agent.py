@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 
@@ -74,10 +73,10 @@ class Agent:
                 preflight.check(self.training, allocation, environment)
             code = self._run(allocation, folder, environment, signals)
         except BadInput as error:
-            permit.forbid()  # another attempt would find the same
+            if permit.interrupted(error, signals):
+                return "stopped"
             if not is_held(folder.run):  # the state of a run that trains elsewhere is not ours
                 folder.fail(str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
             raise
         return _conclude(code, allocation, folder, permit)
 
