@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,16 @@ def test_setup_runs_as_shell_lines_and_leaves_its_environment(tmp_path: Path) ->
     assert (tmp_path / "file").read_text() == "staged\n"
     with pytest.raises(BadInput, match="setup: exit code 1"):
         after_setup(["false", "true"], {"PATH": "/usr/bin:/bin"})
+
+
+def test_a_process_that_setup_leaves_behind_is_not_waited_for() -> None:
+    """A daemon, for instance."""
+    began = time.monotonic()
+    assert after_setup(["sleep 20 & echo $!", "export MODE=fast"], {"PATH": "/usr/bin:/bin"})["MODE"] == "fast"
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("line", ["exit 0", "exec true"])
+def test_a_line_of_setup_that_ends_the_shell_is_refused(line: str) -> None:
+    with pytest.raises(BadInput, match="setup: a line ended the shell"):
+        after_setup([line], {"PATH": "/usr/bin:/bin"})
