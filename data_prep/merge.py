@@ -16,7 +16,7 @@ from data_prep.progress import say
 from data_prep.read.sources import Input, find_inputs
 from data_prep.recipe import PrepRecipe
 from data_prep.report import MARKDOWN, PAGE, Report
-from data_prep.shards.format import MANIFEST, SPLITS, TOKENIZER, write_manifest
+from data_prep.shards.format import MANIFEST, SPLITS, TOKENIZER, is_shard, write_manifest
 from data_prep.shards.reader import open_dataset
 from data_prep.stages import layout, shards_of, stage_names
 from sharebert_common.errors import BadInput
@@ -40,8 +40,9 @@ def merge(job: Job, output: Path) -> None:
         split["shards"].append(shard)
         _place(part_folder(job.work, "pack", number) / shard["name"], output / shard["name"])
     for name, split in splits.items():  # an earlier recipe that was killed in its merge may have left some
+        ours = {shard["name"] for shard in split["shards"]}
         for path in (output / name).glob("*"):
-            if f"{name}/{path.name}" not in {shard["name"] for shard in split["shards"]}:
+            if is_shard(path) and f"{name}/{path.name}" not in ours:
                 path.unlink()
     staged = job.work / "merge"  # written here and then moved, so a kill leaves no temporary file in the dataset
     staged.mkdir(exist_ok=True)
@@ -81,6 +82,23 @@ def merge(job: Job, output: Path) -> None:
     flush(output)
     shutil.rmtree(output / WORK, ignore_errors=True)
     say(f"done\n{report.text()}\n\n  with histograms: {output / PAGE}")
+
+
+def refuse_strangers(output: Path) -> None:
+    """Raise BadInput where the folder of a split holds what no prep has made: it would be taken for the dataset's.
+
+    Hidden files, which a desktop or NFS leaves, may stay there.
+    """
+    for folder in map(output.joinpath, SPLITS):
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(
+                f"output: {folder} is a file; prep makes a folder there: move it away, or choose another output"
+            )
+        for path in sorted(folder.glob("*")):
+            if not (is_shard(path) or path.name.startswith(".")):
+                raise BadInput(
+                    f"output: {path} is no shard of a dataset; move it out of {folder}, or choose another output"
+                )
 
 
 def check_same(recipe: PrepRecipe, output: Path) -> None:

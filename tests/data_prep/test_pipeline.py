@@ -167,6 +167,30 @@ def test_a_half_made_dataset_of_another_recipe_is_no_hindrance(corpus: Path, tmp
     assert tree(prepare(recipe(tmp_path / "d", corpus))) == alone
 
 
+@pytest.mark.parametrize("name", ["train/my-labels.csv", "validation/photos/", "train/shard-1.tar", "train"])
+def test_what_no_prep_made_is_not_deleted(corpus: Path, tmp_path: Path, name: str) -> None:
+    """It is refused before any work is done."""
+    mine = tmp_path / "d" / name
+    mine.parent.mkdir(parents=True)
+    if name.endswith("/"):
+        mine.mkdir()
+    else:
+        mine.write_text("precious")
+    with pytest.raises(BadInput, match=f"output: {mine} is ") as raised:
+        prepare(recipe(tmp_path / "d", corpus))
+    assert "\n" not in str(raised.value)
+    assert not list((tmp_path / "d" / ".work").glob("*/*"))
+    assert mine.exists()
+
+
+def test_hidden_files_beside_the_shards_stay(corpus: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "d" / "train" / ".directory"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("of a desktop")
+    open_dataset(prepare(recipe(tmp_path / "d", corpus)))
+    assert mine.exists()
+
+
 def test_vocabularies_and_long_rows(corpus: Path, tmp_path: Path) -> None:
     bpe = recipe(tmp_path / "bpe", corpus, tokenizer__train__type="bpe", seq_len=512)
     dataset = open_dataset(prepare(bpe))
