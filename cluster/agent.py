@@ -20,6 +20,7 @@ from cluster.launch import Training, after_setup, torchrun
 from cluster.logs import first_failure
 from cluster.requeue import CRASHES, GivenUp, RequeuePermit
 from sharebert_common.errors import REFUSAL_WAIT, BadInput, read_refusal
+from sharebert_common.gpus import GPUS_PER_NODE
 from sharebert_common.processes import StopSignals
 from sharebert_common.run_files import ENDED, is_held
 
@@ -101,6 +102,8 @@ class Agent:
         # Workers that torchrun starts again in place would find the addresses of dead workers in a store that they
         # share with torchrun (torch 2.13), and wait for them for ever.
         defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        if self.training.recipe.gpus_per_node:  # a worker that finds none would compute on the CPU without a word
+            given[GPUS_PER_NODE] = str(self.training.recipe.gpus_per_node)
         return after_setup(self.training.recipe.setup, defaults | dict(os.environ) | given)
 
     def _run(

@@ -17,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from sharebert_common.gpus import refuse_without_gpu
+
 BYTES = {"cuda": 256 << 20, "cpu": 8 << 20}
 """Size of the all-reduce whose bandwidth is printed."""
 TIMES = 5
@@ -56,6 +58,7 @@ def main(floor: float = 0.0) -> int:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
+        refuse_without_gpu(local_rank, torch.cuda.device_count() if device.type == "cuda" else 0)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         compute(device)

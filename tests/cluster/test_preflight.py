@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import preflight
+from cluster import collective, preflight
+from cluster.agent import Agent
 from cluster.allocation import Allocation
 from cluster.launch import Training
 from cluster.node_facts import facts_of
@@ -121,3 +123,17 @@ def test_a_network_below_the_floor_fails(floor: str, code: int, port: int) -> No
     done = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert ("reaches 0.00 GB/s, below min_bandwidth (1.5 GB/s)" in done.stderr) == bool(code)
+
+
+def test_a_node_whose_gpus_are_gone_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A broken driver: the job asked for GPUs, and its workers would train on CPUs."""
+    agent = Agent(Training(tmp_path, (), (), ClusterRecipe(gpus_per_node=8)))
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", **agent._environment()}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert collective.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pre-flight: rank 0 on ")
+    assert f"8 GPUs were asked for, and PyTorch sees 0 on node {platform.node()}" in said
