@@ -15,7 +15,8 @@ import hashlib
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,31 @@ class ClusterFolder:
         self._current = self.path / "current"
         self._stop = self.path / "stop"
 
-    def prepare(self, recipe_yaml: str) -> None:
+    @contextmanager
+    def prepared(self, recipe_yaml: str) -> Iterator[None]:
         """Prepare a submission: keep its recipe, and drop an old request to stop.
 
-        Raises BadInput where the folder cannot be written to.
+        Where the block raises BadInput, the submission was refused, and both are as they were before. Raises BadInput
+        itself where the folder cannot be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            before = self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
+            stop_asked = self.stop_asked
             self._stop.unlink(missing_ok=True)
             write_atomically(self.recipe, recipe_yaml)
         except OSError as error:
             raise BadInput(f"{self.path}: cannot be written to ({error.strerror})") from error
+        try:
+            yield
+        except BadInput:
+            if stop_asked:
+                self.ask_for_stop()
+            if before is None:
+                self.recipe.unlink()
+            else:
+                write_atomically(self.recipe, before)
+            raise
 
     def add_submission(self, **facts: Any) -> None:
         """Record a submission."""

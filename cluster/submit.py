@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +62,7 @@ def submit(train_recipes: Sequence[TrainRecipe], recipe: ClusterRecipe) -> list[
 
     Returns: the directory of each run, and the id of its job.
 
-    Raises BadInput where one of them is running or queued already, or SLURM refuses the job.
+    Raises BadInput where one of them is running or queued already, or SLURM refuses the job or does not answer.
     """
     trainings = [training_of(train_recipe, recipe) for train_recipe in train_recipes]
     folders = [ClusterFolder(training.run) for training in trainings]
@@ -72,12 +72,14 @@ def submit(train_recipes: Sequence[TrainRecipe], recipe: ClusterRecipe) -> list[
         _refuse_second_job(folder)
     if len({folder.run.resolve() for folder in folders}) < len(folders):
         raise BadInput("run: several recipes name the same directory; each needs one of its own")
-    for folder, train_recipe in zip(folders, train_recipes, strict=True):
-        folder.prepare(to_yaml(train_recipe))
     agents = [Agent(training) for training in trainings]
-    submitted = _submit(
-        agents, recipe, folders[0].jobs, sbatch_parameters(recipe, folders[0].run.name, folders[0].jobs)
-    )
+    parameters = sbatch_parameters(recipe, folders[0].run.name, folders[0].jobs)
+    # The jobs may start at once, so their recipes are there before sbatch is asked. Where it refuses, everything is put
+    # back: these runs have no job that could have read it, as far as SLURM knows.
+    with ExitStack() as stack:
+        for folder, train_recipe in zip(folders, train_recipes, strict=True):
+            stack.enter_context(folder.prepared(to_yaml(train_recipe)))
+        submitted = _submit(agents, recipe, folders[0].jobs, parameters)
     for folder, job in zip(folders, submitted, strict=True):
         job_folder = folders[0].jobs / job
         folder.add_submission(job=job, launcher=recipe.launcher, nodes=recipe.nodes, folder=str(job_folder))
@@ -86,9 +88,18 @@ def submit(train_recipes: Sequence[TrainRecipe], recipe: ClusterRecipe) -> list[
 
 
 def alive_job(run: Path) -> str | None:
-    """What the job of a run does that waits or runs, in words; None where there is none."""
-    for entry in ClusterFolder(run).submissions[-1:]:
+    """What the job of a run does that waits or runs, in words; None where there is none.
+
+    Raises BadInput where SLURM does not answer: the job may be alive.
+    """
+    folder = ClusterFolder(run)
+    for entry in folder.submissions[-1:]:
         state = scheduler.state_of(entry["job"], entry["launcher"])
+        if state == scheduler.UNKNOWN:
+            raise BadInput(
+                f"{run}: SLURM does not answer, and job {entry['job']} of this run may be alive; try again later, or, "
+                f"where you know that it is over, delete {folder.path / 'submissions.jsonl'}"
+            )
         if state in scheduler.ALIVE:
             return f"job {entry['job']} of this run is {state.lower()}"
     return None

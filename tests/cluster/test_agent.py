@@ -32,7 +32,8 @@ def own_handlers() -> Iterator[None]:
 @pytest.fixture
 def folder(tmp_path: Path) -> ClusterFolder:
     folder = ClusterFolder(tmp_path / "run")
-    folder.prepare("steps: 1\n")
+    with folder.prepared("steps: 1\n"):
+        pass
     return folder
 
 

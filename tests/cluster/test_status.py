@@ -24,7 +24,8 @@ def test_goodput_counts_each_step_once() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> ClusterFolder:
     folder = ClusterFolder(tmp_path / "run")
-    folder.prepare("steps: 1\n")
+    with folder.prepared("steps: 1\n"):
+        pass
     folder.add_submission(job="999999", launcher="local", nodes=1, folder=str(folder.jobs / "999999"))
     return folder
 
