@@ -67,8 +67,9 @@ class ClusterRecipe:
     """Features that the nodes must have."""
     exclude: str | None = None
     """Nodes that the job must not use."""
-    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
-    """Any further options of sbatch, without the dashes: {reservation: x}; they win over all other keys."""
+    sbatch: dict[str, str | int | bool | None] = field(default_factory=dict)
+    """Any further options of sbatch, without the dashes in front: {reservation: x}; they win over all other keys, and
+    false or null takes an option back."""
     container: ContainerRecipe | None = None
     """Container image that the job runs in; a plain value means container.image."""
     env: dict[str, str | int] = field(default_factory=dict)

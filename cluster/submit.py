@@ -165,15 +165,18 @@ def dry_run(training: Training) -> str:
 
 def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[str, Any]:
     """submitit's parameters for a job whose files lie in `folder`/ID."""
-    cpus = recipe.cpus_per_process * recipe.processes
+    given = {key.replace("-", "_"): value for key, value in recipe.sbatch.items()}
+    dropped = {key for key, value in given.items() if value is None or value is False}
+    options: dict[str, Any] = {"requeue": True, "mem": recipe.memory, "time": recipe.time} | given
+    cpus = given.get("cpus_per_task", recipe.cpus_per_process * recipe.processes)
     srun = ["--kill-on-bad-exit=1", "--open-mode=append"]
-    srun.append(f"--cpus-per-task={cpus}")  # since SLURM 22.05 srun does not take it from the job
+    if cpus:  # since SLURM 22.05 srun does not take it from the job
+        srun.append(f"--cpus-per-task={cpus}")
     box = recipe.container
     if box and box.kind == "pyxis":
         srun += [f"--container-image={box.image}", *box.options]
-    options: dict[str, Any] = {"requeue": True, "mem": recipe.memory, "time": recipe.time}
     before = [line.replace("FOLDER", shlex.quote(str(folder))) for line in requeue.BEFORE]
-    return {
+    parameters = {
         "job_name": name,
         "nodes": recipe.nodes,
         "ntasks_per_node": 1,
@@ -191,8 +194,12 @@ def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[st
         "setup": [*_exports(recipe), *before],
         "teardown": list(requeue.AFTER),
         "srun_args": srun,
-        "additional_parameters": {key: value for key, value in options.items() if value is not None} | recipe.sbatch,
+        # these win in submitit
+        "additional_parameters": {
+            key: value for key, value in options.items() if value is not None and value is not False
+        },
     }
+    return parameters | dict.fromkeys(dropped & parameters.keys() - {"nodes", "ntasks_per_node"})
 
 
 def _submit(
