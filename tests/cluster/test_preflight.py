@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,3 +139,78 @@ def test_a_node_whose_gpus_are_gone_fails(
     said = capsys.readouterr().err
     assert said.startswith("pre-flight: rank 0 on ")
     assert f"8 GPUs were asked for, and PyTorch sees 0 on node {platform.node()}" in said
+
+
+def stranger(port: int, said: bytes) -> socket.socket:
+    """A connection to the first node, which stays open."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    connection.sendall(said)
+    return connection
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\x02\xff\n",
+        b"5\n",
+        b"{}\n",
+        b'{"attempt": "1.0", "node": 7, "door": 1}\n',
+        b'{"attempt": "1.0", "node": 1}\n',
+        b'{"attempt": "2.0", "node": 1, "door": 1}\n',
+    ],
+)
+def test_a_stranger_at_the_port_does_no_harm(port: int, said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port scanner, a health check, a node of another job: it comes first, and stays."""
+    monkeypatch.setattr(preflight, "CONNECT_S", 0.5)
+    connected = threading.Event()
+    open_now: list[socket.socket] = []
+
+    def on_node(allocation: Allocation) -> None:
+        if allocation.node == 1:
+            open_now.append(stranger(port, said))
+            connected.set()
+        elif allocation.node == 2:
+            connected.wait()
+        preflight.reach(allocation)
+
+    assert refusals(port, on_node) == ["", "", ""]
+    open_now[0].close()
+
+
+def test_a_node_that_dies_in_the_meeting_is_named(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "CONNECT_S", 0.5)
+
+    def on_node(allocation: Allocation) -> None:
+        if allocation.node != 1:
+            return preflight.reach(allocation)
+        facts = {"attempt": allocation.attempt, "node": 1, "door": port}
+        with stranger(port, json.dumps(facts).encode() + b"\n") as connection:
+            connection.recv(1 << 16)
+        return None
+
+    said = refusals(port, on_node)
+    assert said[0] == said[2]
+    assert "127.0.0.1 lost its connection to 127.0.0.2 (closed by the other side)" in said[0]
+
+
+def test_what_answers_at_the_port_is_no_node(port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)) as server:
+
+        def serve() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(b"[]\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(BadInput, match=r"127\.0\.0\.2 lost its connection to 127\.0\.0\.1 on port"):
+            preflight.reach(allocation_of(1, port))
+        thread.join()
