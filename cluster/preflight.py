@@ -39,6 +39,8 @@ CONNECT_S = 5.0
 """How long a connection between two nodes may take."""
 COLLECTIVE_S = 180.0
 """How long the all-reduce may take, with the import of PyTorch."""
+BACKLOG = 4096
+"""How many nodes may knock at a door, which nobody opens; Linux allows that many from 5.4 on. Python's 128 are few."""
 LINE_CHARS = 1 << 20
 """Most characters of a line between nodes; a stranger may send anything."""
 WRITTEN_BYTES = 16 << 20
@@ -260,7 +262,8 @@ def _collective(training: Training, allocation: Allocation, environment: dict[st
 def _listening(port: int) -> Iterator[socket.socket]:
     """A socket that accepts connections on a port of all addresses; port 0 picks a free one."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
+    dual = family == socket.AF_INET6
+    with socket.create_server(("", port), family=family, backlog=BACKLOG, dualstack_ipv6=dual) as server:
         yield server
 
 

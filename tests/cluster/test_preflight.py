@@ -214,3 +214,11 @@ def test_what_answers_at_the_port_is_no_node(port: int) -> None:
         with pytest.raises(BadInput, match=r"127\.0\.0\.2 lost its connection to 127\.0\.0\.1 on port"):
             preflight.reach(allocation_of(1, port))
         thread.join()
+
+
+def test_a_door_stands_more_than_a_hundred_nodes() -> None:
+    if int(Path("/proc/sys/net/core/somaxconn").read_text()) < 200:
+        pytest.skip("this kernel keeps fewer connections waiting")
+    with preflight._listening(0) as door:
+        for _ in range(200):
+            socket.create_connection(("127.0.0.1", door.getsockname()[1]), timeout=0.5).close()
