@@ -85,7 +85,7 @@ class ClusterRecipe:
     """Check nodes, network, files and GPUs before each attempt."""
     min_bandwidth: Annotated[float, Field(ge=0)] = 0.0
     """Lowest bus bandwidth in GB/s of the pre-flight's all-reduce over all GPUs; below it, the job fails at once. NCCL
-    takes TCP without a word where it finds no InfiniBand."""
+    takes TCP without a word where it finds no InfiniBand. A job of one process is not measured."""
     free_gb: Annotated[float, Field(ge=0)] = 10.0
     """Free space in GB that the run directory must have at each attempt."""
 
