@@ -56,17 +56,17 @@ class Agent:
         """
         allocation, folder = current_allocation(self.training.recipe.port), ClusterFolder(self.training.run)
         permit = RequeuePermit(allocation.folder)
-        if folder.stop_asked:  # while the job waited in the queue, or a requeue was on its way
+        if allocation.is_first and folder.stop_asked:  # while the job waited, or a requeue was on its way
             permit.forbid()
-            folder.stop_before_begin()
+            folder.stop_before_begin(allocation.attempt)
             return "stopped"
         signals = StopSignals(on_first=permit.note_signal if allocation.is_first else None)
         signals.catch()  # to the end of the process: a late signal must not kill it before it has reported
         try:
             if allocation.is_first:
                 self._begin(allocation, folder, permit)
-            else:
-                _wait_for_begin(allocation, folder)
+            elif not _wait_for_begin(allocation, folder):
+                return "stopped"
             if self.training.recipe.preflight:
                 preflight.reach(allocation)
             environment = self._environment()
@@ -117,16 +117,23 @@ class Agent:
             processes.end(command)
 
 
-def _wait_for_begin(allocation: Allocation, folder: ClusterFolder) -> None:
-    """Wait until this node sees what the first one wrote. Raises BadInput."""
+def _wait_for_begin(allocation: Allocation, folder: ClusterFolder) -> bool:
+    """Wait until this node sees what the first one wrote. Returns whether the attempt begins. Raises BadInput.
+
+    The first node alone decides that: nodes that look for a request to stop at different moments may see different
+    things, and some would wait for the others in vain.
+    """
     deadline = time.monotonic() + SHARED_S
     while folder.current != allocation.attempt:
+        if folder.not_begun == allocation.attempt:
+            return False
         if time.monotonic() > deadline:
             raise BadInput(
                 f"{folder.run}: {allocation.name} does not see what {allocation.nodes[0]} wrote there within "
                 f"{SHARED_S:.0f} s; the run directory must be on one file system that all nodes share"
             )
         time.sleep(LOOK_S)
+    return True
 
 
 def _watch(

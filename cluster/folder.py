@@ -4,6 +4,7 @@ RUN/cluster/train.yaml        the recipe as it was submitted: later edits do not
 RUN/cluster/submissions.jsonl one line a submission: job, launcher, time, nodes
 RUN/cluster/starts.jsonl      one line an attempt: its name (`start`), job, restart, nodes, time
 RUN/cluster/current           name of the newest attempt; agents of an older one end when they see it
+RUN/cluster/not_begun         name of the newest attempt that did not begin, because a stop was asked for before
 RUN/cluster/stop              a user asked the run to save and end
 RUN/cluster/jobs/ID/          submitit's files and the log of each node
 RUN/cluster/workers/ATTEMPT/  what each worker wrote
@@ -38,6 +39,7 @@ class ClusterFolder:
         self._submissions = self.path / "submissions.jsonl"
         self._attempts = self.path / "starts.jsonl"
         self._current = self.path / "current"
+        self._not_begun = self.path / "not_begun"
         self._stop = self.path / "stop"
 
     @contextmanager
@@ -93,6 +95,14 @@ class ClusterFolder:
         except OSError:
             return ""
 
+    @property
+    def not_begun(self) -> str:
+        """Name of the newest attempt that did not begin, because a stop was asked for before; empty without one."""
+        try:
+            return self._not_begun.read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
     def ask_for_stop(self) -> None:
         """Ask the run to save and end, without a requeue."""
         self._stop.touch()
@@ -113,8 +123,9 @@ class ClusterFolder:
             first = {} if self.state["state"] else {"step": self.checkpoint}
             run_files.write_state(self.run, "failed", reason=reason, **first)
 
-    def stop_before_begin(self) -> None:
-        """Write to the run's state.json that it stopped before an attempt began; a run that ended stays as it is."""
+    def stop_before_begin(self, attempt: str) -> None:
+        """Let this attempt not begin: tell the other nodes, and state.json, where a run that ended stays as it is."""
+        write_atomically(self._not_begun, attempt)
         with suppress(BadInput):
             if self.state["state"] not in run_files.ENDED:
                 reason = "asked before the attempt began"

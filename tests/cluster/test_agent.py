@@ -84,3 +84,35 @@ def test_a_setup_that_fails_after_a_signal_was_interrupted(
         assert permit.exists()
         permit.unlink()
     assert folder.state["state"] == ""
+
+
+def test_the_first_node_alone_decides_whether_an_attempt_begins(
+    folder: ClusterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop that is asked for between the looks of two nodes ends both in the same way."""
+    permit = allocated(folder, monkeypatch)
+    permit.touch()
+    folder.ask_for_stop()
+    assert agent(folder)() == "stopped"
+    assert not permit.exists()
+    assert folder.state["state"] == "stopped"
+    allocated(folder, monkeypatch, node=1)
+    assert agent(folder)() == "stopped", "it learns what the first node decided"
+
+    folder.begin("7.0")
+    setup = "touch began; exit 3"
+    monkeypatch.chdir(folder.run)
+    with pytest.raises(BadInput, match="setup: exit code 3"):
+        agent(folder, setup)()
+    assert (folder.run / "began").exists(), "the first node began before the request"
+
+
+def test_a_node_that_sees_no_decision_of_the_first_says_so(
+    folder: ClusterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated(folder, monkeypatch, node=1)
+    monkeypatch.setattr("cluster.agent.SHARED_S", 0.3)
+    folder.ask_for_stop()
+    folder.stop_before_begin("6.0")
+    with pytest.raises(BadInput, match="other does not see what localhost wrote there"):
+        agent(folder)()

@@ -58,11 +58,11 @@ def test_a_run_without_state_and_one_that_was_emptied_hide_no_other(
 
 
 def test_a_run_that_was_stopped_before_it_began_is_stopped(folder: ClusterFolder) -> None:
-    folder.stop_before_begin()
+    folder.stop_before_begin("1.0")
     found = status(folder.run)
     assert (found.state, found.reason) == ("stopped", "asked before the attempt began")
     write_state(folder.run, "finished", step=9)
-    folder.stop_before_begin()
+    folder.stop_before_begin("1.0")
     assert folder.state["state"] == "finished"
 
 
