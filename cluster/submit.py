@@ -20,6 +20,7 @@ from cluster.launch import Training, torchrun
 from cluster.prep import PrepTask
 from cluster.recipe import ClusterRecipe, minutes
 from sharebert_common.errors import BadInput
+from sharebert_common.files import make_folders
 from sharebert_common.import_path import ROOT
 from sharebert_common.recipe import to_yaml
 
@@ -135,7 +136,7 @@ def submit_prep(arguments: Sequence[str], output: Path, stages: int, recipe: Clu
     recipe = replace(recipe, gpus_per_node=0)
     name, folder = f"prep-{output.name}", output.absolute().with_name(f"{output.name}.jobs")
     _refuse_pattern(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     if recipe.launcher == "local":
         return _submit([PrepTask(tuple(arguments), recipe)], recipe, folder, {})  # one machine needs no shares
     tasks = [PrepTask((*arguments, f"--task={number}/{recipe.nodes}"), recipe) for number in range(recipe.nodes)]
