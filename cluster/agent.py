@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from cluster.launch import Training, after_setup, torchrun
 from cluster.logs import first_failure
 from cluster.requeue import CRASHES, GivenUp, RequeuePermit
 from sharebert_common.errors import REFUSAL_WAIT, BadInput, read_refusal
+from sharebert_common.gpus import GPUS_PER_NODE
 from sharebert_common.processes import StopSignals
 from sharebert_common.run_files import ENDED, is_held
 
@@ -56,17 +56,17 @@ class Agent:
         """
         allocation, folder = current_allocation(self.training.recipe.port), ClusterFolder(self.training.run)
         permit = RequeuePermit(allocation.folder)
-        if folder.stop_asked:  # while the job waited in the queue, or a requeue was on its way
+        if allocation.is_first and folder.stop_asked:  # while the job waited, or a requeue was on its way
             permit.forbid()
-            folder.stop_before_begin()
+            folder.stop_before_begin(allocation.attempt)
             return "stopped"
         signals = StopSignals(on_first=permit.note_signal if allocation.is_first else None)
         signals.catch()  # to the end of the process: a late signal must not kill it before it has reported
         try:
             if allocation.is_first:
                 self._begin(allocation, folder, permit)
-            else:
-                _wait_for_begin(allocation, folder)
+            elif not _wait_for_begin(allocation, folder):
+                return "stopped"
             if self.training.recipe.preflight:
                 preflight.reach(allocation)
             environment = self._environment()
@@ -74,10 +74,10 @@ class Agent:
                 preflight.check(self.training, allocation, environment)
             code = self._run(allocation, folder, environment, signals)
         except BadInput as error:
-            permit.forbid()  # another attempt would find the same
+            if permit.interrupted(error, signals):
+                return "stopped"
             if not is_held(folder.run):  # the state of a run that trains elsewhere is not ours
                 folder.fail(str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
             raise
         return _conclude(code, allocation, folder, permit)
 
@@ -102,6 +102,8 @@ class Agent:
         # Workers that torchrun starts again in place would find the addresses of dead workers in a store that they
         # share with torchrun (torch 2.13), and wait for them for ever.
         defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        if self.training.recipe.gpus_per_node:  # a worker that finds none would compute on the CPU without a word
+            given[GPUS_PER_NODE] = str(self.training.recipe.gpus_per_node)
         return after_setup(self.training.recipe.setup, defaults | dict(os.environ) | given)
 
     def _run(
@@ -115,16 +117,23 @@ class Agent:
             processes.end(command)
 
 
-def _wait_for_begin(allocation: Allocation, folder: ClusterFolder) -> None:
-    """Wait until this node sees what the first one wrote. Raises BadInput."""
+def _wait_for_begin(allocation: Allocation, folder: ClusterFolder) -> bool:
+    """Wait until this node sees what the first one wrote. Returns whether the attempt begins. Raises BadInput.
+
+    The first node alone decides that: nodes that look for a request to stop at different moments may see different
+    things, and some would wait for the others in vain.
+    """
     deadline = time.monotonic() + SHARED_S
     while folder.current != allocation.attempt:
+        if folder.not_begun == allocation.attempt:
+            return False
         if time.monotonic() > deadline:
             raise BadInput(
                 f"{folder.run}: {allocation.name} does not see what {allocation.nodes[0]} wrote there within "
                 f"{SHARED_S:.0f} s; the run directory must be on one file system that all nodes share"
             )
         time.sleep(LOOK_S)
+    return True
 
 
 def _watch(

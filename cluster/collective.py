@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run … -m cluster.collective [FLOOR]
 
-FLOOR is the lowest bus bandwidth in GB/s that is accepted (0, the default, accepts any).
+FLOOR is the lowest bus bandwidth in GB/s that is accepted (0, the default, accepts any). A rank alone has none.
 
 Exit code 0 where all is well; else 1, and a line that names rank, node and device.
 """
@@ -16,6 +16,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from sharebert_common.gpus import refuse_without_gpu
 
 BYTES = {"cuda": 256 << 20, "cpu": 8 << 20}
 """Size of the all-reduce whose bandwidth is printed."""
@@ -48,7 +50,12 @@ def all_reduce(device: torch.device) -> float:
         seconds = min(seconds, time.perf_counter() - began)
         if not bool((values == world_size * (world_size + 1) / 2).all()):
             raise RuntimeError(f"the all-reduce gives {values.min().item()} to {values.max().item()}")
-    return values.nbytes * 2 * (world_size - 1) / world_size / seconds / 1e9
+    return bus_bandwidth(values.nbytes, world_size, seconds)
+
+
+def bus_bandwidth(size: int, world_size: int, seconds: float) -> float:
+    """GB/s that each of `world_size` ranks sends in a ring which all-reduces `size` bytes; 0 for a rank alone."""
+    return size * 2 * (world_size - 1) / world_size / seconds / 1e9
 
 
 def main(floor: float = 0.0) -> int:
@@ -56,6 +63,7 @@ def main(floor: float = 0.0) -> int:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
+        refuse_without_gpu(local_rank, torch.cuda.device_count() if device.type == "cuda" else 0)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         compute(device)
@@ -69,7 +77,7 @@ def main(floor: float = 0.0) -> int:
                 flush=True,
             )
         # Every rank has its own measurement; rank 0's decides, so that one line says it.
-        if rank == 0 and bandwidth < floor:
+        if rank == 0 and bandwidth < floor and dist.get_world_size() > 1:  # a rank alone sends nothing
             raise RuntimeError(
                 f"the all-reduce reaches {bandwidth:.2f} GB/s, below min_bandwidth ({floor:g} GB/s); with "
                 "NCCL_DEBUG=INFO NCCL says which network it uses: NET/IB is InfiniBand, NET/Socket is TCP"

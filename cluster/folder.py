@@ -4,6 +4,7 @@ RUN/cluster/train.yaml        the recipe as it was submitted: later edits do not
 RUN/cluster/submissions.jsonl one line a submission: job, launcher, time, nodes
 RUN/cluster/starts.jsonl      one line an attempt: its name (`start`), job, restart, nodes, time
 RUN/cluster/current           name of the newest attempt; agents of an older one end when they see it
+RUN/cluster/not_begun         name of the newest attempt that did not begin, because a stop was asked for before
 RUN/cluster/stop              a user asked the run to save and end
 RUN/cluster/jobs/ID/          submitit's files and the log of each node
 RUN/cluster/workers/ATTEMPT/  what each worker wrote
@@ -15,7 +16,8 @@ import hashlib
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +39,34 @@ class ClusterFolder:
         self._submissions = self.path / "submissions.jsonl"
         self._attempts = self.path / "starts.jsonl"
         self._current = self.path / "current"
+        self._not_begun = self.path / "not_begun"
         self._stop = self.path / "stop"
 
-    def prepare(self, recipe_yaml: str) -> None:
+    @contextmanager
+    def prepared(self, recipe_yaml: str) -> Iterator[None]:
         """Prepare a submission: keep its recipe, and drop an old request to stop.
 
-        Raises BadInput where the folder cannot be written to.
+        Where the block raises BadInput, the submission was refused, and both are as they were before. Raises BadInput
+        itself where the folder cannot be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            before = self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
+            stop_asked = self.stop_asked
             self._stop.unlink(missing_ok=True)
             write_atomically(self.recipe, recipe_yaml)
         except OSError as error:
             raise BadInput(f"{self.path}: cannot be written to ({error.strerror})") from error
+        try:
+            yield
+        except BadInput:
+            if stop_asked:
+                self.ask_for_stop()
+            if before is None:
+                self.recipe.unlink()
+            else:
+                write_atomically(self.recipe, before)
+            raise
 
     def add_submission(self, **facts: Any) -> None:
         """Record a submission."""
@@ -78,6 +95,14 @@ class ClusterFolder:
         except OSError:
             return ""
 
+    @property
+    def not_begun(self) -> str:
+        """Name of the newest attempt that did not begin, because a stop was asked for before; empty without one."""
+        try:
+            return self._not_begun.read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
     def ask_for_stop(self) -> None:
         """Ask the run to save and end, without a requeue."""
         self._stop.touch()
@@ -98,8 +123,9 @@ class ClusterFolder:
             first = {} if self.state["state"] else {"step": self.checkpoint}
             run_files.write_state(self.run, "failed", reason=reason, **first)
 
-    def stop_before_begin(self) -> None:
-        """Write to the run's state.json that it stopped before an attempt began; a run that ended stays as it is."""
+    def stop_before_begin(self, attempt: str) -> None:
+        """Let this attempt not begin: tell the other nodes, and state.json, where a run that ended stays as it is."""
+        write_atomically(self._not_begun, attempt)
         with suppress(BadInput):
             if self.state["state"] not in run_files.ENDED:
                 reason = "asked before the attempt began"

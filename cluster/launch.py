@@ -6,10 +6,12 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.allocation import Allocation
+from cluster.processes import prepare_child
 from cluster.recipe import ClusterRecipe
 from sharebert_common.errors import BadInput
 
@@ -70,14 +72,27 @@ def elastic(
 
 
 def after_setup(lines: list[str], environment: dict[str, str]) -> dict[str, str]:
-    """Run the lines of a recipe's `setup` on this node; the environment after them. Raises BadInput where one fails."""
+    """Run the lines of a recipe's `setup` on this node; the environment after them. Raises BadInput where one fails.
+
+    They run to their end although a stop signal comes: the workers get it afterwards, and save.
+    """
     if not lines:
         return environment
     show = f"exec {shlex.quote(sys.executable)} -c 'import json, os; print(json.dumps(dict(os.environ)))' >&3"
     script = "\n".join(["set -e", "exec 3>&1 >&2", *lines, show])
-    done = subprocess.run(
-        ["bash", "-c", script], env=environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False
-    )
+    with tempfile.TemporaryFile() as answer:  # no pipe: a process that a line leaves behind would keep it open
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env=environment,
+            stdout=answer,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=prepare_child,
+            check=False,
+        )
+        answer.seek(0)
+        found = answer.read()
     if done.returncode:
         raise BadInput(f"setup: exit code {done.returncode}; see its output above")
-    return dict(json.loads(done.stdout))
+    if not found:
+        raise BadInput("setup: a line ended the shell, with `exit 0` or `exec`; let all lines come to their end")
+    return dict(json.loads(found))

@@ -39,6 +39,10 @@ CONNECT_S = 5.0
 """How long a connection between two nodes may take."""
 COLLECTIVE_S = 180.0
 """How long the all-reduce may take, with the import of PyTorch."""
+BACKLOG = 4096
+"""How many nodes may knock at a door, which nobody opens; Linux allows that many from 5.4 on. Python's 128 are few."""
+LINE_CHARS = 1 << 20
+"""Most characters of a line between nodes; a stranger may send anything."""
 WRITTEN_BYTES = 16 << 20
 """How much the first node writes to the run directory as a test: free space does not show a quota."""
 
@@ -86,7 +90,7 @@ def _exchange(allocation: Allocation, facts: dict[str, Any], problem: str | None
     `problem` is what the first node found wrong before. Each node listens on a port of its own, its door.
     """
     with _listening(0) as door:
-        facts = facts | {"node": allocation.node, "door": door.getsockname()[1]}
+        facts = facts | {"attempt": allocation.attempt, "node": allocation.node, "door": door.getsockname()[1]}
         if allocation.is_first:
             _collect(allocation, facts, problem, patience_s)
         else:
@@ -106,14 +110,24 @@ def _collect(allocation: Allocation, ours: dict[str, Any], problem: str | None, 
             ) from error
         lines: dict[int, IO[str]] = {}
         theirs = {0: ours}
+        answer_s = (len(allocation.nodes) + 1) * CONNECT_S
         deadline = time.monotonic() + patience_s
         while len(lines) < len(others) and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:
-                line = stack.enter_context(server.accept()[0]).makefile("rw", encoding="utf-8")
-                facts = _read(line)
-            except (OSError, ValueError):
+                connection = server.accept()[0]
+            except OSError:
                 continue
+            connection.settimeout(CONNECT_S)
+            line = connection.makefile("rw", encoding="utf-8")
+            try:
+                facts = _facts_of_a_node(allocation, line)
+            except (OSError, ValueError):  # a port scanner, a health check, a node of another job
+                line.close()
+                connection.close()
+                continue
+            connection.settimeout(answer_s)
+            stack.enter_context(connection)
             lines[facts["node"]], theirs[facts["node"]] = line, facts
         problems = [problem]
         silent = [allocation.nodes[number] for number in others if number not in lines]
@@ -127,11 +141,31 @@ def _collect(allocation: Allocation, ours: dict[str, Any], problem: str | None, 
         doors = {} if problem else {number: facts["door"] for number, facts in theirs.items()}
         _tell(lines, {"problem": problem, "doors": doors})
         if problem is None:
-            found = [_unreachable(allocation, doors), *(_read(line)["problem"] for line in lines.values())]
+            found = [_unreachable(allocation, doors)]
+            found += [_problem_of(allocation, number, line) for number, line in lines.items()]
             problem = next(filter(None, found), None)
             _tell(lines, {"problem": problem})
         if problem:
             raise BadInput(f"pre-flight: {problem}")
+
+
+def _facts_of_a_node(allocation: Allocation, line: IO[str]) -> dict[str, Any]:
+    """The facts that a node of this attempt sends. Raises ValueError for any other line."""
+    facts = _read(line)
+    if facts.get("attempt") != allocation.attempt or facts.get("node") not in range(1, len(allocation.nodes)):
+        raise ValueError("no node of this attempt")
+    if not isinstance(facts.get("door"), int):
+        raise ValueError("no door")
+    return facts
+
+
+def _problem_of(allocation: Allocation, number: int, line: IO[str]) -> str | None:
+    """What node `number` found wrong."""
+    try:
+        found = _read(line).get("problem")
+    except (OSError, ValueError) as error:
+        return f"{allocation.nodes[0]} lost its connection to {allocation.nodes[number]} ({error})"
+    return None if found is None else str(found)
 
 
 def _report(allocation: Allocation, facts: dict[str, Any], patience_s: float) -> None:
@@ -154,13 +188,15 @@ def _report(allocation: Allocation, facts: dict[str, Any], patience_s: float) ->
         try:
             _write(line, facts)
             answer = _read(line)
-            if answer["problem"] is None:
+            if answer.get("problem") is None:
                 doors = {int(number): door for number, door in answer["doors"].items()}
                 _write(line, {"problem": _unreachable(allocation, doors)})
                 answer = _read(line)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"pre-flight: {allocation.name} lost its connection to {first} ({error})") from error
-        if answer["problem"]:
+        except (OSError, ValueError, LookupError, AttributeError) as error:  # the last two: what answers is no node
+            raise BadInput(
+                f"pre-flight: {allocation.name} lost its connection to {first} on port {allocation.port} ({error})"
+            ) from error
+        if answer.get("problem"):
             raise BadInput(f"pre-flight: {answer['problem']}")
 
 
@@ -226,16 +262,20 @@ def _collective(training: Training, allocation: Allocation, environment: dict[st
 def _listening(port: int) -> Iterator[socket.socket]:
     """A socket that accepts connections on a port of all addresses; port 0 picks a free one."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
+    dual = family == socket.AF_INET6
+    with socket.create_server(("", port), family=family, backlog=BACKLOG, dualstack_ipv6=dual) as server:
         yield server
 
 
 def _read(line: IO[str]) -> dict[str, Any]:
-    """The next object from the other side. Raises ValueError where the connection is closed."""
-    text = line.readline()
+    """The next object from the other side. Raises ValueError where there is none, OSError where it takes too long."""
+    text = line.readline(LINE_CHARS)
     if not text:
         raise ValueError("closed by the other side")
-    return dict(json.loads(text))
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
 
 
 def _write(line: IO[str], value: dict[str, Any]) -> None:

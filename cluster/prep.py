@@ -13,7 +13,7 @@ from cluster.allocation import current_allocation
 from cluster.launch import after_setup
 from cluster.recipe import ClusterRecipe
 from cluster.requeue import RequeuePermit
-from sharebert_common.errors import BAD_INPUT, FINISHED, BadInput
+from sharebert_common.errors import BAD_INPUT, BadInput
 from sharebert_common.processes import StopSignals
 
 LOOK_S = 0.2
@@ -36,6 +36,15 @@ class PrepTask:
         permit.allow(step=0)
         signals = StopSignals(on_first=permit.note_signal)
         signals.catch()
+        try:
+            return self._run(permit, signals)
+        except BadInput as error:
+            if permit.interrupted(error, signals):
+                return "stopped"
+            raise
+
+    def _run(self, permit: RequeuePermit, signals: StopSignals) -> str:
+        """Run the command to its end, or to the first signal."""
         environment = dict(os.environ) | {name: str(value) for name, value in self.recipe.env.items()}
         prep = (sys.executable, "-m", "sharebert_cli", "prep", *self.arguments)  # Python of the node, or of the image
         command = processes.start(prep, after_setup(self.recipe.setup, environment))
@@ -47,10 +56,9 @@ class PrepTask:
         if code is None:
             print(f"stopped by {signal.Signals(signals.received or 0).name}", file=sys.stderr, flush=True)
             return "stopped"
-        if code in (FINISHED, BAD_INPUT):
-            permit.forbid()
         if code == BAD_INPUT:
             raise BadInput("sharebert prep refused its input; see the line above")
         if code:
             raise RuntimeError(f"sharebert prep ended with exit code {code}")
+        permit.forbid()
         return "finished"

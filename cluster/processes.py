@@ -17,10 +17,14 @@ def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Pop
     Its children may handle the stop signals themselves: `relay` sends them there.
     """
     adopt_orphans()  # so that `end` finds them
-    return subprocess.Popen(command, env=environment, preexec_fn=_prepare, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, preexec_fn=prepare_child, stdin=subprocess.DEVNULL)
 
 
-def _prepare() -> None:
+def prepare_child() -> None:
+    """Called in a new process: it ignores the stop signals, as its children will, and gets SIGHUP when its parent dies.
+
+    SLURM sends a signal to all processes of a step, not to the agent alone.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal_on_parent_death(signal.SIGHUP)  # torchrun handles this one, and ends its workers

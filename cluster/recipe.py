@@ -67,8 +67,9 @@ class ClusterRecipe:
     """Features that the nodes must have."""
     exclude: str | None = None
     """Nodes that the job must not use."""
-    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
-    """Any further options of sbatch, without the dashes: {reservation: x}; they win over all other keys."""
+    sbatch: dict[str, str | int | bool | None] = field(default_factory=dict)
+    """Any further options of sbatch, without the dashes in front: {reservation: x}; they win over all other keys, and
+    false or null takes an option back."""
     container: ContainerRecipe | None = None
     """Container image that the job runs in; a plain value means container.image."""
     env: dict[str, str | int] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class ClusterRecipe:
     """Check nodes, network, files and GPUs before each attempt."""
     min_bandwidth: Annotated[float, Field(ge=0)] = 0.0
     """Lowest bus bandwidth in GB/s of the pre-flight's all-reduce over all GPUs; below it, the job fails at once. NCCL
-    takes TCP without a word where it finds no InfiniBand."""
+    takes TCP without a word where it finds no InfiniBand. A job of one process is not measured."""
     free_gb: Annotated[float, Field(ge=0)] = 10.0
     """Free space in GB that the run directory must have at each attempt."""
 

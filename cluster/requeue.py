@@ -17,10 +17,14 @@ The lines are plain shell, so that they work outside of the container that the a
 
 from __future__ import annotations
 
+import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 
+from sharebert_common.errors import BadInput
 from sharebert_common.files import write_atomically
+from sharebert_common.processes import StopSignals
 
 CRASHES = 3
 """After so many crashes in a row at the same step the run has failed."""
@@ -115,6 +119,23 @@ class RequeuePermit:
     def forbid(self) -> None:
         """Make this attempt the last one."""
         self._permit.unlink(missing_ok=True)
+
+    def interrupted(self, error: BadInput, signals: StopSignals) -> bool:
+        """Whether what was refused may have been refused because of a stop signal; if not, this attempt is the last.
+
+        SLURM signals the other nodes and the rest of the step as well, so after a signal anything may be missing. The
+        next attempt tells: what is wrong in truth, it finds again.
+        """
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if signals.received is None:
+            self.forbid()
+            return False
+        print(
+            f"{signal.Signals(signals.received).name} came before it: the job may be requeued",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
 
     def note_signal(self) -> None:
         """Let the script look for the time at which SLURM will end the job: a signal announced an end."""

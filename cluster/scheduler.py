@@ -1,7 +1,8 @@
 """What SLURM knows about a job, with or without accounting.
 
 `scontrol` answers while the controller remembers the job (until MinJobAge after its end, 300 s by default); after that
-`sacct` answers, where there is accounting. Where neither knows the job, the run's own files are all there is.
+`sacct` answers, where there is accounting. A job that the controller does not know is over: where accounting does not
+know it either, the run's own files are all there is. A controller that does not answer says nothing about the job.
 """
 
 from __future__ import annotations
@@ -10,7 +11,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from sharebert_common.errors import BadInput
+
+_NO_SUCH_JOB = "Invalid job id"
+"""What scontrol says of a job that the controller does not know."""
+
+UNKNOWN = "UNKNOWN"
+"""State of a job where SLURM does not answer; it counts as alive."""
+GONE = "GONE"
+"""State of a job that SLURM has forgotten."""
+
 ALIVE = {
+    UNKNOWN,
     "PENDING",
     "RUNNING",
     "COMPLETING",
@@ -23,23 +35,24 @@ ALIVE = {
 }
 
 
-def job_facts(job: str) -> dict[str, str]:
-    """JobState, NodeList and, from the controller, many more facts about a job; empty where it is unknown."""
-    lines = _output("scontrol", "show", "job", "-o", job).splitlines()
-    if lines:
-        pairs = (word.partition("=") for word in lines[0].split())
-        return {key: value for key, _, value in pairs}
-    for line in _output("sacct", "-X", "-n", "-P", "-o", "State,NodeList", "-j", job).splitlines()[-1:]:
+def job_facts(job: str, launcher: str) -> dict[str, str]:
+    """JobState (in SLURM's words, GONE or UNKNOWN) of a job, NodeList where it is known, and more facts."""
+    if launcher == "local":
+        return {"JobState": "RUNNING" if _is_controller(job) else GONE, "NodeList": "this machine"}
+    found, error = _ask("scontrol", "show", "job", "-o", job)
+    if found:
+        pairs = (word.partition("=") for word in found.splitlines()[0].split())
+        return {"JobState": UNKNOWN} | {key: value for key, _, value in pairs}
+    for line in _ask("sacct", "-X", "-n", "-P", "-o", "State,NodeList", "-j", job)[0].splitlines()[-1:]:
         state, nodes = line.split("|")[:2]
         return {"JobState": state.split()[0], "NodeList": nodes}
-    return {}
+    # Without accounting sacct fails, with a job of long ago it may say nothing; the controller knows what is alive.
+    return {"JobState": GONE if _NO_SUCH_JOB in error else UNKNOWN}
 
 
 def state_of(job: str, launcher: str) -> str:
-    """The job's state in SLURM's words; "GONE" where it is unknown."""
-    if launcher == "local":
-        return "RUNNING" if _is_controller(job) else "GONE"
-    return job_facts(job).get("JobState", "GONE")
+    """The job's state in SLURM's words, GONE or UNKNOWN."""
+    return job_facts(job, launcher)["JobState"]
 
 
 def is_over(job: str, launcher: str) -> bool:
@@ -48,8 +61,9 @@ def is_over(job: str, launcher: str) -> bool:
 
 
 def cancel(job: str) -> None:
-    """Cancel a job."""
-    _output("scancel", job)
+    """Cancel a job. Raises BadInput where SLURM does not do it."""
+    if error := _ask("scancel", job)[1]:
+        raise BadInput(f"job {job}: scancel failed ({error})")
 
 
 def _is_controller(pid: str) -> bool:
@@ -60,9 +74,11 @@ def _is_controller(pid: str) -> bool:
         return False
 
 
-def _output(*command: str) -> str:
-    """What a command of SLURM prints; nothing where it fails or is not installed."""
+def _ask(*command: str) -> tuple[str, str]:
+    """What a command of SLURM prints, and, where it fails or is not installed, why, in a line."""
     if shutil.which(command[0]) is None:
-        return ""
+        return "", f"no {command[0]} on this machine"
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    return done.stdout if done.returncode == 0 else ""
+    if done.returncode == 0:
+        return done.stdout, ""
+    return "", " ".join(done.stderr.split()) or f"exit code {done.returncode}"

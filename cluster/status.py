@@ -12,6 +12,7 @@ from cluster.folder import ClusterFolder, known_runs
 from sharebert_common.errors import BadInput
 
 OVER = ("finished", "failed", "stopped")
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Status:
     job: str
     """Id of the newest job, and its state in the scheduler."""
     state: str
-    """running, queued, stopped, finished or failed."""
+    """running, queued, stopped, finished or failed; unknown where SLURM does not answer."""
     reason: str
     nodes: str
     attempts: int
@@ -71,16 +72,17 @@ def status(run: Path) -> Status:
     newest, state = submissions[-1], folder.state
     lines = [line for line in folder.log if "loss" in line]
     last: dict[str, Any] = lines[-1] if lines else {}
-    in_queue = scheduler.state_of(newest["job"], newest["launcher"])
+    facts = scheduler.job_facts(newest["job"], newest["launcher"])
+    in_queue = facts["JobState"]
     how = _state(str(state["state"]), in_queue, submitted=newest["time"], updated=state["updated"])
     step = max(int(state["step"]), int(last.get("step", 0)))
     steps = int(state["steps"])
-    nodes = scheduler.job_facts(newest["job"]).get("NodeList", "") if newest["launcher"] == "slurm" else "this machine"
+    nodes = facts.get("NodeList", "")
     return Status(
         run=folder.run,
         job=f"{newest['job']} ({in_queue.lower()})",
         state=how,
-        reason=str(state["reason"]) if how in ("stopped", "failed") else "",
+        reason={"stopped": state["reason"], "failed": state["reason"], UNKNOWN: "SLURM does not answer"}.get(how, ""),
         nodes="" if nodes == "(null)" else nodes,
         attempts=len(folder.attempts),
         step=step,
@@ -88,7 +90,7 @@ def status(run: Path) -> Status:
         loss=last.get("loss"),
         tokens_per_s=last.get("tokens_per_s"),
         goodput=goodput(lines, submissions[0]["time"], state["updated"] if how in OVER else time.time()),
-        left_s=(steps - step) * last["step_s"] if last and how not in OVER else None,
+        left_s=(steps - step) * last["step_s"] if last and how not in (*OVER, UNKNOWN) else None,
     )
 
 
@@ -130,10 +132,12 @@ def stop(run: Path) -> str:
     state = scheduler.state_of(newest["job"], newest["launcher"])
     if state not in scheduler.ALIVE:
         raise BadInput(f"{run}: job {newest['job']} is over ({state.lower()})")
-    folder.ask_for_stop()
+    folder.ask_for_stop()  # first: a job that begins before it is cancelled finds the request
     if state == "PENDING":
         scheduler.cancel(newest["job"])
         return f"{run}: job {newest['job']} was taken out of the queue"
+    if state == scheduler.UNKNOWN:
+        return f"{run}: SLURM does not answer; job {newest['job']}, where it is not over, will save and end"
     return f"{run}: job {newest['job']} will save and end; `sharebert submit` resumes from there"
 
 
@@ -143,6 +147,8 @@ def _state(state: str, in_queue: str, *, submitted: float, updated: float) -> st
         return state
     if in_queue in ("PENDING", "CONFIGURING", "REQUEUED"):
         return "queued"
+    if in_queue == scheduler.UNKNOWN:
+        return UNKNOWN
     if in_queue in scheduler.ALIVE:
         return state if state == "finished" else "running"
     if in_queue == "CANCELLED":

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from cluster.launch import Training, torchrun
 from cluster.prep import PrepTask
 from cluster.recipe import ClusterRecipe, minutes
 from sharebert_common.errors import BadInput
+from sharebert_common.files import make_folders
 from sharebert_common.import_path import ROOT
 from sharebert_common.recipe import to_yaml
 
@@ -62,7 +63,7 @@ def submit(train_recipes: Sequence[TrainRecipe], recipe: ClusterRecipe) -> list[
 
     Returns: the directory of each run, and the id of its job.
 
-    Raises BadInput where one of them is running or queued already, or SLURM refuses the job.
+    Raises BadInput where one of them is running or queued already, or SLURM refuses the job or does not answer.
     """
     trainings = [training_of(train_recipe, recipe) for train_recipe in train_recipes]
     folders = [ClusterFolder(training.run) for training in trainings]
@@ -72,12 +73,14 @@ def submit(train_recipes: Sequence[TrainRecipe], recipe: ClusterRecipe) -> list[
         _refuse_second_job(folder)
     if len({folder.run.resolve() for folder in folders}) < len(folders):
         raise BadInput("run: several recipes name the same directory; each needs one of its own")
-    for folder, train_recipe in zip(folders, train_recipes, strict=True):
-        folder.prepare(to_yaml(train_recipe))
     agents = [Agent(training) for training in trainings]
-    submitted = _submit(
-        agents, recipe, folders[0].jobs, sbatch_parameters(recipe, folders[0].run.name, folders[0].jobs)
-    )
+    parameters = sbatch_parameters(recipe, folders[0].run.name, folders[0].jobs)
+    # The jobs may start at once, so their recipes are there before sbatch is asked. Where it refuses, everything is put
+    # back: these runs have no job that could have read it, as far as SLURM knows.
+    with ExitStack() as stack:
+        for folder, train_recipe in zip(folders, train_recipes, strict=True):
+            stack.enter_context(folder.prepared(to_yaml(train_recipe)))
+        submitted = _submit(agents, recipe, folders[0].jobs, parameters)
     for folder, job in zip(folders, submitted, strict=True):
         job_folder = folders[0].jobs / job
         folder.add_submission(job=job, launcher=recipe.launcher, nodes=recipe.nodes, folder=str(job_folder))
@@ -86,9 +89,18 @@ def submit(train_recipes: Sequence[TrainRecipe], recipe: ClusterRecipe) -> list[
 
 
 def alive_job(run: Path) -> str | None:
-    """What the job of a run does that waits or runs, in words; None where there is none."""
-    for entry in ClusterFolder(run).submissions[-1:]:
+    """What the job of a run does that waits or runs, in words; None where there is none.
+
+    Raises BadInput where SLURM does not answer: the job may be alive.
+    """
+    folder = ClusterFolder(run)
+    for entry in folder.submissions[-1:]:
         state = scheduler.state_of(entry["job"], entry["launcher"])
+        if state == scheduler.UNKNOWN:
+            raise BadInput(
+                f"{run}: SLURM does not answer, and job {entry['job']} of this run may be alive; try again later, or, "
+                f"where you know that it is over, delete {folder.path / 'submissions.jsonl'}"
+            )
         if state in scheduler.ALIVE:
             return f"job {entry['job']} of this run is {state.lower()}"
     return None
@@ -124,7 +136,7 @@ def submit_prep(arguments: Sequence[str], output: Path, stages: int, recipe: Clu
     recipe = replace(recipe, gpus_per_node=0)
     name, folder = f"prep-{output.name}", output.absolute().with_name(f"{output.name}.jobs")
     _refuse_pattern(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     if recipe.launcher == "local":
         return _submit([PrepTask(tuple(arguments), recipe)], recipe, folder, {})  # one machine needs no shares
     tasks = [PrepTask((*arguments, f"--task={number}/{recipe.nodes}"), recipe) for number in range(recipe.nodes)]
@@ -154,15 +166,18 @@ def dry_run(training: Training) -> str:
 
 def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[str, Any]:
     """submitit's parameters for a job whose files lie in `folder`/ID."""
-    cpus = recipe.cpus_per_process * recipe.processes
+    given = {key.replace("-", "_"): value for key, value in recipe.sbatch.items()}
+    dropped = {key for key, value in given.items() if value is None or value is False}
+    options: dict[str, Any] = {"requeue": True, "mem": recipe.memory, "time": recipe.time} | given
+    cpus = given.get("cpus_per_task", recipe.cpus_per_process * recipe.processes)
     srun = ["--kill-on-bad-exit=1", "--open-mode=append"]
-    srun.append(f"--cpus-per-task={cpus}")  # since SLURM 22.05 srun does not take it from the job
+    if cpus:  # since SLURM 22.05 srun does not take it from the job
+        srun.append(f"--cpus-per-task={cpus}")
     box = recipe.container
     if box and box.kind == "pyxis":
         srun += [f"--container-image={box.image}", *box.options]
-    options: dict[str, Any] = {"requeue": True, "mem": recipe.memory, "time": recipe.time}
     before = [line.replace("FOLDER", shlex.quote(str(folder))) for line in requeue.BEFORE]
-    return {
+    parameters = {
         "job_name": name,
         "nodes": recipe.nodes,
         "ntasks_per_node": 1,
@@ -180,8 +195,12 @@ def sbatch_parameters(recipe: ClusterRecipe, name: str, folder: Path) -> dict[st
         "setup": [*_exports(recipe), *before],
         "teardown": list(requeue.AFTER),
         "srun_args": srun,
-        "additional_parameters": {key: value for key, value in options.items() if value is not None} | recipe.sbatch,
+        # these win in submitit
+        "additional_parameters": {
+            key: value for key, value in options.items() if value is not None and value is not False
+        },
     }
+    return parameters | dict.fromkeys(dropped & parameters.keys() - {"nodes", "ntasks_per_node"})
 
 
 def _submit(

@@ -12,7 +12,7 @@ from typing import IO
 
 from data_prep.progress import say
 from sharebert_common.errors import BadInput
-from sharebert_common.files import make_folders
+from sharebert_common.files import mkdir_durably
 
 LOCK = "lock"
 
@@ -49,7 +49,7 @@ def _acquired(work: Path, shared: bool, who: str, at: Path | None) -> IO[bytes]:
     missing = 0
     while True:
         try:
-            make_folders(work)
+            mkdir_durably(work)
             file = (work / LOCK).open("a+b")  # NFS gives a shared lock on readable files only
         except FileNotFoundError as error:
             missing += 1

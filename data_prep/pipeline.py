@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_prep.job import WORK, plan
 from data_prep.lock import locked
-from data_prep.merge import check_same, merge
+from data_prep.merge import check_same, merge, refuse_strangers
 from data_prep.parts import LocalCores, missing_parts
 from data_prep.recipe import PrepRecipe
 from data_prep.shards.format import MANIFEST
@@ -77,6 +77,7 @@ def _made_before(recipe: PrepRecipe, output: Path) -> Path:
 
 
 def _make(recipe: PrepRecipe, output: Path, task: tuple[int, int] | None) -> Path:
+    refuse_strangers(output)
     with LocalCores(recipe.workers or len(os.sched_getaffinity(0))) as cores:
         job = plan(recipe)
         for stage in stages(job):

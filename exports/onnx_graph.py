@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from sharebert_common.files import make_folders
+
 ONE_FILE_BYTES = 1_900_000_000
 """Protocol buffers end at 2 GiB: above this, the weights go into a second file, `model.onnx.data`."""
 
@@ -20,7 +22,7 @@ def save(program: Any, out: Path) -> None:
     """Write what `torch.onnx.export` returned to the file `out`, whole or not at all."""
     stored = [value.const_value for value in program.model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in stored if tensor is not None)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         program.save(Path(folder) / out.name, external_data=size > ONE_FILE_BYTES)
         for path in sorted(Path(folder).iterdir(), reverse=True):  # OUT.data before the OUT that refers to it

@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from sharebert_common.errors import BadInput
+from sharebert_common.gpus import refuse_without_gpu
 
 T = TypeVar("T")
 
@@ -62,13 +63,15 @@ def join(timeout_s: float) -> World:
     not join within `timeout_s` ends the group.
 
     Raises BadInput where the environment has only some of torchrun's variables, or values that are none: WORLD_SIZE
-    alone, left over from another program, would let this process train on a part of each batch.
+    alone, left over from another program, would let this process train on a part of each batch. Also where a launcher
+    asked for GPUs and there is none for this process.
     """
     _refuse_partial_group()
     rank, world_size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not rank < world_size:
         raise BadInput(f"the environment sets RANK={rank} and WORLD_SIZE={world_size}; {_UNSET}")
     cuda = torch.cuda.is_available()
+    refuse_without_gpu(local_rank, torch.cuda.device_count() if cuda else 0)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

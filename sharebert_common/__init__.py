@@ -7,6 +7,7 @@ recipe       YAML recipes and `key=value` overrides become checked dataclasses
 key_types    what the type of a recipe's key says about a value
 remote_files files and URLs of every kind, opened and retried
 run_files    state.json and log.jsonl of a run: read and written here alone
+gpus         a worker that was promised a GPU does not compute on a CPU
 processes    stop signals, and what happens to a process whose parent dies
 import_path  where Python finds the packages of this project
 quiet        hides messages of libraries

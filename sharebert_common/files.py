@@ -64,7 +64,7 @@ def whole_or_absent_folder(out: Path) -> Iterator[Path]:
     out = Path(out)
     out = out.resolve() if out.is_symlink() else out
     try:
-        make_folders(out.parent)
+        mkdir_durably(out.parent)
         _clean_leftovers(out)
         folder = out.with_name(f".{out.name}.{socket.gethostname()}.{secrets.token_hex(4)}")
         folder.mkdir()  # with the mode that the umask leaves; a folder of tempfile would be for its owner alone
@@ -176,7 +176,20 @@ def _unlock(lock: int | None) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Make a folder and its parents, unless they exist, and flush the new names to the disk."""
+    """Make a folder that a user named, and its parents, unless they exist, and flush the new names to the disk.
+
+    Raises BadInput, naming the folder, where it cannot be made: below a file, in /proc, on a full disk.
+    """
+    try:
+        mkdir_durably(folder)
+    except OSError as error:
+        raise BadInput(
+            f"{folder}: cannot be made ({error.strerror}: {error.filename}); choose another folder"
+        ) from error
+
+
+def mkdir_durably(folder: Path) -> None:
+    """What `make_folders` does, for those who say by themselves what is wrong. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:

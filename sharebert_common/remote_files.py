@@ -36,6 +36,20 @@ def open_binary(location: str) -> BinaryIO:
         raise BadInput(f"{location}: cannot be read ({error.strerror or error})") from error
 
 
+def read_ends(location: str, size: int) -> bytes:
+    """The first and the last `size` bytes of a file, or all of a shorter one. Raises BadInput."""
+    try:
+        with _RemoteFile(location) if is_url(location) else Path(location).open("rb") as file:
+            length = file.seek(0, io.SEEK_END)
+            found = b""
+            for start, stop in ((0, min(size, length)), (max(size, length - size), length)):
+                file.seek(start)
+                found += file.read(max(0, stop - start)) or b""
+            return found
+    except OSError as error:
+        raise BadInput(f"{location}: cannot be read ({error.strerror or error})") from error
+
+
 def file_system(location: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path in it."""
     import fsspec  # 50 ms that a worker on local files does without

@@ -138,9 +138,18 @@ class LogWriter:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one object to a file of JSON lines."""
-    with path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(value) + "\n")
+    """Append one object to a file of JSON lines, which is made where it is missing.
+
+    Half a line at its end, which a crash or a full disk has left, gets an end first; glued to it, both were lost.
+    Raises OSError where the disk does not take it.
+    """
+    line = json.dumps(value).encode() + b"\n"
+    with path.open("a+b") as out:
+        if out.seek(0, os.SEEK_END):
+            out.seek(-1, os.SEEK_END)
+            if out.read(1) != b"\n":
+                line = b"\n" + line
+        out.write(line)  # at the end, wherever the file was read
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import xxhash
 from pydantic import Field
 from pydantic.dataclasses import dataclass as config_dataclass
 
@@ -25,7 +26,7 @@ from data_prep.read.encodings import check_encoding, is_utf8
 from data_prep.read.find import FoundFile, LeftOut, find, state_of
 from sharebert_common.errors import BadInput
 from sharebert_common.recipe import STRICT
-from sharebert_common.remote_files import is_url
+from sharebert_common.remote_files import is_url, read_ends
 
 Kind = Literal["text", "jsonl", "parquet", "hub"]
 
@@ -36,6 +37,7 @@ _KINDS: dict[str, Kind] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+_DIGEST_BYTES = 1 << 20
 _PARTS = 64  # enough for the cores of one machine with a small corpus …
 _PART_BYTES = (4 << 20, 256 << 20)  # … and for a large corpus: to lose a part costs minutes, not hours
 
@@ -176,6 +178,17 @@ def check_unchanged(item: Input) -> None:
             f"{item.name}: it was changed while prep read it ({item.bytes} bytes then, {size} now); run again when "
             "nothing writes to it any more"
         )
+
+
+def content_digest(item: Input) -> str | None:
+    """XXH3 of the first and the last MiB of a file, in hexadecimal; None for a hub dataset.
+
+    It tells an edited file of the same size, mostly, and not a copy, whose time of change is another. The whole file
+    would take too long: a dataset is compared with its sources at each call of `sharebert prep`.
+
+    Raises BadInput where the file cannot be read.
+    """
+    return None if item.kind == "hub" else xxhash.xxh3_128_hexdigest(read_ends(item.location, _DIGEST_BYTES))
 
 
 def plan_parts(inputs: Sequence[Input], config: SourceRecipe) -> list[Part]:

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass as config_dataclass
 from data_prep.shards.dataset_files import OPEN_SHARDS
 from data_prep.shards.format import TOKENIZER, all_shards
 from sharebert_common.errors import BadInput
+from sharebert_common.files import make_folders
 from sharebert_common.recipe import STRICT
 from sharebert_common.remote_files import ATTEMPTS, FIRST_WAIT_S, open_binary
 
@@ -60,7 +61,7 @@ class CachedFiles:
         # A deleted file takes space until it is unmapped, so at most as many are open as the cache may hold.
         room = (config.max_bytes or largest * OPEN_SHARDS) // max(largest, 1)
         self.open_shards = max(1, min(OPEN_SHARDS, room))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folders(self.folder)
         for part in self._root.glob("*/*/.*.part"):  # of a process that was killed, or of one that still copies
             with _locked(part.with_suffix(".lock"), wait=False) as free:
                 if free:

@@ -24,12 +24,18 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "validation")
 
+_OWN_NAME = re.compile(r"shard-[0-9]{6,}\.tar")
 _SHARD_NAME = re.compile(r"(train|validation)/[\w-][\w.-]*")
 
 
 def shard_name(split: str, number: int) -> str:
     """Path of a shard inside its dataset."""
     return f"{split}/shard-{number:06d}.tar"
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file in the folder of a split has a name that `shard_name` gives."""
+    return path.is_file() and _OWN_NAME.fullmatch(path.name) is not None
 
 
 def all_shards(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

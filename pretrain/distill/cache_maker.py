@@ -33,7 +33,7 @@ from pretrain.distill.recipe import DistillPlan
 from pretrain.distill.teacher import Teacher, TeacherOutput, load_teacher
 from pretrain.recipe import TrainRecipe
 from sharebert_common.errors import BadInput
-from sharebert_common.files import flush, make_folders, write_atomically
+from sharebert_common.files import flush, mkdir_durably, write_atomically
 from sharebert_common.progress import progress
 
 SHARD_BYTES = 64 << 20
@@ -96,7 +96,7 @@ def make_cache(recipe: TrainRecipe, settings: CacheSettings) -> str:
         "precision": recipe.precision,
     }
     try:
-        make_folders(folder)
+        mkdir_durably(folder)
         with closing(rows_of(shard_rows)) as loader:
             shards = _fill(folder, manifest, row_bytes, loader, outputs)
     except OSError as error:

@@ -12,7 +12,7 @@ from pretrain.report.curves import curves
 from pretrain.report.page import Block, Heading, Plots, Table, to_html, to_markdown
 from pretrain.report.run_data import RunData, read_run
 from sharebert_common.errors import BadInput
-from sharebert_common.files import write_atomically
+from sharebert_common.files import make_folders, write_atomically
 
 
 def report(folders: Sequence[Path], out: Path) -> Path:
@@ -26,7 +26,7 @@ def report(folders: Sequence[Path], out: Path) -> Path:
     runs = [read_run(folder) for folder in folders]
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
     blocks = page(runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(out.parent)
     if out.suffix == ".md":
         svgs = [svg for block in blocks if isinstance(block, Plots) for svg in block.svgs]
         pictures = [f"{out.stem}-{number}.svg" for number in range(1, len(svgs) + 1)]

@@ -21,7 +21,7 @@ from typing import IO, Any, TypeVar
 
 from sharebert_common import run_files
 from sharebert_common.errors import BadInput
-from sharebert_common.files import make_folders, remove_unfinished, write_atomically
+from sharebert_common.files import mkdir_durably, remove_unfinished, write_atomically
 from sharebert_common.processes import starter
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ class RunFolder:
         folder cannot be made, or another attempt of the run is alive.
         """
         try:
-            make_folders(self.path)
+            mkdir_durably(self.path)
             lock = (self.path / run_files.LOCK_FILE).open("a+", encoding="utf-8")
         except OSError as error:
             raise BadInput(f"{self.path}: not usable as a run directory ({error.strerror})") from error

@@ -5,7 +5,6 @@ A full disk or a failing write loses no line and never ends the run: lines wait 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,7 +19,7 @@ from pretrain.run.folder import RunFolder
 from pretrain.run.goodput import Goodput, first_start
 from pretrain.run.terminal import Terminal
 from sharebert_common.recipe import STRICT
-from sharebert_common.run_files import EVENTS_FILE, LogWriter, read_log
+from sharebert_common.run_files import EVENTS_FILE, LogWriter, append_json_line, read_log
 
 if TYPE_CHECKING:
     from pretrain.run.look import Look
@@ -106,8 +105,8 @@ class MetricLog:
         """Note what happened to the run: in events.jsonl, and in TensorBoard with the next points."""
         if not self._enabled:
             return
-        with suppress(OSError), (self._run.path / EVENTS_FILE).open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"time": time.time(), "step": step, "text": text}) + "\n")
+        with suppress(OSError):
+            append_json_line(self._run.path / EVENTS_FILE, {"time": time.time(), "step": step, "text": text})
         for output in self._outputs:
             if isinstance(output, EventFile):
                 output.notes.append((step, text))

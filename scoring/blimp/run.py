@@ -22,6 +22,7 @@ from scoring.recipe import BLIMP, EvaluateRecipe, TaskDataRecipe
 from scoring.report import Result, details_table, file_name, read_results, result_file, table, versions, write_result
 from scoring.tables import BadRows
 from sharebert_common.errors import BadInput
+from sharebert_common.files import make_folders
 
 PAIRS = "pairs"
 """The folder for the scores of all pairs, beside the results."""
@@ -44,7 +45,7 @@ def evaluate_blimp(recipe: EvaluateRecipe, models: Sequence[str], device: torch.
     for spec in models:  # what is wrong is found before an hour is spent on another model
         usable[spec] = _usable(open_masked_lm(spec, torch.device("cpu")), paradigms, recipe.data.bad_rows == "skip")
     folder = Path(recipe.output) / file_name(BLIMP)
-    (folder / PAIRS).mkdir(parents=True, exist_ok=True)
+    make_folders(folder / PAIRS)
     read_results(folder)
     for spec in models:
         kept, bad = usable[spec]

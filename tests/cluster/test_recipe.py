@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,26 @@ def test_the_batch_script_asks_for_what_the_recipe_says() -> None:
 
 def test_a_key_of_sbatch_wins() -> None:
     assert "#SBATCH --time=5\n" in dry_run(training(time="60", sbatch={"time": 5}))
+    given = {"cpus-per-task": 2, "gpus-per-node": "a100:4", "job_name": "mine", "open-mode": "truncate"}
+    said = dry_run(training(cpus_per_process=32, gpus_per_node=8, sbatch=given))
+    lines = [line for line in said.splitlines() if line.startswith("#SBATCH")]
+    for line in ("cpus-per-task=2", "gpus-per-node=a100:4", "job-name=mine", "open-mode=truncate"):
+        name = line.partition("=")[0]
+        assert [found for found in lines if f"--{name}=" in found][-1:] == [f"#SBATCH --{line}"], "the last one wins"
+    assert sum("per-" in line for line in lines) == 3, "none is there twice"
+    assert "--cpus-per-task=2 " in said, "srun takes the same"
+    assert "--cpus-per-task=256" not in said
+
+
+@pytest.mark.parametrize("nothing", [False, None])
+def test_a_key_of_sbatch_takes_an_option_back(nothing: bool | None) -> None:
+    keys = ("requeue", "cpus-per-task", "gpus_per_node", "time", "job-name", "qos", "unheard-of")
+    said = dry_run(training(gpus_per_node=8, time="60", qos="long", sbatch=dict.fromkeys(keys, nothing)))
+    script = said.partition("# command")[0]
+    for key in keys:
+        assert key.replace("_", "-") not in script.partition("# setup")[0]
+    assert "--cpus-per-task" not in said
+    assert "--nodes=1\n" in script
 
 
 def test_containers() -> None:
@@ -186,3 +207,16 @@ def test_setup_runs_as_shell_lines_and_leaves_its_environment(tmp_path: Path) ->
     assert (tmp_path / "file").read_text() == "staged\n"
     with pytest.raises(BadInput, match="setup: exit code 1"):
         after_setup(["false", "true"], {"PATH": "/usr/bin:/bin"})
+
+
+def test_a_process_that_setup_leaves_behind_is_not_waited_for() -> None:
+    """A daemon, for instance."""
+    began = time.monotonic()
+    assert after_setup(["sleep 20 & echo $!", "export MODE=fast"], {"PATH": "/usr/bin:/bin"})["MODE"] == "fast"
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("line", ["exit 0", "exec true"])
+def test_a_line_of_setup_that_ends_the_shell_is_refused(line: str) -> None:
+    with pytest.raises(BadInput, match="setup: a line ended the shell"):
+        after_setup([line], {"PATH": "/usr/bin:/bin"})

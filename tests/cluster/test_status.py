@@ -24,7 +24,8 @@ def test_goodput_counts_each_step_once() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> ClusterFolder:
     folder = ClusterFolder(tmp_path / "run")
-    folder.prepare("steps: 1\n")
+    with folder.prepared("steps: 1\n"):
+        pass
     folder.add_submission(job="999999", launcher="local", nodes=1, folder=str(folder.jobs / "999999"))
     return folder
 
@@ -57,11 +58,11 @@ def test_a_run_without_state_and_one_that_was_emptied_hide_no_other(
 
 
 def test_a_run_that_was_stopped_before_it_began_is_stopped(folder: ClusterFolder) -> None:
-    folder.stop_before_begin()
+    folder.stop_before_begin("1.0")
     found = status(folder.run)
     assert (found.state, found.reason) == ("stopped", "asked before the attempt began")
     write_state(folder.run, "finished", step=9)
-    folder.stop_before_begin()
+    folder.stop_before_begin("1.0")
     assert folder.state["state"] == "finished"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -253,11 +254,20 @@ def test_a_file_system_without_locks_is_said(
     assert "no locks in" in capsys.readouterr().err
 
 
-def test_an_older_dataset_is_the_same_dataset(corpus: Path, tmp_path: Path) -> None:
-    """It was made before the key source.encoding."""
-    folder = prepare(recipe(tmp_path / "d", corpus))
-    manifest = folder / "manifest.json"
-    text = manifest.read_text("utf-8")
-    assert '"encoding": "auto"' in text
-    manifest.write_text(text.replace('   "encoding": "auto",\n', ""), "utf-8")
-    assert prepare(recipe(tmp_path / "d", corpus)) == folder
+def test_an_older_dataset_is_the_same_dataset(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was made before the key source.encoding, and before its manifest told what was in the files."""
+    judged = {"clean__evaluation__paths": [corpus], "clean__evaluation__ngram": 3}
+    folder = prepare(recipe(tmp_path / "d", corpus, **judged))
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text("utf-8"))
+    fingerprint = manifest["fingerprint"]
+    del manifest["config"]["source"]["encoding"]
+    for key in ("vocabulary", "evaluation_sha256"):
+        del manifest[key]
+    for source in manifest["sources"]:
+        del source["digest"]
+    file.write_text(json.dumps(manifest), "utf-8")
+    assert open_dataset(folder).fingerprint == fingerprint
+    assert "older version" not in capsys.readouterr().err
+    assert prepare(recipe(tmp_path / "d", corpus, **judged)) == folder
+    assert "older version; whether files changed" in capsys.readouterr().err

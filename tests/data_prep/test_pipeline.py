@@ -158,6 +158,36 @@ def test_another_recipe_does_not_overwrite_a_dataset(corpus: Path, tmp_path: Pat
     assert tree(folder) == before
 
 
+def test_a_dataset_of_a_given_vocabulary_is_not_that_of_a_trained_one(corpus: Path, tmp_path: Path) -> None:
+    trained = prepare(recipe(tmp_path / "trained", corpus))
+    own = trained / "tokenizer.json"
+    keys = {"tokenizer__train__vocab_size": 600}
+    given = prepare(recipe(tmp_path / "given", corpus, tokenizer__path=own, **keys))
+    with pytest.raises(BadInput, match=r"another tokenizer \(vocabulary is 'given' there and 'trained' here"):
+        prepare(recipe(given, corpus))
+    assert prepare(recipe(trained, corpus, tokenizer__path=own, **keys)) == trained, "it is the same vocabulary"
+
+
+def test_files_that_were_edited_without_a_change_of_size_are_other_files(tmp_path: Path) -> None:
+    """Sources and evaluation files; a copy of them with another time of change is the same."""
+    corpus, judge = write_jsonl(tmp_path / "c.jsonl", TEXTS), tmp_path / "judge.txt"
+    judge.write_text("jumps over the lazy dog")
+    ours = recipe(tmp_path / "d", corpus, clean__evaluation__paths=[judge], clean__evaluation__ngram=3)
+    folder = prepare(ours)
+    judge.write_text("jumps over the lazy cat")
+    with pytest.raises(BadInput, match=r"another evaluation set \(evaluation_sha256 is '"):
+        prepare(ours)
+    judge.write_text("jumps over the lazy dog")
+    for file in (corpus, judge):
+        os.utime(file, (0, 0))
+    assert prepare(ours) == folder
+    text = corpus.read_bytes()
+    corpus.write_bytes(text.replace(b'"text": "0 ', b'"text": "9 '))
+    assert len(text) == corpus.stat().st_size
+    with pytest.raises(BadInput, match=r"another sources \(c.jsonl.digest is '"):
+        prepare(ours)
+
+
 def test_a_half_made_dataset_of_another_recipe_is_no_hindrance(corpus: Path, tmp_path: Path, many_parts: None) -> None:
     alone = tree(prepare(recipe(tmp_path / "alone", corpus)))
     prepare(recipe(tmp_path / "d", corpus, seed=5), task=(0, 2))
@@ -165,6 +195,30 @@ def test_a_half_made_dataset_of_another_recipe_is_no_hindrance(corpus: Path, tmp
     stale.parent.mkdir()
     stale.write_text("left by a merge that was killed")
     assert tree(prepare(recipe(tmp_path / "d", corpus))) == alone
+
+
+@pytest.mark.parametrize("name", ["train/my-labels.csv", "validation/photos/", "train/shard-1.tar", "train"])
+def test_what_no_prep_made_is_not_deleted(corpus: Path, tmp_path: Path, name: str) -> None:
+    """It is refused before any work is done."""
+    mine = tmp_path / "d" / name
+    mine.parent.mkdir(parents=True)
+    if name.endswith("/"):
+        mine.mkdir()
+    else:
+        mine.write_text("precious")
+    with pytest.raises(BadInput, match=f"output: {mine} is ") as raised:
+        prepare(recipe(tmp_path / "d", corpus))
+    assert "\n" not in str(raised.value)
+    assert not list((tmp_path / "d" / ".work").glob("*/*"))
+    assert mine.exists()
+
+
+def test_hidden_files_beside_the_shards_stay(corpus: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "d" / "train" / ".directory"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("of a desktop")
+    open_dataset(prepare(recipe(tmp_path / "d", corpus)))
+    assert mine.exists()
 
 
 def test_vocabularies_and_long_rows(corpus: Path, tmp_path: Path) -> None:

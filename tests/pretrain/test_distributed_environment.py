@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,19 @@ def test_variables_left_in_the_environment_are_refused(left: tuple[str, ...], mo
     for name in left:
         monkeypatch.setenv(name, GROUP[name])
     with pytest.raises(BadInput, match=f"sets {', '.join(left)}, but not .*run `unset RANK"):
+        distributed.join(1.0)
+
+
+def test_a_worker_that_was_promised_a_gpu_does_not_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {**GROUP, "LOCAL_RANK": "1", "SHAREBERT_GPUS_PER_NODE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refusal = f"gpus_per_node: 2 GPUs were asked for, and PyTorch sees 0 on node {platform.node()}"
+    with pytest.raises(BadInput, match=refusal):
+        distributed.join(1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BadInput, match=refusal.replace("sees 0", "sees 1")):
         distributed.join(1.0)
 
 

@@ -11,6 +11,7 @@ from made_tasks import blimp, sst2, tiny_export
 
 from scoring.recipe import EvaluateRecipe
 from scoring.score import evaluate
+from sharebert_common.errors import BadInput
 from sharebert_common.recipe import load
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,3 +37,13 @@ def test_paths_are_only_paths(name: str, tmp_path: Path) -> None:
     assert len(list((root / "out" / "sst2" / "tensorboard").glob("*/*/events*"))) == 3
     evaluate(recipe("blimp", blimp(root / "blimp", 2)), [str(export)])
     assert (root / "out" / "blimp" / "results.md").exists()
+
+
+@pytest.mark.parametrize("task", ["sst2", "blimp"])
+def test_an_output_below_a_file_is_one_line(task: str, tmp_path: Path) -> None:
+    data = sst2(tmp_path / "data", train=8, dev=4) if task == "sst2" else blimp(tmp_path / "data", 2)
+    (tmp_path / "file").write_text("mine")
+    keys = [f"task={task}", f"data.path={data}", f"output={tmp_path / 'file' / 'out'}"]
+    model = "majority" if task == "sst2" else str(tiny_export(tmp_path / "export"))
+    with pytest.raises(BadInput, match=f"{tmp_path / 'file'}/out/{task}.*: cannot be made"):
+        evaluate(load(EvaluateRecipe, None, keys), [model])

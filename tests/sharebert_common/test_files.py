@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sharebert_common.errors import BadInput
-from sharebert_common.files import whole_or_absent_folder
+from sharebert_common.files import make_folders, whole_or_absent_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,3 +191,24 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"file/out: cannot be made \(File exists: .*file\)"):
         write(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("name", ["file", "file/out", "file/a/b"])
+def test_a_folder_below_a_file_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BadInput, match=f"{tmp_path / name}: cannot be made \\(.*choose another folder$") as raised:
+        make_folders(tmp_path / name)
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_folder_where_there_can_be_none_is_one_line() -> None:
+    with pytest.raises(BadInput, match=r"/proc/out/here: cannot be made \(No such file or directory: /proc"):
+        make_folders(Path("/proc/out/here"))
+
+
+def test_folders_are_made_once_and_may_be_there(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_folders(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()

@@ -53,3 +53,16 @@ def test_a_written_line_is_read(tmp_path: Path) -> None:
     log.close()
     assert [line["loss"] for line in run_files.read_log(tmp_path)] == [2.0, 1.0]
     assert log.waiting == []
+
+
+@pytest.mark.parametrize("before", [None, "", '{"step": 1}\n', '{"step": 1}\n{"st', "{"])
+def test_half_a_line_at_the_end_hides_no_later_line(tmp_path: Path, before: str | None) -> None:
+    """A crash or a full disk has left it."""
+    file = tmp_path / "events.jsonl"
+    if before is not None:
+        file.write_text(before)
+    for step in (2, 3):
+        run_files.append_json_line(file, {"step": step, "text": "größer"})
+    whole = [1] if before and "1}" in before else []
+    assert [line["step"] for line in run_files.read_json_lines(file)] == [*whole, 2, 3]
+    assert "" not in file.read_text().rstrip("\n").split("\n")
