@@ -13,10 +13,10 @@ import torch
 from compress.step import FormName, Source
 from exports.bert_attention import has_mlm_head
 from exports.dense import MODEL_TYPE as DENSE
+from exports.hub_weights import LOCAL, load_hub_model, naming_folder
 from exports.onnx import FILE as ONNX_FILE
 from exports.read import read_config
 from scoring.architecture import Inputs, read_model_type
-from scoring.hub_weights import LOCAL, load_hub_model, naming_folder
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 

@@ -93,7 +93,7 @@ def plan(recipe: PrepRecipe) -> Job:
             say(f"learning a vocabulary of {recipe.tokenizer.train.vocab_size} words")
         text = given or train(lambda: _sample(Job(recipe, work, inputs, parts)), recipe.tokenizer)
         write_atomically(file, text)
-    return Job(recipe, work, inputs, parts, Vocabulary.parse(file.read_text(encoding="utf-8")))
+    return Job(recipe, work, inputs, parts, Vocabulary.parse(file.read_bytes().decode()))
 
 
 def given_vocabulary(recipe: PrepRecipe) -> str | None:

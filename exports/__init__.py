@@ -9,6 +9,7 @@ dense.py                 the form that plain transformers loads as `megatron_ber
 dense_model.py           the dense model itself, and its tensors computed from the compact ones
 packed.py                the compact form with tensors packed into a few bits a number
 fake_quantise.py         the weights of a quantised export in a forward pass that is trained
+hub_weights.py           weights of folders of Hugging Face: all that the config asks for
 bert_attention.py        queries, keys and values of a BERT of transformers, which does not return them
 distill_losses.py        the losses between a student and its teacher
 rounding.py              numbers → the nearest codes of a packed tensor

@@ -9,7 +9,6 @@ data          a task with its splits, from files or from the hub
 architecture  what kind of model a folder holds, what it takes as input, and its dropout rates
 fake_quantise a classifier that is fine-tuned with the weights of its quantised export
 encoders      encoders that can be fine-tuned: ShareBERT exports and Hugging Face folders
-hub_weights   weights of folders of Hugging Face: all that the config asks for
 classifier    a fine-tuned encoder, and its predictions
 lora          updates of a low rank, trained in place of all weights
 finetune      one fine-tuning

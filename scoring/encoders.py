@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from exports.export import Export
 from exports.files import CARD, TOKENIZER
 from exports.forms import write_export
+from exports.hub_weights import LOCAL, load_hub_model, naming_folder
 from exports.kinds import Classifier
 from exports.read import load_model, read_config
 from exports.tokenizer import (
@@ -29,7 +30,6 @@ from exports.tokenizer import (
 from exports.weight_source import TensorWeights
 from scoring.architecture import Inputs, inputs_of, read_model_type, set_dropout
 from scoring.data import Texts
-from scoring.hub_weights import LOCAL, load_hub_model, naming_folder
 from scoring.recipe import FineTuneRecipe
 from scoring.tasks import Task
 from sharebert import ShareBertForMaskedLM, initialize

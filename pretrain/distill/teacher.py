@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from exports.bert_attention import keep_projections
 from exports.distill_losses import Projections
+from exports.hub_weights import load_hub_model
 from exports.read import load_model
 from pretrain.data.batches import MicroBatch
 from pretrain.distill.recipe import DistillPlan, read_teacher_config
@@ -146,9 +145,8 @@ def _from_transformers(teacher: Path, *, masked_lm: bool) -> Any:
     except ImportError as error:
         raise BadInput("distill.teacher: needs transformers: pip install 'sharebert[hf]'") from error
     try:
-        kind = AutoModelForMaskedLM if masked_lm else AutoModel
-        return kind.from_pretrained(teacher, dtype=torch.float32)
-    except (EOFError, UnpicklingError) as error:  # of a .bin file; torch's own words advise to load it unsafely
-        raise BadInput(f"distill.teacher: {teacher}: its weights are damaged or cut short") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"distill.teacher: {teacher}: {' '.join(str(error).split())[:200]}") from error
+        if masked_lm:
+            return load_hub_model(AutoModelForMaskedLM, teacher, new="nothing")[0]
+        return load_hub_model(AutoModel, teacher, new="pooler")[0]
+    except BadInput as error:
+        raise BadInput(f"distill.teacher: {error}") from error

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exports.hub_weights import LOCAL, load_hub_model, naming_folder
 from exports.read import load_model, read_config
 from scoring.architecture import Inputs, read_model_type
-from scoring.hub_weights import LOCAL, load_hub_model, naming_folder
 from sharebert.config import MODEL_TYPE
 from sharebert_common.errors import BadInput
 from sharebert_common.files import file_sha256

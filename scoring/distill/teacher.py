@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from exports.distill_losses import LayerPairs, layer_pairs, refuse_no_pair, without_embeddings
 from exports.files import CONFIG
+from exports.hub_weights import load_hub_model
 from scoring.architecture import read_labels, read_model_type
 from scoring.classifier import Classifier
 from scoring.data import TaskData
 from scoring.distill.watch import AttentionScores
 from scoring.encoders import Encoded, Encoder, label_names, open_encoder
-from scoring.hub_weights import load_hub_model
 from scoring.recipe import FineTuneRecipe, TaskDistillRecipe
 from scoring.tasks import Task
 from sharebert.config import MODEL_TYPE

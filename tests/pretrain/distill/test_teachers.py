@@ -141,6 +141,18 @@ def test_a_teacher_that_is_too_small_is_refused(
         plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
 
 
+def test_a_teacher_whose_weights_lack_a_layer_is_refused(bert: Path, dataset: Path, tmp_path: Path) -> None:
+    """transformers would start it at random."""
+    folder = shutil.copytree(bert, tmp_path / "deep")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    recipe = DistillRecipe(teacher=str(folder), logits=1.0)
+    plan = plan_distillation(recipe, student_config(), dataset / "tokenizer.json", 32)
+    assert plan is not None
+    with pytest.raises(BadInput, match=r"^distill\.teacher: .*layer\.4\..*' is not among its weights"):
+        load_teacher(plan, CPU, within_documents=False, precision="fp32")
+
+
 @pytest.mark.parametrize("left", [0.5, 0.0])
 @pytest.mark.parametrize(("kind", "file"), [("bert", "model.safetensors"), ("bert", "pytorch_model.bin"),
                                             ("export", "model.safetensors")])  # fmt: skip

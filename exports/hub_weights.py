@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -76,6 +77,8 @@ class _BadFolder:
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         from safetensors import SafetensorError
 
-        if isinstance(error, (OSError, ValueError, KeyError, SafetensorError)):
+        if isinstance(error, (EOFError, UnpicklingError)):  # of a .bin file; torch's words advise to load it unsafely
+            raise BadInput(f"{self._folder}: its weights are damaged or cut short") from error
+        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, SafetensorError)):
             cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise BadInput(f"{self._folder}: cannot be loaded as a Hugging Face encoder ({cause})") from error
