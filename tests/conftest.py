@@ -105,8 +105,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def signals_restored() -> Iterator[None]:
-    """Signals are handled after the test as before it."""
+    """Signals are handled after the test as before it. In it, Ctrl-C is handled as Python does: where tests run in the
+    background of a script, it is ignored."""
     before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

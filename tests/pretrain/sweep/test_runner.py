@@ -86,6 +86,7 @@ def test_a_trial_that_fails_or_is_killed_leaves_the_others(
         run_one(three[0], said.append)
 
 
+@pytest.mark.usefixtures("signals_restored")
 @pytest.mark.parametrize(
     "code",
     [
