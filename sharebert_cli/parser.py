@@ -28,8 +28,8 @@ def _with_cluster_keys(parser: argparse.ArgumentParser) -> None:
 EXAMPLES = {
     "prep": "prep corpus source.paths=texts/*.txt output=data/corpus",
     "train": "train sharebert-small data.dataset=data/corpus run=runs/small",
-    "cache-teacher": "cache-teacher sharebert-small data.micro_batch=32 data.row_length.first=null distill=TEACHER "
-    "distill.relations=1 distill.cache=data/teacher",
+    "cache-teacher": "cache-teacher sharebert-small data.micro_batch=32 data.row_length.first=null "
+    "data.mask_schedule.last_rate=null distill=TEACHER distill.relations=1 distill.cache=data/teacher",
     "plan": "plan sharebert-small --gpus 8,64 --gpu h100,a100",
     "submit": "submit sharebert-small run=/shared/runs/small --nodes 4 --gpus-per-node 8 --time 24:00:00",
     "status": "status /shared/runs/small",

@@ -89,7 +89,7 @@ def test_a_plan_needs_no_dataset_where_the_recipe_gives_the_sizes() -> None:
     config = ShareBertConfig.from_dict(SIZES["sharebert-small"])
     micro_rows = recipe.resolve(8, needs_data=False).micro_rows
     text = plan(recipe, [8], ["h100"], Assumptions())
-    assert f"FLOPs a token    {flops_per_token(config, 128, 0.15, micro_rows * 128) / 1e6:,.1f} M" in text
+    assert f"FLOPs a token    {flops_per_token(config, 128, 0.3, micro_rows * 128) / 1e6:,.1f} M" in text
     assert "parameters       71,704,832" in text
     with pytest.raises(BadInput, match=r"no dataset|no such|manifest"):
         recipe.resolve(8)
