@@ -7,14 +7,15 @@ know it either, the run's own files are all there is. A controller that does not
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 from sharebert_common.errors import BadInput
 
-_NO_SUCH_JOB = "Invalid job id"
-"""What scontrol says of a job that the controller does not know."""
+_NO_SUCH_JOB = re.compile(r"Invalid job id|Job \S+ not found")
+"""What scontrol says of a job that the controller does not know; the second of a task of an array that it knows yet."""
 
 UNKNOWN = "UNKNOWN"
 """State of a job where SLURM does not answer; it counts as alive."""
@@ -47,7 +48,7 @@ def job_facts(job: str, launcher: str) -> dict[str, str]:
         state, nodes = line.split("|")[:2]
         return {"JobState": state.split()[0], "NodeList": nodes}
     # Without accounting sacct fails, with a job of long ago it may say nothing; the controller knows what is alive.
-    return {"JobState": GONE if _NO_SUCH_JOB in error else UNKNOWN}
+    return {"JobState": GONE if _NO_SUCH_JOB.search(error) else UNKNOWN}
 
 
 def state_of(job: str, launcher: str) -> str:
@@ -81,4 +82,4 @@ def _ask(*command: str) -> tuple[str, str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode == 0:
         return done.stdout, ""
-    return "", " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    return "", " ".join(f"{done.stderr} {done.stdout}".split()) or f"exit code {done.returncode}"

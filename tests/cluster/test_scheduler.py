@@ -20,6 +20,7 @@ from sharebert_common.run_files import write_state
 
 DOWN = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
 FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+TASK_FORGOTTEN = "echo 'Job 7_0 not found'; exit 1"
 NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
 RUNNING = "echo 'JobId=7 JobState=RUNNING NodeList=n[1-2] Reason=None'"
 
@@ -77,6 +78,7 @@ def folder(tmp_path: Path) -> ClusterFolder:
         (FORGOTTEN, "echo 'CANCELLED by 0|n[1-2]'", "CANCELLED"),
         (FORGOTTEN, "true", "GONE"),
         (FORGOTTEN, NO_ACCOUNTING, "GONE"),
+        (TASK_FORGOTTEN, NO_ACCOUNTING, "GONE"),
         (DOWN, "echo 'RUNNING|n[1-2]'", "RUNNING"),
         (DOWN, "true", "UNKNOWN"),
         (DOWN, NO_ACCOUNTING, "UNKNOWN"),
