@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from pretrain.data.mask_schedule import MaskScheduleRecipe
 from pretrain.recipe import TrainRecipe
 from sharebert import SIZES
 from sharebert_common.recipe import load
@@ -41,12 +42,14 @@ def test_the_authors_recipe_is_theirs() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_size_differs_from_the_authors_in_start_and_rows_alone(size: str) -> None:
+def test_a_size_differs_from_the_authors_in_start_masks_and_rows_alone(size: str) -> None:
     """So that what docs/recipe.md says of the shipped sizes is all that differs."""
     keys = ["run=x", f"model.size={size}", "model.vocab_size=30522", "seed=0", "precision=fp32"]
     theirs, ours = (load(TrainRecipe, name, keys) for name in ("authors", size))
     assert ours.data.row_length.first == 8
-    assert dataclasses.replace(ours.data, row_length=theirs.data.row_length) == theirs.data
+    assert (ours.data.mask_rate, ours.data.mask_schedule) == (0.3, MaskScheduleRecipe(last_rate=0.15))
+    masks = {"mask_rate": theirs.data.mask_rate, "mask_schedule": theirs.data.mask_schedule}
+    assert dataclasses.replace(ours.data, row_length=theirs.data.row_length, **masks) == theirs.data
     same = ("optimizer", "schedule", "steps", "zero", "checkpoint", "validate", "faults", "distill", "quantise")
     assert all(getattr(ours, key) == getattr(theirs, key) for key in same)
     made, before = (recipe.resolve(needs_data=False).model for recipe in (ours, theirs))
