@@ -14,7 +14,7 @@ from comparison.recipe import CompareRecipe, Keys, RowRecipe
 from compress.recipe import CompressRecipe, ReportRecipe, RowsRecipe
 from compress.steps import all_steps
 from data_prep.shards.reader import open_dataset
-from pretrain.sweep.recipe import NOT_VARIED, SweepRecipe, Trial, trials
+from pretrain.sweep.recipe import NOT_VARIED, SweepRecipe, Trial, refuse_set_keys, trials
 from scoring.recipe import EvaluateRecipe
 from sharebert_common.errors import BadInput, nearest
 from sharebert_common.recipe import load, plain
@@ -161,10 +161,7 @@ def _trials(recipe: CompareRecipe, places: Places) -> dict[str, Trial]:
         "common": recipe.common,
         **{f"rows.{name}.keys": row.keys for name, row in recipe.rows.items() if row.train},
     }
-    for place, keys in given.items():
-        for key in NOT_VARIED:
-            if key in keys:
-                raise BadInput(f"{place}: {key} is set by the comparison for each training; remove it")
+    refuse_set_keys(given, dict.fromkeys(NOT_VARIED, "is set by the comparison for each training"))
     for name, row in recipe.rows.items():
         if row.train is not None:
             arms[name] = {"base": row.train, **row.keys}

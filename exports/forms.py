@@ -82,4 +82,4 @@ def _is_foreign(entry: Path) -> bool:
     """Whether this is nothing that an export writes, nor Python beside its code."""
     if entry.is_dir():
         return entry.name != "__pycache__"
-    return entry.name not in WRITTEN and entry.suffix not in (".safetensors", ".onnx", ".py")
+    return entry.name not in WRITTEN and not entry.name.endswith((".safetensors", ".onnx", ".onnx.data", ".py"))

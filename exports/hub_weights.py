@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -60,25 +62,15 @@ def _may_start_anew(name: str, new: New, prefix: str) -> bool:
     return new != "nothing" and name.removeprefix(f"{prefix}." if prefix else "").startswith("pooler.")
 
 
-def naming_folder(folder: Path) -> Any:
-    """A context in which the errors of transformers and safetensors become one line that names the folder."""
-    return _BadFolder(folder)
+@contextmanager
+def naming_folder(folder: Path) -> Iterator[None]:
+    """Errors of transformers and safetensors for the files of a folder become one line inside, which names it."""
+    from safetensors import SafetensorError
 
-
-class _BadFolder:
-    """Turns the errors of transformers and safetensors for the files of a folder into one line."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        from safetensors import SafetensorError
-
-        if isinstance(error, (EOFError, UnpicklingError)):  # of a .bin file; torch's words advise to load it unsafely
-            raise BadInput(f"{self._folder}: its weights are damaged or cut short") from error
-        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, SafetensorError)):
-            cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise BadInput(f"{self._folder}: cannot be loaded as a Hugging Face encoder ({cause})") from error
+    try:
+        yield
+    except (EOFError, UnpicklingError) as error:  # of a .bin file; torch's words advise to load it unsafely
+        raise BadInput(f"{folder}: its weights are damaged or cut short") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BadInput(f"{folder}: cannot be loaded as a Hugging Face encoder ({cause})") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,7 +72,8 @@ def trials(sweep: SweepRecipe) -> list[Trial]:
     Raises BadInput: an unknown key or a wrong value in an arm, a key that is no trial's to vary, two trials with the
     same folder, an arm in `only` that is none, or a reference that is no row.
     """
-    _refuse_own_keys(sweep)
+    given = {"common": sweep.common, "grid": sweep.grid, **{f"arms.{name}": keys for name, keys in sweep.arms.items()}}
+    refuse_set_keys(given, {key: f"is set by the sweep for each trial ({why})" for key, why in NOT_VARIED.items()})
     for name in sweep.only or ():
         if name not in sweep.arms:
             raise BadInput(f"only: no arm '{name}'{nearest(name, sweep.arms)}")
@@ -132,13 +133,17 @@ def _refuse_twin(arm: str, trial: Trial, others: list[Trial]) -> None:
             )
 
 
-def _refuse_own_keys(sweep: SweepRecipe) -> None:
-    """Raise BadInput where the recipe gives a key that the sweep sets for each trial: it would have no effect."""
-    given = {"common": sweep.common, "grid": sweep.grid, **{f"arms.{name}": keys for name, keys in sweep.arms.items()}}
+def refuse_set_keys(given: Mapping[str, Container[str]], said: Mapping[str, str]) -> None:
+    """Raise BadInput where a recipe gives a key that is set for each training: it would have no effect.
+
+    Args:
+        given: the keys that are given, by the place in the recipe.
+        said: what to say of each key that may not be among them.
+    """
     for place, keys in given.items():
-        for key, why in NOT_VARIED.items():
+        for key, why in said.items():
             if key in keys:
-                raise BadInput(f"{place}: {key} is set by the sweep for each trial ({why}); remove it")
+                raise BadInput(f"{place}: {key} {why}; remove it")
 
 
 def _row(arm: str, keys: Keys, point: Keys) -> str:

@@ -112,8 +112,10 @@ def test_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
             export(second, path)
     assert (tmp_path / "home/letter.txt").read_text() == "dear"
     (tmp_path / "export/__pycache__").mkdir()
+    (tmp_path / "export/model.onnx.data").touch()  # the weights of a large ONNX file
     export(second, tmp_path / "export")
     assert not (tmp_path / "export/__pycache__").exists()
+    assert not (tmp_path / "export/model.onnx.data").exists()
     for name in ("checkpoint-500", "notes.txt"):  # as beside a model that was trained further
         (tmp_path / "export" / name).mkdir()
         with pytest.raises(BadInput, match=f"holds {name} beside an export"):
